@@ -1,0 +1,1 @@
+"""Where kinds run: alone, or on a Ray cluster. The only room that imports ray."""

@@ -1,0 +1,35 @@
+"""What can go wrong, said to the person who has to mend it.
+
+`PoiseError` is the root of everything that Poise raises on purpose. The command line prints it without a traceback and
+exits with `exit_code`; any other exception is a defect of Poise and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+__all__ = ["DamagedError", "PoiseError", "RunBusyError", "StoreError", "UserError"]
+
+
+class PoiseError(Exception):
+    """A failure that the message explains: what is wrong, where, and what to do about it."""
+
+    exit_code = 1
+
+
+class UserError(PoiseError, ValueError):
+    """Something that was asked for cannot be: a malformed spec, an unknown name, a missing file."""
+
+    exit_code = 2
+
+
+class StoreError(PoiseError):
+    """The store could not be read or written: no space, no access, no such bucket."""
+
+
+class DamagedError(StoreError):
+    """An artifact in the store is not what was committed: truncated, altered or missing."""
+
+
+class RunBusyError(PoiseError):
+    """Another driver holds this run."""
+
+    exit_code = 3

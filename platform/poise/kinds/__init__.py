@@ -1,0 +1,1 @@
+"""What can be run: one short file per kind of job."""

@@ -1,0 +1,1 @@
+"""Metric names, Prometheus, progress and run events."""

@@ -1,0 +1,1 @@
+"""Robustness under attack: threats, attacks, objectives and honest evaluation."""

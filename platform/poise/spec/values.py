@@ -1,0 +1,86 @@
+"""Values that people write in a spec: exact fractions, names that are safe in a path."""
+
+from __future__ import annotations
+
+import math
+import re
+from fractions import Fraction
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import core_schema
+
+__all__ = ["Name", "Real"]
+
+_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?"
+_PATTERN = re.compile(rf"\s*({_NUMBER})\s*(?:/\s*({_NUMBER})\s*)?")
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+class Real(float):
+    """A finite float that remembers how it was written: `8/255` is read exactly and printed as `8/255`.
+
+    `exact` is the rational number that was written and `text` its spelling; the float is the nearest to `exact`.
+    """
+
+    exact: Fraction
+    text: str
+
+    def __new__(cls, value: Any) -> Real:
+        exact, text = _parse(value)
+        self = super().__new__(cls, float(exact))
+        self.exact, self.text = exact, text
+        return self
+
+    def __reduce__(self) -> tuple[type[Real], tuple[str]]:
+        return Real, (self.text,)
+
+    def __repr__(self) -> str:
+        return self.text
+
+    __str__ = __repr__
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            cls, serialization=core_schema.plain_serializer_function_ser_schema(_plain)
+        )
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [{"type": "number"}, {"type": "string", "pattern": rf"^{_NUMBER}(\s*/\s*{_NUMBER})?$"}]}
+
+
+def _parse(value: Any) -> tuple[Fraction, str]:
+    if isinstance(value, Real):
+        return value.exact, value.text
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError(f"expected a number or a fraction such as 8/255, not {type(value).__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("expected a finite number, not nan or infinity")
+    match = _PATTERN.fullmatch(str(value)) if len(str(value)) <= 60 else None
+    if match is None:
+        raise ValueError("expected a number or a fraction such as 8/255")
+    numerator, denominator = (Fraction(part) for part in (match[1], match[2] or "1"))
+    if denominator == 0:
+        raise ValueError("the fraction divides by zero")
+    exact = numerator / denominator
+    try:
+        float(exact)
+    except OverflowError:
+        raise ValueError("the number is too large for a float") from None
+    return exact, str(value).strip()
+
+
+def _plain(value: Real) -> float | str:
+    """As written: a number stays a number in YAML and JSON, a fraction stays a string."""
+    return value.text if "/" in value.text else float(value)
+
+
+def _safe_name(value: str) -> str:
+    if not _SAFE_NAME.fullmatch(value) or ".." in value:
+        raise ValueError("a name is 1 to 100 letters, digits, '.', '_' or '-', starts with a letter or digit, and has no '..'")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_safe_name)]

@@ -1,0 +1,1 @@
+"""Runs and artifacts, on a folder or on S3."""
