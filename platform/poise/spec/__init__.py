@@ -1,6 +1,22 @@
 """What a run is: typed specs, YAML in, precise errors out."""
 
 from poise.spec.base import Section
+from poise.spec.load import dump, json_schema, load, parse, sha256
+from poise.spec.problems import Problem, SpecError
+from poise.spec.run import RunSpec, WorkersSpec
 from poise.spec.values import Name, Real
 
-__all__ = ["Name", "Real", "Section"]
+__all__ = [
+    "Name",
+    "Problem",
+    "Real",
+    "RunSpec",
+    "Section",
+    "SpecError",
+    "WorkersSpec",
+    "dump",
+    "json_schema",
+    "load",
+    "parse",
+    "sha256",
+]

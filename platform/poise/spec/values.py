@@ -79,7 +79,9 @@ def _plain(value: Real) -> float | str:
 
 def _safe_name(value: str) -> str:
     if not _SAFE_NAME.fullmatch(value) or ".." in value:
-        raise ValueError("a name is 1 to 100 letters, digits, '.', '_' or '-', starts with a letter or digit, and has no '..'")
+        raise ValueError(
+            "a name is 1 to 100 letters, digits, '.', '_' or '-', starts with a letter or digit, and has no '..'"
+        )
     return value
 
 

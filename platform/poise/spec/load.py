@@ -1,0 +1,148 @@
+"""From a file and its overrides to a typed spec, or to every mistake at once."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path as FilePath
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from poise.spec.problems import Path, Problem, SpecError, nearest
+from poise.spec.reader import Document, read_file
+from poise.spec.run import RunSpec
+
+__all__ = ["dump", "json_schema", "load", "parse", "sha256"]
+
+Kinds = Mapping[str, type[RunSpec]]
+
+
+def load(path: str | FilePath, kinds: Kinds, assignments: Sequence[str] = ()) -> RunSpec:
+    """Read the spec at `path`, apply `a.b=value` assignments and validate it.
+
+    Raises UserError when the file cannot be read and SpecError with every mistake when it is not a valid spec.
+    """
+    document = read_file(FilePath(path))
+    document.override(assignments)
+    return parse(document, kinds)
+
+
+def parse(document: Document, kinds: Kinds) -> RunSpec:
+    """Validate a document against the class of its kind."""
+    kind = document.tree.get("kind")
+    if not isinstance(kind, str) or kind not in kinds:
+        what = "is missing" if kind is None else f"{kind!r} is not a kind of job"
+        hint = nearest(kind, kinds) if isinstance(kind, str) else f"valid: {', '.join(sorted(kinds))}"
+        raise SpecError([document.problem(("kind",), f"{what}; {hint}")])
+    try:
+        return kinds[kind].model_validate(document.tree)
+    except ValidationError as error:
+        raise SpecError(_problems(error, document, kinds[kind])) from None
+
+
+def dump(spec: BaseModel) -> str:
+    """The resolved spec as YAML: every default written out, fractions as they were written."""
+    return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def sha256(spec: BaseModel) -> str:
+    """The identity of a resolved spec."""
+    return hashlib.sha256(dump(spec).encode()).hexdigest()
+
+
+def json_schema(spec_class: type[RunSpec], kind: str) -> dict[str, Any]:
+    """The JSON Schema of one kind, for editors."""
+    schema = spec_class.model_json_schema()
+    schema["properties"]["kind"] = {"const": kind, "description": schema["properties"]["kind"].get("description", "")}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": f"poise {kind}", **schema}
+
+
+def _problems(error: ValidationError, document: Document, spec_class: type[RunSpec]) -> list[Problem]:
+    found = [
+        document.problem(_written(detail["loc"], document.tree), _message(detail, spec_class))
+        for detail in error.errors()
+    ]
+    return sorted(dict.fromkeys(found), key=lambda problem: (problem.line, problem.path and str(problem.path)))
+
+
+def _written(loc: Path, tree: Any) -> Path:
+    """The path as its author wrote it: pydantic puts the tag of a union between the keys, the author does not."""
+    path: list[str | int] = []
+    for index, part in enumerate(loc):
+        inside = (isinstance(tree, dict) and part in tree) or (
+            isinstance(tree, list) and isinstance(part, int) and part < len(tree)
+        )
+        if inside:
+            tree = tree[part]
+            path.append(part)
+        elif index == len(loc) - 1 and not (isinstance(tree, dict) and tree.get("name") == part):
+            path.append(part)
+    return tuple(path)
+
+
+def _message(detail: ErrorDetails, spec_class: type[RunSpec]) -> str:
+    kind, context, given = detail["type"], detail.get("ctx", {}), detail.get("input")
+    if kind == "extra_forbidden":
+        return f"unknown key; {nearest(str(detail['loc'][-1]), _fields_at(spec_class, detail['loc'][:-1]))}"
+    if kind == "missing":
+        return "is required and missing"
+    if kind == "union_tag_not_found":
+        return f"needs a `name`; valid: {_choices(spec_class, detail['loc'])}"
+    if kind in ("union_tag_invalid", "literal_error"):
+        allowed = re.findall(r"'([^']*)'", str(context.get("expected_tags") or context.get("expected")))
+        shown = context["tag"] if kind == "union_tag_invalid" else given
+        hint = nearest(str(shown), allowed) if allowed else f"expected {context.get('expected')}"
+        return f"{_short(shown)} is not valid; {hint}"
+    text = re.sub(r"^(Value|Assertion) error, ", "", detail["msg"])
+    text = re.sub(r"^Input should be", "must be", text)
+    return text if kind == "value_error" and isinstance(given, dict) else f"{text}, got {_short(given)}"
+
+
+def _choices(spec_class: type[BaseModel], loc: Path) -> str:
+    tags = [_tag(member) for member in _members(_annotation_at(spec_class, loc))]
+    return ", ".join(sorted(tag for tag in tags if tag))
+
+
+def _fields_at(spec_class: type[BaseModel], loc: Path) -> list[str]:
+    members = _members(_annotation_at(spec_class, loc))
+    return [name for member in members for name in member.model_fields]
+
+
+def _annotation_at(annotation: Any, loc: Path) -> Any:
+    """The annotation that pydantic was at when it stopped: follow fields, list and dict items, and union tags."""
+    for part in loc:
+        members = _members(annotation)
+        tagged = [member for member in members if _tag(member) == part]
+        owner = next((member for member in members if part in member.model_fields), None)
+        if owner is not None:
+            annotation = owner.model_fields[str(part)].annotation
+        elif tagged:
+            annotation = tagged[0]
+        else:
+            annotation = get_args(annotation)[-1] if get_args(annotation) else annotation
+    return annotation
+
+
+def _members(annotation: Any) -> list[type[BaseModel]]:
+    """The sections inside an annotation: itself, or the members of a union."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) in (list, dict, tuple):
+        return []
+    return [member for argument in get_args(annotation) for member in _members(argument)]
+
+
+def _tag(member: type[BaseModel]) -> str | None:
+    field = member.model_fields.get("name")
+    if field is None or get_origin(field.annotation) is not Literal:
+        return None
+    return str(get_args(field.annotation)[0])
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

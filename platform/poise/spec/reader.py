@@ -1,0 +1,171 @@
+"""YAML text to a plain tree that remembers the line of every key, with every mistake of form reported.
+
+PyYAML composes the nodes (they carry the positions) and its safe constructor makes the scalars; the walk adds what a
+spec needs beyond YAML: no duplicate keys, string keys only, a bound on size, and no expansion bombs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path as FilePath
+from typing import Any
+
+import yaml
+
+from poise.errors import UserError
+from poise.spec.problems import Path, Problem, SpecError, dotted
+
+__all__ = ["Document", "read_document", "read_file"]
+
+_MAX_BYTES = 1 << 20
+_MAX_NODES = 50_000
+
+
+@dataclass
+class Document:
+    """The tree of a spec and where each part of it was written."""
+
+    source: str
+    tree: dict[str, Any]
+    lines: dict[Path, int] = field(default_factory=dict)
+    overridden: set[Path] = field(default_factory=set)
+
+    def place(self, path: Path) -> tuple[str, int]:
+        """Source and line of the longest written prefix of `path`."""
+        for end in range(len(path), -1, -1):
+            if path[:end] in self.overridden:
+                return f"--set {dotted(path[:end])}", 0
+            if path[:end] in self.lines:
+                return self.source, self.lines[path[:end]]
+        return self.source, 0
+
+    def problem(self, path: Path, message: str) -> Problem:
+        """A mistake at `path`, placed."""
+        return Problem(*self.place(path), path, message)
+
+    def override(self, assignments: Sequence[str]) -> None:
+        """Apply `a.b=value` assignments; a value is YAML, and sections that are missing are made."""
+        problems = [problem for text in assignments if (problem := self._assign(text))]
+        if problems:
+            raise SpecError(problems)
+
+    def _assign(self, text: str) -> Problem | None:
+        key, equals, value = text.partition("=")
+        path = tuple(key.strip().split("."))
+        if not equals or not all(path):
+            return Problem(f"--set {text}", 0, (), "expected path=value, such as train.epochs=5")
+        try:
+            parsed = read_document(f"value: {value}" if value.strip() else "value: null", f"--set {key}").tree["value"]
+        except SpecError as error:
+            return Problem(f"--set {text}", 0, (), error.problems[0].message)
+        node: Any = self.tree
+        for depth, part in enumerate(path[:-1]):
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                return Problem(f"--set {text}", 0, path[: depth + 1], "is a value, not a section")
+        node[path[-1]] = parsed
+        self.overridden.add(path)
+        return None
+
+
+def read_file(path: FilePath) -> Document:
+    """Read a spec file. Raises UserError when it cannot be read and SpecError when it is not a YAML mapping."""
+    try:
+        if path.is_file() and path.stat().st_size > _MAX_BYTES:
+            raise UserError(f"{path}: {path.stat().st_size} bytes is not a spec; the limit is {_MAX_BYTES}")
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; `jobs/` holds specs to start from") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        return read_document(data.decode("utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file (byte {error.start} is not UTF-8); a spec is YAML text") from None
+
+
+def read_document(text: str, source: str) -> Document:
+    """Parse YAML text into a Document. Raises SpecError with every mistake of form."""
+    document = Document(source, {})
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if root is None:
+            raise SpecError([Problem(source, 0, (), "the spec is empty; it needs at least `kind:` and `name:`")])
+        walk = _Walk(document)
+        tree = walk.build(root, ())
+    except (yaml.YAMLError, RecursionError) as error:
+        raise SpecError([_yaml_problem(source, error)]) from None
+    if walk.problems:
+        raise SpecError(walk.problems)
+    if not isinstance(tree, dict):
+        raise SpecError([Problem(source, 1, (), f"a spec is a mapping of keys to values, not a {_name_of(tree)}")])
+    document.tree = tree
+    return document
+
+
+class _Walk:
+    """Nodes to values, counting them (an alias counts each time it is used) and noting lines and mistakes."""
+
+    def __init__(self, document: Document) -> None:
+        self.document, self.problems, self.nodes = document, list[Problem](), 0
+        self.scalars = yaml.SafeLoader("")
+
+    def build(self, node: yaml.Node, path: Path) -> Any:
+        self.nodes += 1
+        if self.nodes > _MAX_NODES:
+            raise yaml.YAMLError(f"more than {_MAX_NODES} values once aliases are expanded")
+        self.document.lines.setdefault(path, node.start_mark.line + 1)
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, path)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.build(child, (*path, index)) for index, child in enumerate(node.value)]
+        return self._scalar(node, path)
+
+    def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        merged: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            line, key = key_node.start_mark.line + 1, key_node.value
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                merged.update(self._merge(value_node, path))
+            elif not isinstance(key_node, yaml.ScalarNode) or key_node.tag != "tag:yaml.org,2002:str":
+                shown = key if isinstance(key, str) else "this key"
+                self._note(line, path, f"keys are plain words; quote {shown} if it is meant as one")
+            elif key in result:
+                self._note(line, (*path, key), "written twice in the same section; keep one")
+            else:
+                self.document.lines[(*path, key)] = line
+                result[key] = self.build(value_node, (*path, key))
+        return {**merged, **result}
+
+    def _merge(self, node: yaml.Node, path: Path) -> dict[str, Any]:
+        value = self.build(node, path)
+        if not isinstance(value, dict):
+            self._note(node.start_mark.line + 1, path, "`<<` takes one mapping")
+            return {}
+        return value
+
+    def _scalar(self, node: yaml.Node, path: Path) -> Any:
+        try:
+            return self.scalars.construct_object(node)
+        except (yaml.YAMLError, ValueError, OverflowError):
+            self._note(
+                node.start_mark.line + 1, path, f"cannot read {str(node.value)[:40]!r} as {node.tag.split(':')[-1]}"
+            )
+            return None
+
+    def _note(self, line: int, path: Path, message: str) -> None:
+        self.problems.append(Problem(self.document.source, line, path, message))
+
+
+def _yaml_problem(source: str, error: Exception) -> Problem:
+    if isinstance(error, RecursionError):
+        return Problem(source, 0, (), "sections are nested too deeply")
+    mark = getattr(error, "problem_mark", None)
+    what = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return Problem(source, mark.line + 1 if mark else 0, (), f"not valid YAML: {what}")
+
+
+def _name_of(value: Any) -> str:
+    return {list: "list", str: "text", type(None): "null"}.get(type(value), type(value).__name__)

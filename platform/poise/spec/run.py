@@ -1,0 +1,72 @@
+"""What every run has, whatever its kind: a name, a seed, a store, and the workers that carry it."""
+
+from __future__ import annotations
+
+import re
+
+from pydantic import Field, field_validator, model_validator
+
+from poise.spec.base import Section
+from poise.spec.values import Name
+
+__all__ = ["RunSpec", "WorkersSpec"]
+
+_SECRET = re.compile(r"secret|token|password|passwd|credential|access_key|api_key", re.IGNORECASE)
+_PERSON_IN_URL = re.compile(r"^\w+://[^/]*@")
+
+
+class WorkersSpec(Section):
+    """The gang of worker processes."""
+
+    count: int = Field(1, ge=1, le=4096, description="worker processes that train together, one device each")
+    min_count: int | None = Field(
+        None, ge=1, description="go on with as few as this many workers when the cluster shrinks"
+    )
+    cpus: int = Field(1, ge=1, le=1024, description="CPU cores, and torch threads, of each worker")
+    gpus: int = Field(0, ge=0, le=1, description="GPUs of each worker: 0 trains on the CPU")
+    max_failures: int = Field(
+        3, ge=0, le=1000, description="times the gang is restarted from its last checkpoint after a worker dies"
+    )
+    environment: dict[str, str] = Field({}, description="environment variables of each worker; never a secret")
+
+    @field_validator("environment")
+    @classmethod
+    def _no_secret(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if _SECRET.search(name):
+                raise ValueError(
+                    f"{name} looks like a secret; set it in the environment of the cluster, never in a spec"
+                )
+        return value
+
+    @model_validator(mode="after")
+    def _elastic(self) -> WorkersSpec:
+        if self.min_count is not None and self.min_count > self.count:
+            raise ValueError(f"min_count {self.min_count} is above count {self.count}")
+        return self
+
+
+class RunSpec(Section):
+    """The head of every spec."""
+
+    kind: str = Field(description="what is run, such as robust.train")
+    name: Name = Field(description="name of the run and its resume key: the same name goes on where it stopped")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of every random draw of the run")
+    store: str = Field(
+        "runs", min_length=1, max_length=1000, description="where runs are kept: a folder or s3://bucket/prefix"
+    )
+    workers: WorkersSpec = Field(WorkersSpec(), description="the gang of worker processes")
+
+    @field_validator("store")
+    @classmethod
+    def _store_form(cls, value: str) -> str:
+        if _PERSON_IN_URL.match(value):
+            raise ValueError(
+                "a store URL carries no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead"
+            )
+        scheme, mark, rest = value.partition("://")
+        if mark and (scheme != "s3" or not rest.strip("/")):
+            raise ValueError("a store is a folder or s3://bucket/prefix")
+        if "\0" in value:
+            raise ValueError("a store is a path without null bytes")
+        return value
