@@ -1,0 +1,64 @@
+"""From a `ModelSpec` to a module."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from poise.errors import UserError
+from poise.models.layers import ACTIVATIONS, Normalize
+from poise.models.plain import small_cnn, vgg
+from poise.models.plans import RESIDUAL, VGG, Shape
+from poise.models.residual import residual_network
+from poise.models.spec import ModelSpec, check_shape
+
+__all__ = ["build"]
+
+
+def build(
+    spec: ModelSpec, *, shape: Shape, classes: int, mean: Sequence[float], std: Sequence[float], seed: int
+) -> nn.Sequential:
+    """The network of `spec` on the CPU, in training mode: x (N, *shape) in [0, 1] to logits (N, classes).
+
+    It has two parts, `normalize` (first; see `Normalize`) and `body`. The weights are a function of `seed` alone and
+    the global random state is left as it was.
+
+    Raises:
+        UserError: images too small, fewer than 2 classes, `mean` or `std` that do not fit the channels.
+    """
+    check_shape(shape, classes)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        body = _body(spec, shape, classes)
+        _initialise(body)
+    first = _normalize(shape[0], mean, std) if spec.normalize == "data" else nn.Identity()
+    return nn.Sequential(OrderedDict(normalize=first, body=body))
+
+
+def _body(spec: ModelSpec, shape: Shape, classes: int) -> nn.Sequential:
+    width, activation = spec.base_width, ACTIVATIONS[spec.activation]
+    if spec.name in RESIDUAL:
+        plan = RESIDUAL[spec.name]
+        return residual_network(plan, width=width, channels=shape[0], classes=classes, activation=activation)
+    if spec.name in VGG:
+        return vgg(VGG[spec.name], width=width, channels=shape[0], classes=classes, activation=activation)
+    return small_cnn(width=width, shape=shape, classes=classes, activation=activation)
+
+
+def _initialise(body: nn.Module) -> None:
+    for module in body.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def _normalize(channels: int, mean: Sequence[float], std: Sequence[float]) -> Normalize:
+    if not len(mean) == len(std) == channels:
+        raise UserError(f"{len(mean)} means and {len(std)} stds do not fit images of {channels} channels")
+    if not all(value > 0 for value in std):
+        raise UserError(f"every std must be above 0, not {list(std)}: is a channel constant? set model.normalize: none")
+    return Normalize(mean, std)

@@ -1,0 +1,105 @@
+"""Which network a run trains, and how large it is, without building it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+from pydantic import Field
+
+from poise.errors import UserError
+from poise.models.plans import RESIDUAL, SMALLEST_SIDE, VGG, WIDTH, Architecture, ResidualPlan, Shape
+from poise.spec import Section
+
+__all__ = ["Architecture", "ModelSpec", "Shape", "check_shape", "num_parameters", "state_bytes"]
+
+
+class ModelSpec(Section):
+    """The `model` section."""
+
+    name: Architecture = Field(default="cnn", description="architecture")
+    activation: Literal["relu", "silu", "softplus"] = Field(
+        default="relu", description="activation everywhere in the network; softplus has beta 1"
+    )
+    width: int | None = Field(
+        default=None, ge=1, le=1024, description="channels of the first convolution (default: the architecture's own)"
+    )
+    normalize: Literal["data", "none"] = Field(
+        default="data", description="first layer: subtract mean and divide by std of the training pixels, or nothing"
+    )
+
+    @property
+    def base_width(self) -> int:
+        """Channels of the first convolution, the architecture's own unless the spec says otherwise."""
+        return self.width or WIDTH[self.name]
+
+
+class _Size(NamedTuple):
+    weights: int
+    normed: int = 0  # channels that a batch normalisation follows
+
+
+def check_shape(shape: Shape, classes: int) -> None:
+    """Refuse images and label sets that no architecture here can take.
+
+    Raises:
+        UserError: a side under 4 pixels, no channel, or fewer than 2 classes.
+    """
+    if min(shape[1:]) < SMALLEST_SIDE or shape[0] < 1:
+        raise UserError(f"images of shape {shape} are too small: at least 1 channel of {SMALLEST_SIDE}x{SMALLEST_SIDE}")
+    if classes < 2:
+        raise UserError(f"{classes} class cannot be told apart: the labels need at least 2 classes")
+
+
+def num_parameters(spec: ModelSpec, shape: Shape, classes: int) -> int:
+    """Trainable numbers of the network for images of `shape` (C, H, W) and `classes` labels, in closed form.
+
+    Raises:
+        UserError: see `check_shape`.
+    """
+    check_shape(shape, classes)
+    return sum(size.weights + 2 * size.normed for size in _sizes(spec, shape, classes))
+
+
+def state_bytes(spec: ModelSpec, shape: Shape, classes: int) -> int:
+    """Bytes of the state dict in fp32: parameters, running statistics, their int64 counters, mean and std."""
+    norms = [size.normed for size in _sizes(spec, shape, classes) if size.normed]
+    normalize = 2 * shape[0] if spec.normalize == "data" else 0
+    return 4 * (num_parameters(spec, shape, classes) + 2 * sum(norms) + normalize) + 8 * len(norms)
+
+
+def _sizes(spec: ModelSpec, shape: Shape, classes: int) -> Iterator[_Size]:
+    if spec.name in RESIDUAL:
+        return _residual(RESIDUAL[spec.name], spec.base_width, shape[0], classes)
+    if spec.name in VGG:
+        return _vgg(VGG[spec.name], spec.base_width, shape[0], classes)
+    return _cnn(spec.base_width, shape, classes)
+
+
+def _residual(plan: ResidualPlan, width: int, channels: int, classes: int) -> Iterator[_Size]:
+    yield _Size(9 * channels * width, normed=0 if plan.preactivated else width)
+    inside = width
+    for stage, factor in enumerate(plan.stages):
+        outside = factor * width
+        for block in range(plan.blocks):
+            yield _Size(9 * inside * outside, normed=inside if plan.preactivated else outside)
+            yield _Size(9 * outside * outside, normed=outside)
+            if block == 0 and (stage > 0 or inside != outside):
+                yield _Size(inside * outside, normed=0 if plan.preactivated else outside)
+            inside = outside
+    yield _Size((inside + 1) * classes, normed=inside if plan.preactivated else 0)
+
+
+def _vgg(stages: tuple[tuple[int, ...], ...], width: int, channels: int, classes: int) -> Iterator[_Size]:
+    for factor in (factor for stage in stages for factor in stage):
+        yield _Size((9 * channels + 1) * factor * width, normed=factor * width)
+        channels = factor * width
+    yield _Size((channels + 1) * classes)
+
+
+def _cnn(width: int, shape: Shape, classes: int) -> Iterator[_Size]:
+    channels, height, side = shape
+    yield _Size((16 * channels + 1) * width)
+    yield _Size((16 * width + 1) * 2 * width)
+    yield _Size((2 * width * (height // 4) * (side // 4) + 1) * 4 * width)
+    yield _Size((4 * width + 1) * classes)
