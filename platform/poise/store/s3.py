@@ -55,9 +55,9 @@ class S3Storage(Storage):
     def swap(self, key: str, data: bytes, expected: bytes) -> bool:
         try:
             found, tag = self._get(key)
+            return found == expected and self._put_if(key, data, IfMatch=tag)
         except FileNotFoundError:
             return False
-        return found == expected and self._put_if(key, data, IfMatch=tag)
 
     def append(self, key: str, data: bytes) -> None:
         try:
@@ -132,7 +132,11 @@ class S3Storage(Storage):
             read_timeout=60,
             s3={"addressing_style": style},
         )
-        return boto3.session.Session().client("s3", config=config)
+        client = boto3.session.Session().client("s3", config=config)
+        # boto3 stops retrying once retries have used up a quota, which a service that fails one request in three does
+        # within 300 requests. Here whatever succeeds in the end refills the quota; a dead service still exhausts it.
+        client.meta.events.register_first("after-call.s3", _refill_quota)
+        return client
 
     def _get(self, key: str) -> tuple[bytes, str]:
         with self._calls(key) as client:
@@ -206,6 +210,10 @@ class _LostRaceError(StoreError):
     def __init__(self, *, retried: bool) -> None:
         super().__init__("another writer was faster: run again")
         self.retried = retried
+
+
+def _refill_quota(context: dict[str, Any], **_: object) -> None:
+    context["retry_quota_capacity"] = 500  # what botocore gives back after a success, and the whole of its quota
 
 
 def _endpoint() -> str:
