@@ -1,0 +1,147 @@
+"""The data of a run: its splits, and a training stream that any step can be read from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from poise.data.augment import Draws, PadMode, crop_and_flip, draw
+from poise.data.sets import ImageSet, read, unit_pixels
+from poise.data.spec import DataSpec, num_validation
+from poise.errors import UserError
+from poise.spec.seeds import derive_seed
+
+__all__ = ["Batches", "Dataset", "load"]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Three disjoint splits; mean and std per channel are those of the pixels of `train`, as fractions of 1."""
+
+    train: ImageSet
+    validation: ImageSet
+    test: ImageSet
+    classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        channels, height, width = self.train.images.shape[1:]
+        return channels, height, width
+
+
+def load(spec: DataSpec, seed: int) -> Dataset:
+    """Read a data set and hold out its validation split by a permutation that `seed` draws.
+
+    A channel that is constant over the whole training split has std 1.
+
+    Raises:
+        UserError: unreadable files (see `sets.read`), or nothing left to train on.
+        StoreError: a folder or a bucket that cannot be read.
+    """
+    stored, test, classes = read(spec)
+    held_out = num_validation(spec, len(stored))
+    if held_out >= len(stored):
+        raise UserError(
+            f"data.validation: {held_out} held out of {len(stored)} training examples leaves none to train on"
+        )
+    order = _permutation(len(stored), derive_seed(seed, "validation"))
+    train = stored.select(order[held_out:].sort().values)
+    mean, std = _statistics(train.images)
+    return Dataset(train, stored.select(order[:held_out].sort().values), test, classes, mean, std)
+
+
+class Batches:
+    """The training stream, with random access: `batch(step)` is a pure function of the arguments and the step.
+
+    An epoch is one seeded permutation of the set, cut into `steps_per_epoch` global batches; the remainder that fills
+    no batch is dropped, another one each epoch. Order and augmentation are drawn for the global batch and then cut
+    into equal slices, so that the ranks together see what a single worker sees.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        batch_size: int,
+        seed: int,
+        pad: int = 0,
+        pad_mode: PadMode = "reflect",
+        flip: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+        resident: bool = True,
+    ) -> None:
+        """images: (N, C, H, W), labels: (N,), both as in `ImageSet`; `batch_size` counts all ranks.
+
+        `resident` moves the set to the device if it takes at most half of the memory that is free there.
+
+        Raises:
+            UserError: fewer examples than one batch, a batch that the ranks cannot share equally, too wide a padding.
+        """
+        _check(images, batch_size, pad, world_size)
+        self.device = torch.device(device)
+        home = self.device if resident and _fits(images, self.device) else torch.device("cpu")
+        self.images, self.labels = images.to(home), labels.to(home)
+        self.steps_per_epoch = len(images) // batch_size
+        self._batch_size, self._seed = batch_size, seed
+        self._pad, self._pad_mode, self._flip = pad, pad_mode, flip
+        share = batch_size // world_size
+        self._slice = slice(rank * share, (rank + 1) * share)
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """This rank's share of global batch `step` (from 0): x (n, C, H, W) float32 in [0, 1] and y (n,) int64."""
+        rows = self._rows(step)
+        x, y = self.images[rows].to(self.device), self.labels[rows].to(self.device)
+        if self._pad or self._flip:
+            x = crop_and_flip(x, self._draws(step), pad=self._pad, mode=self._pad_mode)
+        return unit_pixels(x), y
+
+    def _rows(self, step: int) -> Tensor:
+        epoch, index = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            order = _permutation(len(self.labels), derive_seed(self._seed, "order", epoch))
+            self._epoch, self._order = epoch, order.to(self.labels.device)
+        return self._order[index * self._batch_size : (index + 1) * self._batch_size][self._slice]
+
+    def _draws(self, step: int) -> Draws:
+        seed = derive_seed(self._seed, "augment", step)
+        draws = draw(self._batch_size, pad=self._pad, flip=self._flip, seed=seed)
+        return Draws(*(values[self._slice].to(self.device) for values in draws))
+
+
+def _check(images: Tensor, batch_size: int, pad: int, world_size: int) -> None:
+    if len(images) < batch_size:
+        raise UserError(f"data.batch_size: {batch_size} is more than the {len(images)} training examples")
+    if batch_size % world_size:
+        raise UserError(f"data.batch_size: {batch_size} examples cannot be shared equally by {world_size} workers")
+    if pad >= min(images.shape[2:]):
+        raise UserError(f"data.pad: {pad} pixels must be less than the side of the images, {min(images.shape[2:])}")
+
+
+def _fits(images: Tensor, device: torch.device) -> bool:
+    return device.type != "cuda" or 2 * images.nbytes <= torch.cuda.mem_get_info(device)[0]
+
+
+def _permutation(n: int, seed: int) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+
+
+def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and population std per channel, summed in float64 (exact for uint8) a part at a time to bound memory."""
+    total = torch.zeros(2, images.shape[1], dtype=torch.float64)
+    for part in torch.split(images, 2048):
+        pixels = part.double()
+        total += torch.stack([pixels.sum(dim=(0, 2, 3)), pixels.square().sum(dim=(0, 2, 3))])
+    scale = 255 if images.dtype == torch.uint8 else 1
+    mean, square = total / (images.numel() / images.shape[1])
+    std = (square - mean.square()).clamp(min=0).sqrt()
+    std[std < 1e-6 * scale] = scale
+    return tuple((mean / scale).tolist()), tuple((std / scale).tolist())

@@ -1,0 +1,166 @@
+"""From the bytes of one file to arrays: idx, CIFAR binary, MATLAB, npz, and Parquet with encoded images.
+
+Every reader takes bytes and returns images as (N, C, H, W) and labels as (N,), or raises one of `UNREADABLE`. Nothing
+is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import math
+import struct
+import zipfile
+import zlib
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from PIL import Image, UnidentifiedImageError
+from scipy.io import loadmat
+from scipy.io.matlab import MatReadError
+
+__all__ = ["UNREADABLE", "Arrays", "cifar_binary", "idx", "npz", "parquet", "svhn"]
+
+Array = npt.NDArray[Any]
+Arrays = tuple[Array, Array]
+
+UNREADABLE = (
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    EOFError,
+    OSError,
+    SyntaxError,
+    NotImplementedError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    zipfile.BadZipFile,
+    MatReadError,
+    pa.ArrowException,
+    Image.DecompressionBombError,
+)
+"""What the libraries raise when bytes are not what they should be."""
+
+_IMAGE_COLUMNS = ("image", "img")
+_LABEL_COLUMNS = ("fine_label", "label")
+
+
+def idx(data: bytes, dimensions: int) -> Array:
+    """An array of bytes in the idx format (gzipped or plain) with so many dimensions: 3 for images, 1 for labels."""
+    if data[:2] == b"\x1f\x8b":
+        data = gzip.decompress(data)
+    magic = bytes([0, 0, 8, dimensions])
+    if data[:4] != magic:
+        raise ValueError(f"it begins with {data[:4].hex() or 'nothing'}, not with the idx magic {magic.hex()}")
+    start = 4 + 4 * dimensions
+    shape = struct.unpack(f">{dimensions}I", data[4:start])
+    if len(data) - start != math.prod(shape):
+        raise ValueError(f"it holds {len(data) - start} bytes where its header promises {math.prod(shape)}")
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+
+
+def cifar_binary(data: bytes, label_bytes: int) -> Arrays:
+    """A binary batch of CIFAR-10 (`label_bytes` 1) or CIFAR-100 (2: coarse, then fine, which is the one kept)."""
+    record = label_bytes + 3 * 32 * 32
+    if not data or len(data) % record:
+        raise ValueError(f"its {len(data)} bytes are not whole records of {record} bytes")
+    rows = np.frombuffer(data, np.uint8).reshape(-1, record)
+    return rows[:, label_bytes:].reshape(-1, 3, 32, 32), rows[:, label_bytes - 1]
+
+
+def svhn(data: bytes) -> Arrays:
+    """A cropped-digits file of SVHN: X (32, 32, 3, N), y (N, 1) with the digit 0 written as 10.
+
+    The published files are compressed, so that damage is found by checksum; SciPy's parser can crash on an uncompressed
+    file whose tags are damaged.
+    """
+    content = loadmat(io.BytesIO(data), variable_names=["X", "y"])
+    images, labels = content["X"], content["y"]
+    if images.ndim != 4 or images.shape[2] != 3 or images.dtype != np.uint8:
+        raise ValueError(f"X is {images.dtype} of shape {images.shape}, not uint8 of (height, width, 3, N)")
+    if labels.size and not 1 <= labels.min() <= labels.max() <= 10:
+        raise ValueError(f"labels run from {labels.min()} to {labels.max()}, not from 1 to 10")
+    return images.transpose(3, 2, 0, 1), np.where(labels == 10, 0, labels).reshape(-1)
+
+
+def npz(data: bytes, part: str) -> Arrays:
+    """`x_<part>` and `y_<part>` of an npz file.
+
+    Images are (N, H, W), (N, H, W, C) or (N, C, H, W) with C one of 1, 3, 4; where both could be meant, channels last.
+    """
+    with np.load(io.BytesIO(data), allow_pickle=False) as content:
+        missing = [name for name in (f"x_{part}", f"y_{part}") if name not in content.files]
+        if missing:
+            raise ValueError(f"it holds no {' and no '.join(missing)}, only {content.files}")
+        images, labels = content[f"x_{part}"], content[f"y_{part}"]
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    return _channels_first(images), labels
+
+
+def _channels_first(images: Array) -> Array:
+    if images.ndim == 3:
+        return images[:, None]
+    if images.ndim == 4 and images.shape[3] in (1, 3, 4):
+        return images.transpose(0, 3, 1, 2)
+    if images.ndim == 4 and images.shape[1] in (1, 3, 4):
+        return images
+    raise ValueError(f"images of shape {images.shape} are neither (N, H, W) nor (N, H, W, C) nor (N, C, H, W)")
+
+
+def parquet(data: bytes, limit: int | None = None) -> Arrays:
+    """The first `limit` rows of a Parquet file with encoded images (PNG, JPEG, ...) and integer labels.
+
+    The image column is `image` or `img`, binary or a struct with a field `bytes`; the label column is `fine_label` or
+    `label`. All images have the size of the first, and are grey if that one is.
+    """
+    file = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
+    names = file.schema_arrow.names
+    image_name, label_name = _column(names, _IMAGE_COLUMNS), _column(names, _LABEL_COLUMNS)
+    table = file.read(columns=[image_name, label_name]).slice(0, limit)
+    labels, images = table[label_name], table[image_name]
+    if not pa.types.is_integer(labels.type):
+        raise ValueError(f"column {label_name!r} holds {labels.type}, not integers")
+    if pa.types.is_struct(images.type):
+        images = pc.struct_field(images, "bytes")
+    if images.null_count or labels.null_count:
+        raise ValueError(f"{images.null_count} images and {labels.null_count} labels are missing")
+    return _decode_all(images.to_pylist()), labels.to_numpy()
+
+
+def _column(names: list[str], wanted: tuple[str, ...]) -> str:
+    found = next((name for name in wanted if name in names), None)
+    if found is None:
+        raise ValueError(f"it has no column {' or '.join(map(repr, wanted))}, only {names}")
+    return found
+
+
+def _decode_all(encoded: list[bytes]) -> Array:
+    if not encoded:
+        raise ValueError("it has no rows")
+    grey = _decode(encoded[0], None, 0).ndim == 2
+    images = [_decode(data, "L" if grey else "RGB", row) for row, data in enumerate(encoded)]
+    odd = next((row for row, image in enumerate(images) if image.shape != images[0].shape), None)
+    if odd is not None:
+        raise ValueError(f"row {odd} is an image of {images[odd].shape[:2]} pixels, row 0 of {images[0].shape[:2]}")
+    stacked = np.stack(images)
+    return stacked[:, None] if grey else stacked.transpose(0, 3, 1, 2)
+
+
+def _decode(encoded: bytes, mode: str | None, row: int) -> Array:
+    """Pixels (H, W) for mode L, (H, W, 3) for RGB; without a mode, whichever suits the image."""
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            if image.mode[0] in "IF":
+                raise ValueError(f"its pixels ({image.mode}) do not fit 8 bits")
+            return np.asarray(image.convert(mode or ("L" if image.mode in ("1", "L", "LA") else "RGB")))
+    except UNREADABLE as error:
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"row {row} cannot be decoded: {reason}") from error
