@@ -1,1 +1,27 @@
-"""What can be run: one short file per kind of job."""
+"""What can be run: one short file per kind of job, binding spec, data, model, loop and measures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from poise.kinds.specs import PipelineSpec, RobustTrainSpec
+from poise.spec import RunSpec
+
+if TYPE_CHECKING:
+    from poise.train.context import Context
+
+__all__ = ["KINDS", "run"]
+
+KINDS: Mapping[str, type[RunSpec]] = {
+    "robust.train": RobustTrainSpec,
+    "pipeline": PipelineSpec,
+}
+
+_HOMES = {"robust.train": "poise.kinds.robust_train"}
+
+
+def run(spec: RunSpec, context: Context) -> None:
+    """Run `spec` in this worker; every worker of the gang calls it. What it finds is in the store afterwards."""
+    import_module(_HOMES[spec.kind]).run(spec, context)

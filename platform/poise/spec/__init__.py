@@ -1,6 +1,6 @@
 """What a run is: typed specs, YAML in, precise errors out."""
 
-from poise.spec.base import Section
+from poise.spec.base import Section, mistake
 from poise.spec.load import dump, json_schema, load, parse, sha256
 from poise.spec.problems import Problem, SpecError
 from poise.spec.run import RunSpec, WorkersSpec
@@ -17,6 +17,7 @@ __all__ = [
     "dump",
     "json_schema",
     "load",
+    "mistake",
     "parse",
     "sha256",
 ]

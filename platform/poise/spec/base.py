@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
+from pydantic_core import PydanticCustomError
 
-__all__ = ["Section"]
+__all__ = ["Section", "mistake"]
 
 
 class Section(BaseModel):
@@ -15,3 +16,8 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
+
+
+def mistake(path: str, message: str) -> PydanticCustomError:
+    """What a validator of a whole section raises when the fault lies at `path` (dotted) inside it."""
+    return PydanticCustomError("mistake", "{message}", {"message": message, "path": path})

@@ -38,6 +38,7 @@ def parse(document: Document, kinds: Kinds) -> RunSpec:
         what = "is missing" if kind is None else f"{kind!r} is not a kind of job"
         hint = nearest(kind, kinds) if isinstance(kind, str) else f"valid: {', '.join(sorted(kinds))}"
         raise SpecError([document.problem(("kind",), f"{what}; {hint}")])
+    document.tree, document.copies = kinds[kind].expand(document.tree)
     try:
         return kinds[kind].model_validate(document.tree)
     except ValidationError as error:
@@ -58,15 +59,21 @@ def json_schema(spec_class: type[RunSpec], kind: str) -> dict[str, Any]:
     """The JSON Schema of one kind, for editors."""
     schema = spec_class.model_json_schema()
     schema["properties"]["kind"] = {"const": kind, "description": schema["properties"]["kind"].get("description", "")}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": f"poise {kind}", **schema}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": f"poise {kind}"}
 
 
 def _problems(error: ValidationError, document: Document, spec_class: type[RunSpec]) -> list[Problem]:
     found = [
-        document.problem(_written(detail["loc"], document.tree), _message(detail, spec_class))
+        document.problem(_written(_loc(detail), document.tree), _message(detail, spec_class))
         for detail in error.errors()
     ]
     return sorted(dict.fromkeys(found), key=lambda problem: (problem.line, problem.path and str(problem.path)))
+
+
+def _loc(detail: ErrorDetails) -> Path:
+    if detail["type"] != "mistake":
+        return detail["loc"]
+    return (*detail["loc"], *str(detail["ctx"]["path"]).split("."))
 
 
 def _written(loc: Path, tree: Any) -> Path:
@@ -79,7 +86,7 @@ def _written(loc: Path, tree: Any) -> Path:
         if inside:
             tree = tree[part]
             path.append(part)
-        elif index == len(loc) - 1 and not (isinstance(tree, dict) and tree.get("name") == part):
+        elif index == len(loc) - 1 and not (isinstance(tree, dict) and part in (tree.get("name"), tree.get("kind"))):
             path.append(part)
     return tuple(path)
 
@@ -99,7 +106,7 @@ def _message(detail: ErrorDetails, spec_class: type[RunSpec]) -> str:
         return f"{_short(shown)} is not valid; {hint}"
     text = re.sub(r"^(Value|Assertion) error, ", "", detail["msg"])
     text = re.sub(r"^Input should be", "must be", text)
-    return text if kind == "value_error" and isinstance(given, dict) else f"{text}, got {_short(given)}"
+    return text if kind == "mistake" or isinstance(given, dict) else f"{text}, got {_short(given)}"
 
 
 def _choices(spec_class: type[BaseModel], loc: Path) -> str:

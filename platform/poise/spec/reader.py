@@ -20,6 +20,7 @@ __all__ = ["Document", "read_document", "read_file"]
 
 _MAX_BYTES = 1 << 20
 _MAX_NODES = 50_000
+_PLAIN_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 
 
 @dataclass
@@ -30,15 +31,20 @@ class Document:
     tree: dict[str, Any]
     lines: dict[Path, int] = field(default_factory=dict)
     overridden: set[Path] = field(default_factory=set)
+    copies: dict[Path, Path] = field(default_factory=dict)
 
     def place(self, path: Path) -> tuple[str, int]:
-        """Source and line of the longest written prefix of `path`."""
-        for end in range(len(path), -1, -1):
-            if path[:end] in self.overridden:
-                return f"--set {dotted(path[:end])}", 0
-            if path[:end] in self.lines:
-                return self.source, self.lines[path[:end]]
-        return self.source, 0
+        """Source and line of the longest written prefix of `path`, or of what `path` was copied from."""
+        originals = [(*origin, *path[len(copy) :]) for copy, origin in self.copies.items() if path[: len(copy)] == copy]
+        nearest = min([path, *originals], key=lambda candidate: len(candidate) - len(self._written(candidate)))
+        written = self._written(nearest)
+        if written in self.overridden:
+            return f"--set {dotted(written)}", 0
+        return self.source, self.lines.get(written, 0)
+
+    def _written(self, path: Path) -> Path:
+        known = (path[:end] for end in range(len(path), 0, -1))
+        return next((part for part in known if part in self.overridden or part in self.lines), ())
 
     def problem(self, path: Path, message: str) -> Problem:
         """A mistake at `path`, placed."""
@@ -116,6 +122,8 @@ class _Walk:
         if self.nodes > _MAX_NODES:
             raise yaml.YAMLError(f"more than {_MAX_NODES} values once aliases are expanded")
         self.document.lines.setdefault(path, node.start_mark.line + 1)
+        if not isinstance(node, yaml.ScalarNode) and node.tag not in _PLAIN_TAGS:
+            self._note(node.start_mark.line + 1, path, f"cannot read the tag {node.tag}; a spec holds plain values")
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
 from poise.spec.base import Section
+from poise.spec.problems import Path
 from poise.spec.values import Name
 
 __all__ = ["RunSpec", "WorkersSpec"]
@@ -56,6 +58,11 @@ class RunSpec(Section):
         "runs", min_length=1, max_length=1000, description="where runs are kept: a folder or s3://bucket/prefix"
     )
     workers: WorkersSpec = Field(WorkersSpec(), description="the gang of worker processes")
+
+    @classmethod
+    def expand(cls, tree: dict[str, Any]) -> tuple[dict[str, Any], dict[Path, Path]]:
+        """The tree with its shorthands written out, and for each copied path the one that it was copied from."""
+        return tree, {}
 
     @field_validator("store")
     @classmethod

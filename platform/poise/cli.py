@@ -1,0 +1,309 @@
+"""The command line: it reads arguments, calls the room that does the work, and prints. Nothing else happens here."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from poise import __version__
+from poise.errors import PoiseError, UserError
+
+if TYPE_CHECKING:
+    from poise.observe.sinks import Sink
+    from poise.spec import RunSpec
+    from poise.store.runs import Run
+
+__all__ = ["cli", "main"]
+
+
+def main() -> None:
+    """Run the command line: a PoiseError is printed without a traceback and sets the exit code."""
+    try:
+        cli(standalone_mode=False)
+    except PoiseError as error:
+        click.echo(f"poise: {error}", err=True)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("poise: stopped; the same command goes on from the last commit", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(0)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="poise")
+def cli() -> None:
+    """Train and measure models that keep their balance: robust under attack, and honest about it."""
+
+
+_spec = click.argument("spec", type=click.Path(path_type=Path))
+_set = click.option(
+    "--set", "assignments", multiple=True, metavar="PATH=VALUE", help="Change a value, such as train.epochs=5."
+)
+_address = click.option(
+    "--address",
+    envvar="RAY_API_SERVER_ADDRESS",
+    default="http://127.0.0.1:8265",
+    show_default=True,
+    help="Address of the Ray dashboard.",
+)
+
+
+@cli.command()
+@_spec
+@_set
+def check(spec: Path, assignments: Sequence[str]) -> None:
+    """Print the resolved spec and what it will cost, or every mistake in it."""
+    from poise.kinds.cost import estimate
+    from poise.spec import dump
+
+    resolved = _load(spec, assignments)
+    click.echo(dump(resolved), nl=False)
+    click.echo()
+    for line in estimate(resolved):
+        click.echo(f"# {line}")
+
+
+@cli.command()
+@_spec
+@_set
+@click.option(
+    "--engine",
+    type=click.Choice(["ray", "local"]),
+    default="ray",
+    show_default=True,
+    help="local: this process, without Ray.",
+)
+@click.option("--address", help="Join this Ray cluster; the default is RAY_ADDRESS or one of its own on this machine.")
+@click.option(
+    "--metrics-port", type=click.IntRange(0, 65535), help="Serve Prometheus metrics of the driver on this port."
+)
+def run(spec: Path, assignments: Sequence[str], engine: Any, address: str | None, metrics_port: int | None) -> None:
+    """Run a spec to its end, from where it stopped, and print what came out."""
+    from poise.engine.drive import drive, stages_of
+    from poise.observe.progress import Display
+
+    resolved = _load(spec, assignments)
+    stages = stages_of(resolved)
+    with Display(runs=[stage.name for stage in stages]) as display:
+        drive(resolved, engine, address, display, _sink(metrics_port, display.note))
+    _print_results(resolved, stages)
+
+
+@cli.command()
+@_spec
+@_set
+@_address
+@click.option("--job", help="Id of the job; the default is poise-NAME.")
+@click.option("--detach", is_flag=True, help="Return at once instead of following the log.")
+def submit(spec: Path, assignments: Sequence[str], address: str, job: str | None, detach: bool) -> None:
+    """Send a spec to a Ray cluster as a job and follow its log. Ctrl-C leaves the job running."""
+    from poise.engine import jobs
+
+    sent = jobs.submit(_load(spec, assignments), address, job)
+    click.echo(f"job {sent} is on its way; poise status|logs|stop {sent} --address {address}")
+    if not detach:
+        _finish_job(jobs.follow(sent, address, lambda text: click.echo(text, nl=False)))
+
+
+@cli.command()
+@click.argument("job")
+@_address
+def status(job: str, address: str) -> None:
+    """Print the state of a job."""
+    from poise.engine import jobs
+
+    _print_job(jobs.status(job, address))
+
+
+@cli.command()
+@click.argument("job")
+@_address
+@click.option("--follow", is_flag=True, help="Go on until the job ends.")
+def logs(job: str, address: str, follow: bool) -> None:
+    """Print what a job has printed."""
+    from poise.engine import jobs
+
+    if follow:
+        _finish_job(jobs.follow(job, address, lambda text: click.echo(text, nl=False)))
+    else:
+        click.echo(jobs.logs(job, address), nl=False)
+
+
+@cli.command()
+@click.argument("job")
+@_address
+def stop(job: str, address: str) -> None:
+    """Stop a job; what its run has committed stays."""
+    from poise.engine import jobs
+
+    _print_job(jobs.stop(job, address))
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="File to write; the default is artifacts/report.html of the first run.",
+)
+@click.option("--tensorboard", type=click.Path(path_type=Path), help="Write TensorBoard files into this folder too.")
+def report(runs: Sequence[str], output: Path | None, tensorboard: Path | None) -> None:
+    """Write one self-contained page about one or several runs, such as runs/quickstart-adt."""
+    from poise.report.page import load_record
+    from poise.report.publish import publish
+
+    opened = [_open(name) for name in runs]
+    if tensorboard is not None:
+        from poise.observe.tensorboard import write_tensorboard
+
+        for one in opened:
+            write_tensorboard(load_record(one).rows, tensorboard / one.name)
+    click.echo(publish(opened, opened[0], output))
+
+
+@cli.command()
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="Folder for one file per kind; the default prints them."
+)
+def schema(output: Path | None) -> None:
+    """Write the JSON Schema of every kind of spec, for editors."""
+    from poise.kinds import KINDS
+    from poise.spec import json_schema
+
+    for kind, spec_class in KINDS.items():
+        text = json.dumps(json_schema(spec_class, kind), indent=2)
+        if output is None:
+            click.echo(text)
+        else:
+            output.mkdir(parents=True, exist_ok=True)
+            (output / f"{kind}.schema.json").write_text(text + "\n")
+            click.echo(output / f"{kind}.schema.json")
+
+
+@cli.group()
+def runs() -> None:
+    """Look at, verify and clean a store of runs."""
+
+
+@runs.command("list")
+@click.argument("store", default="runs")
+def runs_list(store: str) -> None:
+    """List the runs of a store."""
+    from rich.console import Console
+
+    from poise.report.table import run_list
+    from poise.store.runs import list_runs
+    from poise.store.storage import open_storage
+
+    Console().print(run_list(list_runs(open_storage(store))))
+
+
+@runs.command("show")
+@click.argument("run")
+def runs_show(run: str) -> None:
+    """Print a run: its state, checkpoints and results."""
+    from rich.console import Console
+
+    from poise.report.page import load_record
+    from poise.report.table import comparison, run_details
+
+    opened = _open(run)
+    Console().print(run_details(opened))
+    if opened.exists("artifacts/summary.json"):
+        Console().print(comparison([load_record(opened)]))
+
+
+@runs.command("verify")
+@click.argument("run")
+def runs_verify(run: str) -> None:
+    """Read every committed byte of a run again and compare it with its sha256. Exit code 1 if anything is damaged."""
+    from poise.store.runs import verify
+
+    opened = _open(run)
+    damages = verify(opened)
+    for damage in damages:
+        click.echo(str(damage))
+    if damages:
+        raise PoiseError(f"{len(damages)} damaged; the newest sound checkpoint is what the run goes on from")
+    click.echo(f"{run}: {len(opened.checkpoints.commits())} checkpoints and all artifacts are sound")
+
+
+@runs.command("sweep")
+@click.argument("run")
+@click.option(
+    "--older-than", default=3600.0, show_default=True, metavar="SECONDS", help="Leave younger ones: they may be in use."
+)
+def runs_sweep(run: str, older_than: float) -> None:
+    """Remove what writers that died have left behind. Nothing that is committed is touched."""
+    from poise.store.runs import sweep
+
+    removed = sweep(_open(run), older_than)
+    for name in removed:
+        click.echo(f"removed {name}")
+    click.echo(f"{len(removed)} orphans removed")
+
+
+def _load(spec: Path, assignments: Sequence[str]) -> RunSpec:
+    from poise.kinds import KINDS
+    from poise.spec import load
+
+    return load(spec, KINDS, assignments)
+
+
+def _open(name: str) -> Run:
+    """The run at `store/name`; a bare name is one of the folder `runs`."""
+    from poise.store.runs import open_run
+
+    store, slash, last = name.rstrip("/").rpartition("/")
+    opened = open_run(store if slash else "runs", last)
+    if not opened.exists("spec.yaml"):
+        raise UserError(
+            f"there is no run {last} in {opened.storage.url}; `poise runs list {opened.storage.url}` lists them"
+        )
+    return opened
+
+
+def _sink(port: int | None, note: Any) -> Sink:
+    from poise.observe.sinks import NullSink
+
+    if port is None:
+        return NullSink()
+    from poise.observe.prometheus import PrometheusSink
+
+    sink = PrometheusSink()
+    note(f"metrics: http://127.0.0.1:{sink.serve(port)}/metrics")
+    return sink
+
+
+def _print_results(spec: RunSpec, stages: Sequence[RunSpec]) -> None:
+    from rich.console import Console
+
+    from poise.report.page import load_record
+    from poise.report.publish import publish
+    from poise.report.table import comparison
+    from poise.store.runs import open_run
+
+    opened = [open_run(stage.store, stage.name) for stage in stages]
+    Console().print(comparison([load_record(one) for one in opened]))
+    click.echo(f"page: {publish(opened, open_run(spec.store, spec.name))}")
+
+
+def _print_job(details: Any) -> None:
+    click.echo(f"{details.submission_id}: {details.status.value}")
+    if details.message:
+        click.echo(details.message)
+
+
+def _finish_job(details: Any) -> None:
+    _print_job(details)
+    if details.status.value != "SUCCEEDED":
+        sys.exit(details.driver_exit_code or 1)

@@ -1,0 +1,50 @@
+"""The board: one small actor between the gang and its driver.
+
+Workers put progress, attempts and the errors that no restart can mend on it; the driver reads it twice a second.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from poise.observe.progress import Progress
+
+__all__ = ["BoardState", "open_board"]
+
+
+@dataclass
+class BoardState:
+    """What is on the board: gangs started so far, the newest progress, the error that ends the run."""
+
+    attempts: int = 0
+    progress: Progress | None = None
+    error: Exception | None = None
+    waiting: list[str] = field(default_factory=list)
+
+
+class _Board:
+    def __init__(self) -> None:
+        self.state = BoardState()
+
+    def begin(self, rank: int) -> tuple[int, bool]:
+        """A worker starts: how many gangs came before its own, and whether the run has ended for good."""
+        if rank == 0:
+            self.state.attempts += 1
+        return self.state.attempts - 1, self.state.error is not None
+
+    def show(self, progress: Progress) -> None:
+        self.state.progress = progress
+
+    def fail(self, error: Exception) -> None:
+        self.state.error = self.state.error or error
+
+    def read(self) -> BoardState:
+        return self.state
+
+
+def open_board() -> Any:
+    """Start a board on the node of the driver; it lives as long as the driver."""
+    return ray.remote(num_cpus=0, max_concurrency=1)(_Board).remote()

@@ -1,0 +1,54 @@
+"""From a spec to its runs: one run, or the stages of a pipeline in order, on the engine that was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Literal
+
+from poise.engine.session import claim, is_finished, located
+from poise.errors import UserError
+from poise.kinds.specs import PipelineSpec
+from poise.observe.progress import Display
+from poise.observe.sinks import Sink
+from poise.spec import RunSpec
+
+__all__ = ["Engine", "drive", "stages_of"]
+
+Engine = Literal["ray", "local"]
+_RunOne = Callable[[RunSpec, Display, Sink], None]
+
+
+def stages_of(spec: RunSpec) -> list[RunSpec]:
+    """The runs that `spec` asks for, in order."""
+    return list(spec.stages.values()) if isinstance(spec, PipelineSpec) else [spec]
+
+
+def drive(spec: RunSpec, engine: Engine, address: str | None, display: Display, sink: Sink) -> None:
+    """Bring every run of `spec` to its end; what is finished already is skipped."""
+    left = [stage for stage in stages_of(spec) if not is_finished(located(stage))]
+    if not left:
+        return
+    with _opened(engine, address, spec) as run_one:
+        if isinstance(spec, PipelineSpec):
+            with claim(located(spec), spec):
+                for stage in left:
+                    run_one(stage, display, sink)
+        else:
+            run_one(spec, display, sink)
+
+
+@contextmanager
+def _opened(engine: Engine, address: str | None, spec: RunSpec) -> Iterator[_RunOne]:
+    if engine == "local":
+        from poise.engine.local import run_local
+
+        yield run_local
+        return
+    if find_spec("ray") is None:
+        raise UserError("ray is not installed here; use --engine local, or install poise with its dependencies")
+    from poise.engine.gang import cluster, run_gang
+
+    with cluster(address, stages_of(spec)):
+        yield run_gang

@@ -1,0 +1,143 @@
+"""`--engine ray`: a Ray Train gang, restarted from the last commit when a worker dies.
+
+What is committed lives in Poise's own store: rank 0 commits it before `ray.train.report` lets any worker go on. Ray
+keeps no checkpoint of its own: its controller records one only when it polls, so a worker that dies in between would
+lose a step that was already reported.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+
+from poise import env
+from poise.engine.board import BoardState, open_board
+from poise.engine.session import absolute_store, claim, is_finished, located
+from poise.engine.worker import Errand, work
+from poise.errors import PoiseError, UserError
+from poise.observe.progress import Display
+from poise.observe.sinks import Sink
+from poise.spec import RunSpec
+
+__all__ = ["cluster", "run_gang"]
+
+
+@contextmanager
+def cluster(address: str | None, specs: Sequence[RunSpec]) -> Iterator[None]:
+    """Join the cluster at `address` (or RAY_ADDRESS), or start one on this machine for as long as the block lasts."""
+    verbose = os.environ.get(env.RAY_LOGS) == "1"
+    joins = address is not None or "RAY_ADDRESS" in os.environ
+    cpus = None if joins else max(os.cpu_count() or 1, *(spec.workers.count * spec.workers.cpus for spec in specs))
+    try:
+        ray.init(address=address, num_cpus=cpus, log_to_driver=verbose, logging_level="INFO" if verbose else "ERROR")
+    except ConnectionError as error:
+        raise UserError(f"no Ray cluster answers at {address or os.environ.get('RAY_ADDRESS')}: {error}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def run_gang(spec: RunSpec, display: Display, sink: Sink) -> None:
+    """Run `spec` on a gang of workers, from where it stopped. A finished run is left as it is."""
+    run = located(spec)
+    if is_finished(run):
+        return
+    _check_resources(spec, display)
+    with claim(run, spec) as lease, tempfile.TemporaryDirectory(prefix="poise-ray-") as scratch:
+        board = open_board()
+        errand = Errand(spec.kind, spec.model_dump_json(), absolute_store(spec), lease.token, os.getcwd(), board)
+        with _watched(board, spec, display, sink):
+            _fit(_trainer(spec, errand, scratch), board)
+
+
+def _trainer(spec: RunSpec, errand: Errand, scratch: str) -> TorchTrainer:
+    workers = spec.workers
+    count = workers.count if workers.min_count is None else (workers.min_count, workers.count)
+    return TorchTrainer(
+        work,
+        train_loop_config={"errand": errand},
+        torch_config=TorchConfig(backend="nccl" if workers.gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=count,
+            use_gpu=workers.gpus > 0,
+            resources_per_worker={"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})},
+        ),
+        run_config=RunConfig(
+            name=spec.name,
+            storage_path=scratch,
+            failure_config=FailureConfig(max_failures=workers.max_failures),
+            worker_runtime_env={"env_vars": dict(workers.environment)},
+        ),
+    )
+
+
+def _fit(trainer: TorchTrainer, board: Any) -> None:
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        state: BoardState = ray.get(board.read.remote())
+        raise state.error or PoiseError(_explained(error, state.attempts)) from None
+    state = ray.get(board.read.remote())
+    if state.error is not None:
+        raise state.error
+
+
+def _explained(error: TrainingFailedError, attempts: int) -> str:
+    causes = error.worker_failures.items() if isinstance(error, WorkerGroupError) else [(0, error)]
+    lines = [f"worker {rank}: {str(cause).strip().splitlines()[-1]}" for rank, cause in causes]
+    return "\n".join(
+        [
+            f"the gang failed {attempts} times and is not restarted again (workers.max_failures); commits are kept",
+            *lines,
+        ]
+    )
+
+
+def _check_resources(spec: RunSpec, display: Display) -> None:
+    """Say so when the cluster as it is now cannot hold the gang: Ray would wait without a word."""
+    needed = {"CPU": spec.workers.count * spec.workers.cpus, "GPU": spec.workers.count * spec.workers.gpus}
+    present = ray.cluster_resources()
+    for name, amount in needed.items():
+        if present.get(name, 0) < amount:
+            display.note(
+                f"waiting: {spec.workers.count} workers need {amount} {name}, the cluster has {present.get(name, 0):g}"
+            )
+
+
+@contextmanager
+def _watched(board: Any, spec: RunSpec, display: Display, sink: Sink) -> Iterator[None]:
+    """Show what is on the board until the block ends."""
+    over = threading.Event()
+    thread = threading.Thread(target=_watch, args=(board, spec, display, sink, over), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _watch(board: Any, spec: RunSpec, display: Display, sink: Sink, over: threading.Event) -> None:
+    attempts, shown = 1, None
+    while True:
+        ending = over.wait(0.5)
+        state: BoardState = ray.get(board.read.remote())
+        if state.attempts > attempts:
+            display.note(f"[{spec.name}] a worker died; attempt {state.attempts} goes on from the last commit")
+            sink.inc("poise_restarts_total", state.attempts - attempts, run=spec.name)
+            attempts = state.attempts
+        if state.progress is not None and state.progress != shown:
+            shown = state.progress
+            display.show(shown)
+        if ending:
+            return

@@ -1,0 +1,106 @@
+"""Runs as Ray jobs: the same spec, sent to a cluster with the package that reads it."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+import poise
+from poise.errors import PoiseError, UserError
+from poise.spec import RunSpec, dump
+
+__all__ = ["follow", "job_id", "logs", "status", "stop", "submit"]
+
+_ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
+
+
+def job_id(spec: RunSpec) -> str:
+    """The id of the job of a run. A run has one job at a time, so its name is enough until that one has ended."""
+    return f"poise-{spec.name}"
+
+
+def submit(spec: RunSpec, address: str, job: str | None = None) -> str:
+    """Send `spec` to the cluster at `address` (http://host:8265) and return the id of its job.
+
+    Raises UserError when no cluster answers or a job of that id exists and has not ended.
+    """
+    job = job or job_id(spec)
+    with _client(address) as client, tempfile.TemporaryDirectory(prefix="poise-job-") as folder:
+        _make_way(client, job)
+        (Path(folder) / "spec.yaml").write_text(dump(spec))
+        client.submit_job(
+            entrypoint="python -m poise run spec.yaml --engine ray",
+            submission_id=job,
+            entrypoint_num_cpus=0,
+            runtime_env={"working_dir": folder, "py_modules": [str(Path(poise.__file__).parent)]},
+            metadata={"run": spec.name, "kind": spec.kind},
+        )
+    return job
+
+
+def status(job: str, address: str) -> JobDetails:
+    """What the cluster knows of a job."""
+    with _client(address) as client:
+        return _info(client, job)
+
+
+def logs(job: str, address: str) -> str:
+    """All that a job has printed."""
+    with _client(address) as client:
+        _info(client, job)
+        return str(client.get_job_logs(job))
+
+
+def follow(job: str, address: str, write: Callable[[str], None]) -> JobDetails:
+    """Pass on what a job prints until it ends. Leaving (Ctrl-C) does not stop the job."""
+    with _client(address) as client:
+        asyncio.run(_tail(client, job, write))
+        return _info(client, job)
+
+
+def stop(job: str, address: str) -> JobDetails:
+    """Ask a job to stop; what its run has committed stays."""
+    with _client(address) as client:
+        _info(client, job)
+        client.stop_job(job)
+        return _info(client, job)
+
+
+async def _tail(client: JobSubmissionClient, job: str, write: Callable[[str], None]) -> None:
+    async for chunk in client.tail_job_logs(job):
+        write(chunk)
+
+
+def _make_way(client: JobSubmissionClient, job: str) -> None:
+    """Forget an ended job of the same id; its run goes on from its last commit."""
+    known = {details.submission_id: details.status for details in client.list_jobs()}
+    if job not in known:
+        return
+    if known[job] not in _ENDED:
+        raise UserError(
+            f"job {job} is {known[job]} already; `poise logs {job}` follows it and `poise stop {job}` ends it"
+        )
+    client.delete_job(job)
+
+
+def _info(client: JobSubmissionClient, job: str) -> JobDetails:
+    try:
+        return client.get_job_info(job)
+    except RuntimeError as error:
+        if "does not exist" in str(error) or "404" in str(error):
+            raise UserError(f"the cluster knows no job {job}") from None
+        raise PoiseError(f"the cluster did not answer for job {job}: {error}") from None
+
+
+@contextmanager
+def _client(address: str) -> Iterator[JobSubmissionClient]:
+    try:
+        client = JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UserError(f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}") from None
+    yield client

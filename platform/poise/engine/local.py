@@ -1,0 +1,49 @@
+"""`--engine local`: this process, or this process as one rank under `torchrun`. Needs torch and no Ray."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+
+import torch
+import torch.distributed as dist
+
+from poise import kinds
+from poise.engine.session import claim, is_finished, located
+from poise.errors import UserError
+from poise.observe.progress import Display
+from poise.observe.sinks import Sink
+from poise.spec import RunSpec
+from poise.train.context import Context
+
+__all__ = ["run_local"]
+
+
+def run_local(spec: RunSpec, display: Display, sink: Sink) -> None:
+    """Run `spec` to its end here, from where it stopped. A finished run is left as it is."""
+    torch.set_num_threads(spec.workers.cpus)
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = _device(spec)
+    context = Context(located(spec), rank, world_size, device, report=display.show, sink=sink)
+    with ExitStack() as stack:
+        if world_size > 1:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            stack.callback(dist.destroy_process_group)
+        if context.together(lambda: is_finished(context.run)):
+            return
+
+        def claim_here() -> None:
+            context.guard = stack.enter_context(claim(context.run, spec)).check
+
+        context.together(claim_here)
+        kinds.run(spec, context)
+
+
+def _device(spec: RunSpec) -> torch.device:
+    if spec.workers.gpus == 0:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("workers.gpus is 1 and torch sees no GPU here; use --set workers.gpus=0")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,57 @@
+"""What a driver does round a run, on whatever engine: claim it, record where it came from, and say how it ended."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from poise.errors import PoiseError
+from poise.observe.environment import environment
+from poise.spec import RunSpec, dump
+from poise.store.lease import Lease
+from poise.store.runs import Run, open_run
+
+__all__ = ["absolute_store", "claim", "identity", "is_finished", "located"]
+
+
+def located(spec: RunSpec) -> Run:
+    """The run of a spec in its store."""
+    return open_run(spec.store, spec.name)
+
+
+def identity(spec: RunSpec) -> str:
+    """What makes two specs the same experiment: everything but where it runs and on how many workers."""
+    same = spec.model_copy(update={"store": "", "workers": type(spec.workers)()})
+    return hashlib.sha256(dump(same).encode()).hexdigest()
+
+
+def is_finished(run: Run) -> bool:
+    """True when the run has ended well and there is nothing left to do."""
+    return run.manifest().get("status") == "finished"
+
+
+@contextmanager
+def claim(run: Run, spec: RunSpec) -> Iterator[Lease]:
+    """Hold the run for this driver. On leaving, the manifest says `finished`, or `failed` and why.
+
+    Raises RunBusyError when another driver holds it and UserError when the stored run has another spec.
+    """
+    with run.lease() as lease:
+        run.claim_spec(dump(spec), identity(spec))
+        run.write("environment.json", json.dumps(environment(), indent=1).encode())
+        try:
+            yield lease
+        except BaseException as error:
+            with suppress(PoiseError):  # a full disk must not hide what went wrong first
+                run.finish("failed", kind=spec.kind, error=str(error) or type(error).__name__)
+            raise
+        run.finish("finished", kind=spec.kind)
+
+
+def absolute_store(spec: RunSpec) -> str:
+    """The store of a spec as a worker in another folder finds it."""
+    return spec.store if "://" in spec.store else str(Path(os.path.expanduser(spec.store)).absolute())

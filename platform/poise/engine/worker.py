@@ -1,0 +1,80 @@
+"""What runs in each worker of a Ray Train gang: it makes the context, and runs the kind in it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+
+from poise import kinds
+from poise.engine.metrics import RaySink
+from poise.errors import PoiseError, RunBusyError
+from poise.observe.progress import Progress
+from poise.store.lease import Lease
+from poise.store.runs import Run, open_run
+from poise.train.context import Context
+
+__all__ = ["Errand", "work"]
+
+
+@dataclass(frozen=True)
+class Errand:
+    """What a worker is sent: nothing in it is a secret."""
+
+    kind: str
+    spec_json: str
+    store: str
+    token: str
+    folder: str
+    board: Any
+
+
+def work(config: dict[str, Errand]) -> None:
+    """Run the errand as one worker of the gang.
+
+    A PoiseError is put on the board before it is raised: the gang that Ray starts next then ends at once, since no
+    restart mends a malformed data set or a loss that is not finite.
+    """
+    errand = config["errand"]
+    rank = ray.train.get_context().get_world_rank()
+    attempt, is_over = ray.get(errand.board.begin.remote(rank))
+    if is_over:
+        return
+    if Path(errand.folder).is_dir():
+        os.chdir(errand.folder)
+    spec = kinds.KINDS[errand.kind].model_validate_json(errand.spec_json)
+    torch.set_num_threads(spec.workers.cpus)
+    try:
+        kinds.run(spec, _context(errand, open_run(errand.store, spec.name), rank, attempt))
+    except PoiseError as error:
+        ray.get(errand.board.fail.remote(error))
+        raise
+
+
+def _context(errand: Errand, run: Run, rank: int, attempt: int) -> Context:
+    def show(progress: Progress) -> None:
+        errand.board.show.remote(progress)
+
+    def guard() -> None:
+        if not Lease.holds(run.storage, run.name, errand.token):
+            raise RunBusyError(
+                f"run {run.name}: another driver has taken it over; this one stops before its next commit"
+            )
+
+    return Context(
+        run=run,
+        rank=rank,
+        world_size=ray.train.get_context().get_world_size(),
+        device=ray.train.torch.get_device(),
+        attempt=attempt,
+        report=show,
+        arrived=ray.train.report,
+        guard=guard,
+        sink=RaySink(),
+    )

@@ -1,0 +1,62 @@
+"""Robust accuracy over the gang: every rank attacks its share of the examples, every rank learns the whole result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from poise.data.sets import ImageSet, unit_pixels
+from poise.robust.attacks import AttackResult, pgd
+from poise.robust.evaluate import Evaluation, EvaluationAttack, evaluate
+from poise.robust.spec import Norm, Threats, ThreatSpec
+from poise.robust.threats import Threat
+from poise.train.context import Context
+
+__all__ = ["described", "robust_accuracy"]
+
+
+def robust_accuracy(
+    model: nn.Module, images: ImageSet, threats: Threats, *, batch_size: int, seed: int, context: Context
+) -> Evaluation:
+    """Attack `model` on `images` by PGD under each threat.
+
+    The noise of an example depends on `seed` and its index alone, so the result is the same on any number of ranks. All
+    ranks call this together and get the same evaluation, its rows in the order of `images`.
+    """
+    mine = torch.arange(context.rank, len(images), context.world_size)
+    share = images.select(mine)
+    evaluation = evaluate(
+        model,
+        unit_pixels(share.images.to(context.device)),
+        share.labels.to(context.device),
+        {norm: _attack(norm, threat) for norm, threat in threats.items()},
+        batch_size=batch_size,
+        seed=seed,
+        indices=mine.tolist(),
+    )
+    correct = torch.empty(len(images), len(evaluation.names), dtype=torch.bool)
+    for rank, part in enumerate(context.gather(evaluation.correct)):
+        correct[rank :: context.world_size] = part
+    return Evaluation(evaluation.names, correct)
+
+
+def described(threats: Threats) -> dict[str, str]:
+    """Each attack in words, for tables and pages."""
+    return {norm: _words(threat) for norm, threat in threats.items()}
+
+
+def _attack(norm: Norm, threat: ThreatSpec) -> EvaluationAttack:
+    ball, options = Threat(norm, threat.eps), threat.options()
+
+    def attack(model: nn.Module, x: Tensor, y: Tensor, generators: Sequence[torch.Generator]) -> AttackResult:
+        return pgd(model, x, y, ball, generator=generators, **options)
+
+    return attack
+
+
+def _words(threat: ThreatSpec) -> str:
+    step = threat.step_size or f"{min(2.5 * threat.eps / threat.steps, threat.eps):.4g}"
+    runs = f"{threat.restarts} run{'s' if threat.restarts > 1 else ''}"
+    return f"PGD-{threat.steps}, eps {threat.eps}, step {step}, {runs}"

@@ -1,0 +1,187 @@
+"""`kind: robust.train`: adversarial training under one or several norms, measured under attack.
+
+data -> model -> train.loop [attack under each threat -> objective -> loss] -> accuracy per norm and of their union
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch import Tensor, nn
+
+from poise.data.batches import Batches, Dataset, load
+from poise.data.sets import ImageSet
+from poise.errors import DamagedError
+from poise.kinds.measure import described, robust_accuracy
+from poise.kinds.specs import RobustTrainSpec
+from poise.models.build import build
+from poise.observe.rows import Rows
+from poise.robust.attacks import perturb
+from poise.robust.evaluate import Evaluation
+from poise.robust.objectives import OBJECTIVES, Attack, initial_state
+from poise.robust.spec import Threats
+from poise.robust.threats import Threat
+from poise.spec.seeds import derive_seed
+from poise.train.context import Context
+from poise.train.loop import Fitted, fit
+from poise.train.state import load_weights
+from poise.train.task import StepOutput, Task, TaskState, Turn
+
+__all__ = ["run"]
+
+_Batch = tuple[Tensor, Tensor]
+
+
+def run(spec: RobustTrainSpec, context: Context) -> None:
+    """Train, then measure the best and the final checkpoint on the test split."""
+    data = load(spec.data, spec.seed)
+    model = _model(spec, data).to(context.device)
+    fitted = fit(_task(spec, data, model, context), spec.train, context)
+    _measure(spec, data, model, fitted, context)
+
+
+def _model(spec: RobustTrainSpec, data: Dataset) -> nn.Module:
+    seed = derive_seed(spec.seed, "model")
+    return build(spec.model, shape=data.shape, classes=data.classes, mean=data.mean, std=data.std, seed=seed)
+
+
+def _task(spec: RobustTrainSpec, data: Dataset, model: nn.Module, context: Context) -> Task:
+    batches = Batches(
+        data.train.images,
+        data.train.labels,
+        batch_size=spec.data.batch_size,
+        seed=spec.seed,
+        pad=spec.data.pad,
+        pad_mode=spec.data.pad_mode,
+        flip=spec.data.flip,
+        rank=context.rank,
+        world_size=context.world_size,
+        device=context.device,
+        resident=spec.data.device_resident,
+    )
+    state = initial_state(spec.objective, spec.threats.keys())
+    return Task(
+        model=model,
+        batch=batches.batch,
+        step=_step(spec),
+        state={name: value.to(context.device) for name, value in state.items()},
+        batches_per_epoch=batches.steps_per_epoch,
+        examples_per_batch=spec.data.batch_size,
+        seed=spec.seed,
+        evaluate=partial(_validate, spec, model, data.validation, context) if len(data.validation) else None,
+        monitor="robust/union",
+    )
+
+
+def _step(spec: RobustTrainSpec) -> Callable[[nn.Module, _Batch, TaskState, Turn], StepOutput]:
+    """One step: the objective at the adversarial examples of every threat."""
+    objective = OBJECTIVES[spec.objective.name]
+
+    def step(model: nn.Module, batch: _Batch, state: TaskState, turn: Turn) -> StepOutput:
+        attacks = _attacks(spec.threats, turn)
+        outcome = objective(
+            model, *batch, attacks, state, spec.objective, first_in_epoch=turn.first_in_epoch, mean=turn.mean
+        )
+        return StepOutput(outcome.loss, outcome.metrics, outcome.state)
+
+    return step
+
+
+def _attacks(threats: Threats, turn: Turn) -> Mapping[str, Attack]:
+    """The attacks of one step: their noise is that of the step, their time is charged to the attack phase."""
+
+    def timed(attack: Attack) -> Attack:
+        def attack_and_time(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+            with turn.timers("attack"):
+                return attack(model, x, y)
+
+        return attack_and_time
+
+    return {
+        norm: timed(partial(perturb, threat=Threat(norm, threat.eps), generator=turn.generator, **threat.options()))
+        for norm, threat in threats.items()
+    }
+
+
+def _validate(spec: RobustTrainSpec, model: nn.Module, images: ImageSet, context: Context) -> dict[str, float]:
+    return _evaluate(spec, model, images, context).summary()
+
+
+def _evaluate(spec: RobustTrainSpec, model: nn.Module, images: ImageSet, context: Context) -> Evaluation:
+    threats, seed = spec.evaluate.threats or spec.threats, derive_seed(spec.seed, "evaluate")
+    chosen = images.select(slice(spec.evaluate.examples))
+    return robust_accuracy(model, chosen, threats, batch_size=spec.evaluate.batch_size, seed=seed, context=context)
+
+
+def _measure(spec: RobustTrainSpec, data: Dataset, model: nn.Module, fitted: Fitted, context: Context) -> None:
+    """Attack the best and the final weights on the test split; keep what each example withstood."""
+    accuracy: dict[str, dict[str, float]] = {}
+    for label, step in {"final": fitted.final_step, "best": fitted.best_step}.items():
+        if label == "best" and step == fitted.final_step:
+            accuracy["best"] = accuracy["final"]
+        elif _restore(model, step, context):
+            evaluation = _evaluate(spec, model, data.test, context)
+            accuracy[label] = evaluation.summary()
+            context.together(partial(_keep_matrix, context, label, evaluation))
+    context.together(partial(_keep_summary, spec, data, model, fitted, accuracy, context))
+
+
+def _restore(model: nn.Module, step: int, context: Context) -> bool:
+    """Load the weights that were committed at `step`; False, and said in the events, when they are damaged."""
+    checkpoints = context.run.checkpoints
+    with tempfile.TemporaryDirectory(prefix="poise-") as scratch:
+        folder = Path(scratch) / "checkpoint"
+        try:
+            checkpoints.fetch(checkpoints.at(step), folder)
+            damage = None
+        except DamagedError as error:
+            damage = str(error)
+        if damages := [found for found in context.gather(damage) if found]:
+            context.together(lambda: context.run.append_events([{"event": "damaged", "what": damages[0]}]))
+            return False
+        load_weights(model, folder, context.device)
+    return True
+
+
+def _keep_matrix(context: Context, label: str, evaluation: Evaluation) -> None:
+    """The boolean matrix [n, attacks] as Parquet: a row per example of the test split, in its order."""
+    columns = {name: evaluation.correct[:, index].numpy() for index, name in enumerate(evaluation.names)}
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"example": pa.array(range(len(evaluation.correct))), **columns}), sink)
+    context.run.write(f"artifacts/evaluation-{label}.parquet", sink.getvalue())
+
+
+def _keep_summary(
+    spec: RobustTrainSpec,
+    data: Dataset,
+    model: nn.Module,
+    fitted: Fitted,
+    accuracy: dict[str, dict[str, float]],
+    context: Context,
+) -> None:
+    selected = "best" if "best" in accuracy else "final"
+    summary = {
+        "run": spec.name,
+        "kind": spec.kind,
+        "seed": spec.seed,
+        "objective": spec.objective.name,
+        "step": fitted.final_step,
+        "best_step": fitted.best_step,
+        "selected": selected,
+        "split": "test",
+        "examples": len(data.test.select(slice(spec.evaluate.examples))),
+        "attacks": described(spec.evaluate.threats or spec.threats),
+        "accuracy": accuracy,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+    rows = Rows()
+    rows.add(fitted.best_step if selected == "best" else fitted.final_step, 0.0, "test", accuracy[selected])
+    context.run.write("metrics/test.parquet", rows.to_parquet())
+    context.run.write("artifacts/summary.json", json.dumps(summary, indent=1).encode())

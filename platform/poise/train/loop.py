@@ -1,0 +1,243 @@
+"""The one training loop.
+
+    for each optimizer step:
+        for each of its batches:  data -> the task's step (attack, loss) -> backward
+        clip, schedule, optimizer, statistics
+        evaluate? -> new best?    log?    commit?
+
+A step is a pure function of the committed state and of its number: batches, augmentation and attack noise are drawn
+from (seed, step, rank). So a run that was killed anywhere and goes on from its last commit ends in the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from poise.errors import PoiseError
+from poise.observe.rows import Rows
+from poise.spec.seeds import derive_seed
+from poise.train.context import Context
+from poise.train.optim import build_optimizer
+from poise.train.parallel import average_statistics, batch_statistics, distribute
+from poise.train.schedule import factor
+from poise.train.spec import TrainSpec
+from poise.train.state import Best, TrainState, capture_rng, load_state, restore_rng, save_state, seed_rng
+from poise.train.task import Task, Turn
+from poise.train.telemetry import Telemetry
+
+__all__ = ["Fitted", "fit"]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Where a finished run stands: its last step, and the step of its best evaluation."""
+
+    final_step: int
+    best_step: int
+
+
+def fit(task: Task, spec: TrainSpec, context: Context) -> Fitted:
+    """Train `task` to the end of `spec`, from the newest sound checkpoint of the run if there is one.
+
+    Raises PoiseError when the loss is not finite, StoreError when the store fails, RunBusyError when another driver has
+    taken over. What was committed by then stays committed.
+    """
+    return _Loop(task, spec, context).run()
+
+
+class _Loop:
+    def __init__(self, task: Task, spec: TrainSpec, context: Context) -> None:
+        self.task, self.spec, self.context = task, spec, context
+        self.steps_per_epoch = max(1, task.batches_per_epoch // spec.accumulate)
+        self.total = spec.total_steps(self.steps_per_epoch)
+        self.evaluate_every = spec.evaluate_every.in_steps(self.steps_per_epoch)
+        self.commit_every = spec.checkpoint.every.in_steps(self.steps_per_epoch)
+        self.state = TrainState(task.model, build_optimizer(spec.optimizer, task.model), task.state)
+        self.generator = torch.Generator(context.device)
+        self.rows, self.window = Rows(), _Window()
+        self.telemetry = Telemetry(
+            context,
+            steps=self.total,
+            steps_per_epoch=self.steps_per_epoch,
+            images_per_step=spec.accumulate * task.examples_per_batch,
+        )
+        self.timers = self.telemetry.timers
+
+    def run(self) -> Fitted:
+        seed_rng(self.task.seed, self.context.rank)
+        self._resume()
+        self.statistics = batch_statistics(self.task.model)
+        self.model = distribute(self.task.model, self.context)
+        self.telemetry.begin(self.state.step)
+        self.task.model.train()
+        while self.state.step < self.total:
+            self._step()
+            self._after_step()
+        best = self.state.best
+        return Fitted(self.total, best.step if best else self.total)
+
+    def _step(self) -> None:
+        turn = self._turn()
+        for part in range(self.spec.accumulate):
+            with self.timers("data"):
+                batch = self.task.batch(self.state.step * self.spec.accumulate + part)
+            with self.timers("forward_backward"), self._no_sync(part), self._autocast():
+                loss, metrics, self.state.task = self.task.step(self.model, batch, self.state.task, turn)
+                (loss / self.spec.accumulate).backward()  # type: ignore[no-untyped-call]
+            self.window.add({"loss": loss.detach(), **metrics})
+        with self.timers("optim"):
+            self._descend()
+
+    def _turn(self) -> Turn:
+        step = self.state.step
+        self.generator.manual_seed(derive_seed(self.task.seed, "step", step, self.context.rank))
+        epoch, offset = divmod(step, self.steps_per_epoch)
+        return Turn(step, epoch, offset == 0, self.generator, self.timers, self.context.mean)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.spec.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.context.device.type, dtype=torch.bfloat16)
+
+    def _no_sync(self, part: int) -> AbstractContextManager[object]:
+        last = part == self.spec.accumulate - 1
+        return nullcontext() if last or self.context.world_size == 1 else self.model.no_sync()  # type: ignore[operator]
+
+    def _descend(self) -> None:
+        optimizer = self.state.optimizer
+        if self.spec.clip_norm is not None:
+            norm = torch.nn.utils.clip_grad_norm_(self.task.model.parameters(), self.spec.clip_norm)
+            self.window.add({"grad_norm": norm})
+        scale = factor(self.spec.schedule, self.state.step, self.total)
+        for group in optimizer.param_groups:
+            group["lr"] = self.spec.optimizer.lr * scale
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        average_statistics(self.statistics, self.context.world_size)
+        self.state.step += 1
+
+    def _after_step(self) -> None:
+        step, end = self.state.step, self.state.step == self.total
+        new_best = self._evaluate() if step % self.evaluate_every == 0 or end else False
+        commit = step % self.commit_every == 0 or end or new_best
+        if step % self.spec.log_every == 0 or commit:
+            self._log()
+        if commit:
+            self._commit()
+
+    def _evaluate(self) -> bool:
+        """Measure on held-out data; True when it is the best so far."""
+        if self.task.evaluate is None:
+            return False
+        started = time.perf_counter()
+        metrics = self.task.evaluate()
+        self.context.sink.observe("poise_evaluation_seconds", time.perf_counter() - started, run=self.context.run.name)
+        self.rows.add(self.state.step, self._epoch(), "validation", metrics)
+        self.telemetry.measured(metrics, held_out=True)
+        value = metrics[self.task.monitor]
+        if self.state.best is not None and value <= self.state.best.value:
+            return False
+        self.state.best = Best(value, self.state.step)
+        return True
+
+    def _log(self) -> None:
+        metrics = self.window.take(self.context)
+        if not metrics:
+            return
+        if not math.isfinite(metrics["loss"]):
+            raise PoiseError(
+                f"the loss is {metrics['loss']} in the {self.spec.log_every} steps up to step {self.state.step}: lower "
+                "train.optimizer.lr, set train.clip_norm or use train.precision fp32; what was committed before is kept"
+            )
+        metrics["lr"] = float(self.state.optimizer.param_groups[0]["lr"])
+        self.rows.add(self.state.step, self._epoch(), "train", metrics)
+        self.telemetry.publish(self.state.step, metrics)
+
+    def _commit(self) -> None:
+        """Every rank stops here; rank 0 commits; no rank goes on before it is done."""
+        with self.timers("report"):
+            rngs = self.context.gather(capture_rng(self.context.device))
+            self.context.together(lambda: self._write(rngs))
+            self.rows.clear()
+            if self.context.arrived is not None:
+                self.context.arrived({"step": self.state.step})
+
+    def _write(self, rngs: list[dict[str, Tensor]]) -> None:
+        """Rows first, then the checkpoint whose commit makes them count: a torn attempt writes the same rows again."""
+        run, state = self.context.run, self.state
+        started = time.perf_counter()
+        run.write(f"metrics/rows-{state.step:08d}.parquet", self.rows.to_parquet())
+        timing = Rows()
+        timing.add(state.step, self._epoch(), "timing", self.telemetry.timing(state.step))
+        run.write(f"metrics/timing-{state.step:08d}.parquet", timing.to_parquet())
+        with tempfile.TemporaryDirectory(prefix="poise-") as scratch:
+            save_state(state, rngs, Path(scratch))
+            run.checkpoints.commit(state.step, Path(scratch), info=self._info(), guard=self.context.guard)
+        run.checkpoints.prune(self.spec.checkpoint.keep, {state.best.step} if state.best else set())
+        seconds = time.perf_counter() - started
+        run.append_events([{"event": "commit", "step": state.step, "seconds": round(seconds, 3), **self._attempt()}])
+        self.telemetry.committed(state.step, seconds)
+
+    def _info(self) -> dict[str, float | int | None]:
+        best = self.state.best
+        return {"world_size": self.context.world_size, "best_step": best.step if best else None, "seed": self.task.seed}
+
+    def _resume(self) -> None:
+        """Continue from the newest checkpoint that is sound, naming those that are not."""
+        with tempfile.TemporaryDirectory(prefix="poise-") as scratch:
+            folder = Path(scratch) / "checkpoint"
+            commit = self.context.together(lambda: self._find(folder))
+            if commit is None:
+                return
+            if not self.context.leads:
+                self.context.run.checkpoints.fetch(commit, folder)
+            load_state(self.state, folder, self.context.device)
+            if not restore_rng(folder, self.context.rank, self.context.device):
+                seed_rng(self.task.seed, self.context.rank, self.state.step)
+        if self.state.step > self.total:
+            raise PoiseError(f"the run has {self.state.step} committed steps and the spec asks for {self.total}")
+
+    def _find(self, folder: Path) -> object:
+        run = self.context.run
+        commit, damages = run.checkpoints.newest_sound(folder)
+        for damage in damages:
+            self.context.sink.inc("poise_damaged_checkpoints_total", run=run.name)
+            run.append_events([{"event": "damaged", "what": str(damage)}])
+        run.append_events([{"event": "start", "step": commit.step if commit else 0, **self._attempt()}])
+        return commit
+
+    def _epoch(self) -> float:
+        return self.state.step / self.steps_per_epoch
+
+    def _attempt(self) -> dict[str, int]:
+        return {"attempt": self.context.attempt, "workers": self.context.world_size}
+
+
+class _Window:
+    """Metrics summed on the device since the last row, so that a step never waits for the host."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        for name, value in metrics.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def take(self, context: Context) -> dict[str, float]:
+        """The means over the window and over all ranks."""
+        if not self.sums:
+            return {}
+        names = sorted(self.sums)
+        means = torch.stack([self.sums[name].float() / self.counts[name] for name in names])
+        self.sums, self.counts = {}, {}
+        return dict(zip(names, context.mean(means).tolist(), strict=True))

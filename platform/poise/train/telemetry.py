@@ -1,0 +1,102 @@
+"""What a training run tells the outside while it runs: progress, exported metrics, and where its time went."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+
+from poise.observe.progress import Progress
+from poise.observe.timers import PhaseTimers
+from poise.train.context import Context
+
+__all__ = ["Telemetry"]
+
+_GAUGES = {
+    "loss": "poise_loss",
+    "clean": "poise_accuracy",
+    "lr": "poise_learning_rate",
+    "grad_norm": "poise_gradient_norm",
+}
+_PER_THREAT = {"robust": "poise_robust_accuracy", "weight": "poise_objective_weight"}
+
+
+class Telemetry:
+    """Timers, rates and exports of one attempt at a run. Rank 0 publishes; every rank measures."""
+
+    def __init__(self, context: Context, *, steps: int, steps_per_epoch: int, images_per_step: int) -> None:
+        self.timers = PhaseTimers()
+        self._context, self._steps = context, steps
+        self._steps_per_epoch, self._images_per_step = steps_per_epoch, images_per_step
+        self._since_commit: Counter[str] = Counter()
+        self._latest: dict[str, float] = {}
+        self._first = self._published = 0
+        self._started = time.perf_counter()
+
+    def begin(self, step: int) -> None:
+        """The attempt starts at `step`: rates count from here."""
+        self._first = self._published = step
+        self._started = time.perf_counter()
+        self._context.sink.set("poise_workers", self._context.world_size, run=self._context.run.name)
+
+    def publish(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Export the newest training metrics and show progress."""
+        phases = self.timers.take()
+        self._since_commit.update(phases)
+        self.measured(metrics)
+        if not self._context.leads:
+            return
+        sink, run, steps = self._context.sink, self._context.run.name, step - self._published
+        sink.inc("poise_steps_total", steps, run=run)
+        sink.inc("poise_images_total", steps * self._images_per_step, run=run)
+        sink.set("poise_epoch", step / self._steps_per_epoch, run=run)
+        for phase, seconds in phases.items():
+            sink.observe("poise_phase_seconds", seconds / max(steps, 1), run=run, phase=phase)
+        self._published = step
+        self._context.report(self._progress(step, phases))
+
+    def measured(self, metrics: Mapping[str, float], *, held_out: bool = False) -> None:
+        """Export gauges; accuracies are exported from held-out data only."""
+        self._latest.update(metrics)
+        if not self._context.leads:
+            return
+        sink, run = self._context.sink, self._context.run.name
+        for name, value in metrics.items():
+            group, _, threat = name.partition("/")
+            if name in _GAUGES:
+                sink.set(_GAUGES[name], value, run=run)
+            elif threat and group in _PER_THREAT and (held_out or group == "weight"):
+                sink.set(_PER_THREAT[group], value, run=run, threat=threat)
+
+    def committed(self, step: int, seconds: float) -> None:
+        """Count a commit that took `seconds`."""
+        sink, run = self._context.sink, self._context.run.name
+        sink.inc("poise_commits_total", run=run)
+        sink.observe("poise_commit_seconds", seconds, run=run)
+        sink.set("poise_committed_step", step, run=run)
+
+    def timing(self, step: int) -> dict[str, float]:
+        """The rate so far, and the seconds of each phase since this was last asked."""
+        seconds, self._since_commit = self._since_commit, Counter()
+        seconds.update(self.timers.take())
+        return {"images_per_s": self._rate(step), **{f"seconds/{phase}": value for phase, value in seconds.items()}}
+
+    def _rate(self, step: int) -> float:
+        """Images per second of all ranks since the attempt began."""
+        return (step - self._first) * self._images_per_step / max(time.perf_counter() - self._started, 1e-9)
+
+    def _progress(self, step: int, phases: Mapping[str, float]) -> Progress:
+        rate = self._rate(step)
+        return Progress(
+            run=self._context.run.name,
+            stage="train",
+            epoch=step / self._steps_per_epoch,
+            epochs=self._steps / self._steps_per_epoch,
+            step=step,
+            steps=self._steps,
+            images_per_s=rate,
+            eta_s=(self._steps - step) * self._images_per_step / rate if rate else None,
+            phases=dict(phases),
+            metrics=dict(self._latest),
+            attempt=self._context.attempt,
+        )
