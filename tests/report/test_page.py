@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from poise.observe.rows import Rows, read_rows
+from poise.report.page import render
+from poise.report.record import RunRecord, load_record
+from poise.report.table import comparison
+from poise.store.runs import Run, open_run
+
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+
+
+class Page(HTMLParser):
+    """Checks that elements nest, and keeps text, attributes and ids."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.texts: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_startendtag(tag, attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data.strip())
+
+    def values(self, name: str) -> list[str]:
+        return [value for _, key, value in self.attributes if key == name]
+
+
+@pytest.fixture(scope="module")
+def two_runs(make_record: Callable[..., RunRecord]) -> str:
+    return render([make_record("adt", level=0.7), make_record("at", level=0.6)], "Two runs")
+
+
+def test_the_page_stands_alone(two_runs: str) -> None:
+    text, page = two_runs, Page(two_runs)
+    assert not {"script", "link", "iframe", "img", "object"} & set(page.tags)
+    assert page.values("src") == []
+    ids = page.values("id")
+    assert len(ids) == len(set(ids))
+    assert page.values("href")
+    for target in page.values("href"):
+        assert target.startswith("#")
+        assert target[1:] in ids
+    assert "@import" not in text
+    assert "http:" not in text
+    assert "https:" not in text
+    assert text.startswith("<!DOCTYPE html>")
+
+
+def test_it_holds_the_numbers_of_every_run(two_runs: str) -> None:
+    page = Page(two_runs)
+    for expected in ("71.3", "55.3", "61.3", "45.3", "70.0", "best, step 450", "final, step 540", "360"):
+        assert expected in page.texts
+    assert "66.4\u201375.7" in page.texts  # Wilson, 71.3% of 360
+    assert "0123456789ab + local changes" in page.texts
+    assert "PGD-20 in the linf ball, eps 8/255, 1 restart" in page.texts
+    assert "123,456" in page.texts
+    assert page.tags.count("svg") == 2 + 2 * 5
+    assert page.values("aria-label").count("") == 0
+
+
+def test_the_highest_selected_accuracy_is_bold(two_runs: str) -> None:
+    assert two_runs.count('class="number top"') == 6
+    assert '<td class="number top">91.3' in two_runs
+
+
+def test_equal_records_give_an_equal_page(make_record: Callable[..., RunRecord]) -> None:
+    assert render([make_record()], "x") == render([make_record()], "x")
+
+
+def test_hostile_text_is_text(make_record: Callable[..., RunRecord]) -> None:
+    evil = "</pre><script>alert(1)</script>\"'><img src=x onerror=alert(1)> $\\frac{ &amp;"
+    record = make_record()
+    rows = Rows()
+    rows.add(1, 1.0, "validation", {f"robust/{evil}": 0.5, "clean": 0.5})
+    rows.add(1, 1.0, "timing", {f"seconds/{evil}": 0.5})
+    summary = {**record.summary, "seed": evil, "attacks": {evil: evil}, "accuracy": {evil: {f"robust/{evil}": 0.5}}}
+    hostile = dataclasses.replace(
+        record, name=evil, kind=evil, spec_text=evil, environment={evil: evil}, events=[{"event": evil, evil: evil}],
+        status=evil, summary=summary, rows=read_rows([rows.to_parquet()]),
+    )  # fmt: skip
+    page = Page(render([hostile], evil))
+    assert not {"script", "img"} & set(page.tags)
+    assert not [name for _, name, _ in page.attributes if name.startswith("on")]
+    assert page.texts.count(evil) >= 6
+
+
+def test_a_run_that_has_just_begun_has_a_page() -> None:
+    text = render([RunRecord("young"), RunRecord("younger", status="running")], "Nothing yet")
+    page = Page(text)
+    assert "svg" not in page.tags
+    assert any("No final evaluation yet" in part for part in page.texts)
+    assert sum("No metrics yet" in part for part in page.texts) == 2
+    Page(render([], "No run"))
+
+
+def test_values_that_are_missing_or_no_numbers_become_dashes(make_record: Callable[..., RunRecord]) -> None:
+    record = make_record()
+    summary = {"selected": "best", "accuracy": {"best": {"clean": math.nan, "robust/linf": None, "robust/l1": 0.25}}}
+    page = Page(render([dataclasses.replace(record, summary=summary), RunRecord("other")], "x"))
+    assert page.texts.count("\u2013") == 2
+    assert "25.0" in page.texts
+    assert "nan" not in " ".join(page.texts).lower()
+
+
+def test_many_events_are_cut_but_no_failure_is(make_record: Callable[..., RunRecord]) -> None:
+    events = [{"event": "damaged", "what": "early"}, *({"event": "commit", "step": i} for i in range(500))]
+    page = Page(render([dataclasses.replace(make_record(), events=events)], "x"))
+    assert "what=early" in page.texts
+    assert "step=499" in page.texts
+    assert "step=100" not in page.texts
+    assert any(text.endswith("400 are left out here and stand in events.jsonl.") for text in page.texts)
+
+
+def test_the_table_of_the_command_line(make_record: Callable[..., RunRecord]) -> None:
+    records = [make_record("quickstart-adt"), RunRecord("[red]young")]
+    console = Console(file=io.StringIO(), width=80, record=True)
+    console.print(comparison(records))
+    text = console.export_text()
+    for expected in ("quickstart-adt", "71.3", "66.4\u201375.7", "best, n=360", "[red]young", "not evaluated"):
+        assert expected in text
+    assert "\u2026" not in text
+
+
+def _stored(folder: Path) -> Run:
+    """A run in a real store, with one row of metrics."""
+    run, rows = open_run(folder, "stored"), Rows()
+    rows.add(5, 0.5, "train", {"loss": 1.0})
+    run.claim_spec("kind: robust.train\n", "0" * 64)
+    run.write("environment.json", b'{"cpus": 2}')
+    run.start("robust.train", "0" * 64)
+    run.write("metrics/rows-00000005.parquet", rows.to_parquet())
+    run.write("artifacts/summary.json", b'{"kind": "robust.train", "seed": 3}')
+    run.append_events([{"event": "start", "attempt": 0}])
+    return run
+
+
+def test_a_record_is_read_from_the_store(tmp_path: Path) -> None:
+    run = _stored(tmp_path)
+    assert load_record(run).status == "interrupted"  # no driver holds it
+    run.finish("failed", error="the disk is full")
+    record = load_record(run)
+    assert (record.name, record.kind, record.status) == ("stored", "robust.train", "failed")
+    assert record.rows["value"].to_pylist() == [1.0]
+    assert record.environment == {"cpus": 2}
+    assert record.summary["seed"] == 3
+    assert record.spec_text == "kind: robust.train\n"
+    assert record.events == [{"event": "start", "attempt": 0}]
+    assert "the disk is full" in render([record], "x")
+
+
+def test_a_run_without_files_is_an_empty_record(tmp_path: Path) -> None:
+    record = load_record(open_run(tmp_path, "nothing"))
+    assert (record.kind, record.spec_text, record.summary, record.events, len(record.rows)) == ("", "", {}, [], 0)
+
+
+def test_damaged_files_are_named_and_the_rest_is_shown(tmp_path: Path) -> None:
+    run = _stored(tmp_path)
+    run.write("metrics/timing-00000005.parquet", run.read("metrics/rows-00000005.parquet")[:-9])
+    run.write("artifacts/summary.json", b"[1")
+    run.write("environment.json", b"[1]")
+    run.write("manifest.json", b"{")
+    record = load_record(run)
+    assert record.status == "damaged"
+    assert record.rows["value"].to_pylist() == [1.0]
+    named = " ".join(event.get("what", "") for event in record.events)
+    for file in ("metrics/timing-00000005.parquet", "artifacts/summary.json", "environment.json"):
+        assert file in named
+    Page(render([record], "x"))
