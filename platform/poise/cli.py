@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from poise import __version__
-from poise.errors import PoiseError, UserError
+from poise.errors import PoiseError
 
 if TYPE_CHECKING:
     from poise.observe.sinks import Sink
@@ -218,18 +218,15 @@ def runs_show(run: str) -> None:
 
     opened = _open(run)
     Console().print(run_details(opened))
-    if opened.exists("artifacts/summary.json"):
-        Console().print(comparison([load_record(opened)]))
+    Console().print(comparison([load_record(opened)]))
 
 
 @runs.command("verify")
 @click.argument("run")
 def runs_verify(run: str) -> None:
     """Read every committed byte of a run again and compare it with its sha256. Exit code 1 if anything is damaged."""
-    from poise.store.runs import verify
-
     opened = _open(run)
-    damages = verify(opened)
+    damages = opened.verify()
     for damage in damages:
         click.echo(str(damage))
     if damages:
@@ -244,9 +241,7 @@ def runs_verify(run: str) -> None:
 )
 def runs_sweep(run: str, older_than: float) -> None:
     """Remove what writers that died have left behind. Nothing that is committed is touched."""
-    from poise.store.runs import sweep
-
-    removed = sweep(_open(run), older_than)
+    removed = _open(run).checkpoints.sweep(older_than)
     for name in removed:
         click.echo(f"removed {name}")
     click.echo(f"{len(removed)} orphans removed")
@@ -264,12 +259,7 @@ def _open(name: str) -> Run:
     from poise.store.runs import open_run
 
     store, slash, last = name.rstrip("/").rpartition("/")
-    opened = open_run(store if slash else "runs", last)
-    if not opened.exists("spec.yaml"):
-        raise UserError(
-            f"there is no run {last} in {opened.storage.url}; `poise runs list {opened.storage.url}` lists them"
-        )
-    return opened
+    return open_run(store if slash else "runs", last, must_exist=True)
 
 
 def _sink(port: int | None, note: Any) -> Sink:

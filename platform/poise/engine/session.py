@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from poise.errors import PoiseError
 from poise.observe.environment import environment
-from poise.spec import RunSpec, dump
+from poise.observe.events import event
+from poise.spec import RunSpec, WorkersSpec, dump
 from poise.store.lease import Lease
 from poise.store.runs import Run, open_run
 
@@ -23,15 +24,21 @@ def located(spec: RunSpec) -> Run:
     return open_run(spec.store, spec.name)
 
 
+def is_finished(run: Run) -> bool:
+    """True when the run has ended well and there is nothing left to do."""
+    known = run.manifest()
+    return known is not None and known.status == "finished"
+
+
 def identity(spec: RunSpec) -> str:
-    """What makes two specs the same experiment: everything but where it runs and on how many workers."""
-    same = spec.model_copy(update={"store": "", "workers": type(spec.workers)()})
+    """What makes two specs the same experiment: everything but where its runs are kept and how many workers do it."""
+    same = spec.model_copy(update={"store": "", "workers": WorkersSpec()})
     return hashlib.sha256(dump(same).encode()).hexdigest()
 
 
-def is_finished(run: Run) -> bool:
-    """True when the run has ended well and there is nothing left to do."""
-    return run.manifest().get("status") == "finished"
+def absolute_store(spec: RunSpec) -> str:
+    """The store of a spec as a worker in another folder finds it."""
+    return spec.store if "://" in spec.store else str(Path(spec.store).expanduser().absolute())
 
 
 @contextmanager
@@ -42,16 +49,22 @@ def claim(run: Run, spec: RunSpec) -> Iterator[Lease]:
     """
     with run.lease() as lease:
         run.claim_spec(dump(spec), identity(spec))
+        run.start(spec.kind, identity(spec))
         run.write("environment.json", json.dumps(environment(), indent=1).encode())
         try:
             yield lease
         except BaseException as error:
             with suppress(PoiseError):  # a full disk must not hide what went wrong first
-                run.finish("failed", kind=spec.kind, error=str(error) or type(error).__name__)
+                why = str(error) or type(error).__name__
+                run.append_events([event("failed", why=why)])
+                run.finish("failed", error=why)
             raise
-        run.finish("finished", kind=spec.kind)
+        summary = _summary(run)
+        run.finish("finished", final_step=summary.get("step"), best_step=summary.get("best_step"))
 
 
-def absolute_store(spec: RunSpec) -> str:
-    """The store of a spec as a worker in another folder finds it."""
-    return spec.store if "://" in spec.store else str(Path(os.path.expanduser(spec.store)).absolute())
+def _summary(run: Run) -> dict[str, Any]:
+    try:
+        return dict(json.loads(run.read("artifacts/summary.json")))
+    except FileNotFoundError:
+        return {}

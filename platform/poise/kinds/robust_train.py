@@ -22,6 +22,7 @@ from poise.errors import DamagedError
 from poise.kinds.measure import described, robust_accuracy
 from poise.kinds.specs import RobustTrainSpec
 from poise.models.build import build
+from poise.observe.events import event
 from poise.observe.rows import Rows
 from poise.robust.attacks import perturb
 from poise.robust.evaluate import Evaluation
@@ -137,14 +138,13 @@ def _restore(model: nn.Module, step: int, context: Context) -> bool:
     """Load the weights that were committed at `step`; False, and said in the events, when they are damaged."""
     checkpoints = context.run.checkpoints
     with tempfile.TemporaryDirectory(prefix="poise-") as scratch:
-        folder = Path(scratch) / "checkpoint"
+        folder, damage = Path(scratch) / "checkpoint", None
         try:
             checkpoints.fetch(checkpoints.at(step), folder)
-            damage = None
         except DamagedError as error:
             damage = str(error)
         if damages := [found for found in context.gather(damage) if found]:
-            context.together(lambda: context.run.append_events([{"event": "damaged", "what": damages[0]}]))
+            context.together(lambda: context.run.append_events([event("damaged", what=damages[0])]))
             return False
         load_weights(model, folder, context.device)
     return True

@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 
 from poise.errors import PoiseError
+from poise.observe.events import event
 from poise.observe.rows import Rows
 from poise.spec.seeds import derive_seed
+from poise.store.checkpoints import Commit
 from poise.train.context import Context
 from poise.train.optim import build_optimizer
 from poise.train.parallel import average_statistics, batch_statistics, distribute
@@ -183,7 +185,7 @@ class _Loop:
             run.checkpoints.commit(state.step, Path(scratch), info=self._info(), guard=self.context.guard)
         run.checkpoints.prune(self.spec.checkpoint.keep, {state.best.step} if state.best else set())
         seconds = time.perf_counter() - started
-        run.append_events([{"event": "commit", "step": state.step, "seconds": round(seconds, 3), **self._attempt()}])
+        run.append_events([event("commit", step=state.step, seconds=round(seconds, 3), **self._attempt())])
         self.telemetry.committed(state.step, seconds)
 
     def _info(self) -> dict[str, float | int | None]:
@@ -205,13 +207,13 @@ class _Loop:
         if self.state.step > self.total:
             raise PoiseError(f"the run has {self.state.step} committed steps and the spec asks for {self.total}")
 
-    def _find(self, folder: Path) -> object:
+    def _find(self, folder: Path) -> Commit | None:
         run = self.context.run
         commit, damages = run.checkpoints.newest_sound(folder)
         for damage in damages:
             self.context.sink.inc("poise_damaged_checkpoints_total", run=run.name)
-            run.append_events([{"event": "damaged", "what": str(damage)}])
-        run.append_events([{"event": "start", "step": commit.step if commit else 0, **self._attempt()}])
+            run.append_events([event("damaged", what=str(damage))])
+        run.append_events([event("start", step=commit.step if commit else 0, **self._attempt())])
         return commit
 
     def _epoch(self) -> float:

@@ -1,0 +1,20 @@
+"""Write a lock file: every package of this environment but torch (which has a build per accelerator) and poise itself."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import distributions
+from pathlib import Path
+
+LEFT_OUT = {"pip", "poise", "torch"}
+
+
+def main(target: str, purpose: str, *others: str) -> None:
+    known = {line for other in others for line in Path(other).read_text().splitlines()}
+    found = {f"{dist.name}=={dist.version}" for dist in distributions() if dist.name.lower() not in LEFT_OUT}
+    head = f"# Every package of {purpose}, pinned. Install torch first, then this with --no-deps. `make lock` writes it anew."
+    Path(target).write_text("\n".join([head, *sorted(found - known, key=str.lower)]) + "\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

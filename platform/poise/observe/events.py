@@ -1,0 +1,13 @@
+"""What happened to a run, one dictionary an event: the lines of events.jsonl."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+__all__ = ["event"]
+
+
+def event(name: str, **facts: Any) -> dict[str, Any]:
+    """An event of now (epoch seconds), such as `event("commit", step=40)`."""
+    return {"event": name, "time": round(time.time(), 3), **facts}

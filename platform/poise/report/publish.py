@@ -1,0 +1,24 @@
+"""Put a page where its reader finds it: beside the runs that it is about, or in a file of their choice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from poise.report.page import load_record, render
+from poise.store.runs import Run
+
+__all__ = ["publish"]
+
+_PAGE = "artifacts/report.html"
+
+
+def publish(runs: Sequence[Run], home: Run, output: Path | None = None) -> str:
+    """Write the page of `runs` into run `home`, or to the file `output`, and return where it is."""
+    page = render([load_record(run) for run in runs], title=home.name).encode()
+    if output is None:
+        home.write(_PAGE, page)
+        return f"{home.url}/{_PAGE}"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_bytes(page)
+    return str(output)
