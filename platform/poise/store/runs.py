@@ -1,0 +1,246 @@
+"""Runs: what is kept of one, where, and which runs a store has.
+
+A store's address is the parent of its runs: `store: runs` keeps run `digits` in `runs/digits/`, as
+`spec.yaml, environment.json, manifest.json, metrics/*.parquet, checkpoints/step-*/, artifacts/, events.jsonl`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from poise.errors import DamagedError, UserError
+from poise.spec import Name, Section
+from poise.store.checkpoints import Checkpoints
+from poise.store.lease import Lease
+from poise.store.records import Damage, FileRecord, check_files
+from poise.store.storage import Storage, open_storage
+
+__all__ = ["Run", "RunManifest", "RunSummary", "Status", "list_runs", "open_run"]
+
+Status = Literal["running", "finished", "failed"]
+
+_NAME: TypeAdapter[str] = TypeAdapter(Name)
+_MANIFEST, _SPEC, _EVENTS = "manifest.json", "spec.yaml", "events.jsonl"
+_RECORDED = ("artifacts/", "metrics/", _SPEC, "environment.json")
+"""What the manifest of an ended run vouches for; checkpoints vouch for themselves, and events go on being added."""
+
+
+class RunManifest(Section):
+    """What a run is and how it ended."""
+
+    name: str
+    kind: str
+    status: Status
+    spec_sha256: str
+    started: float = Field(description="when the run was first started (epoch s)")
+    updated: float = Field(description="when this manifest was written (epoch s)")
+    final_step: int | None = Field(default=None, description="the last step that was done")
+    best_step: int | None = Field(default=None, description="the step of the best checkpoint")
+    error: str | None = Field(default=None, description="why the run failed")
+    files: dict[str, FileRecord] = Field(default={}, description="the results and what made them, by path in the run")
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One line of a list of runs. A run is interrupted if its manifest says running and no driver holds it."""
+
+    name: str
+    kind: str
+    status: Status | Literal["interrupted", "damaged"]
+    final_step: int | None
+    best_step: int | None
+    last_checkpoint: int | None
+    updated: float
+
+
+class Run:
+    """One run of a store, by name. Opening it changes nothing."""
+
+    def __init__(self, storage: Storage, name: str) -> None:
+        """`UserError` if the name is not fit for a path."""
+        try:
+            self.name = _NAME.validate_python(name)
+        except ValidationError as error:
+            raise UserError(f"{name[:120]!r} cannot name a run: {error.errors()[0]['msg']}") from None
+        self.storage = storage
+        self.url = f"{storage.url}/{self.name}"
+        self.checkpoints = Checkpoints(storage, f"{self.name}/checkpoints")
+        self._events_end_whole = False
+
+    def key(self, relative: str) -> str:
+        """The key in the storage of a file of this run."""
+        return f"{self.name}/{relative}"
+
+    def read(self, relative: str) -> bytes:
+        """The bytes of a file of this run; `FileNotFoundError` when there is none."""
+        return self.storage.read(self.key(relative))
+
+    def write(self, relative: str, data: bytes) -> None:
+        """Create or replace a file of this run, atomically."""
+        self.storage.write(self.key(relative), data)
+
+    def exists(self) -> bool:
+        """Whether a run of this name was ever started here."""
+        return any(entry.key == self.key(_SPEC) for entry in self.storage.list(self.key(_SPEC)))
+
+    def files(self, prefix: str = "") -> list[str]:
+        """The files of this run whose path begins with `prefix`, sorted."""
+        return [entry.key.removeprefix(f"{self.name}/") for entry in self.storage.list(self.key(prefix))]
+
+    def lease(self, *, renew_s: float = 5.0, expires_s: float = 30.0) -> Lease:
+        """The right to drive this run; enter it before anything is written."""
+        return Lease(self.storage, self.name, renew_s=renew_s, expires_s=expires_s)
+
+    def claim_spec(self, text: str, sha256: str) -> bool:
+        """Give the run its spec: whether it is new. A run that has another spec already is a `UserError` with the diff.
+
+        `text` is the resolved spec in YAML and `sha256` its hash, which decides where both are known.
+        """
+        if self.storage.create(self.key(_SPEC), text.encode()):
+            return True
+        stored = self.read(_SPEC).decode(errors="replace")
+        if stored == text or ((known := self.manifest()) and known.spec_sha256 == sha256):
+            return False
+        changes = difflib.unified_diff(stored.splitlines(), text.splitlines(), "stored", "given", n=1, lineterm="")
+        raise UserError(
+            f"run {self.name!r} in {self.storage.url} was started with another spec:\n"
+            + "\n".join(changes)
+            + f"\nchoose another name for the run, or delete {self.url} if it is not wanted any more"
+        )
+
+    def start(self, kind: str, spec_sha256: str) -> RunManifest:
+        """Record that the run is running, for the first time or again."""
+        known, now = self.manifest(), time.time()
+        started = known.started if known else now
+        return self._record(
+            RunManifest(
+                name=self.name, kind=kind, status="running", spec_sha256=spec_sha256, started=started, updated=now
+            )
+        )
+
+    def finish(
+        self,
+        status: Literal["finished", "failed"],
+        *,
+        final_step: int | None = None,
+        best_step: int | None = None,
+        error: str | None = None,
+    ) -> RunManifest:
+        """Record how the run ended, with the size and SHA-256 of every result and of what made it."""
+        known = self.manifest()
+        if known is None:
+            raise UserError(f"run {self.name!r} in {self.storage.url} was not started")
+        entries = [entry for prefix in _RECORDED for entry in self.storage.list(self.key(prefix))]
+        files = {
+            entry.key.removeprefix(f"{self.name}/"): FileRecord(bytes=entry.size, sha256=self.storage.sha256(entry.key))
+            for entry in entries
+        }
+        changes = {"status": status, "updated": time.time(), "final_step": final_step, "best_step": best_step}
+        return self._record(known.model_copy(update={**changes, "error": error, "files": files}))
+
+    def manifest(self) -> RunManifest | None:
+        """What is recorded of the run, None before `start`; `DamagedError` if it cannot be read."""
+        try:
+            return RunManifest.model_validate_json(self.read(_MANIFEST))
+        except FileNotFoundError:
+            return None
+        except ValidationError as error:
+            raise DamagedError(
+                f"{self.url}/{_MANIFEST} is damaged ({error.errors()[0]['msg']}): remove that one file and run again; "
+                "checkpoints are not affected"
+            ) from error
+
+    def append_events(self, events: Iterable[Mapping[str, Any]]) -> None:
+        """Add events, one JSON object a line. Only who holds the lease does."""
+        lines = "".join(json.dumps(event, separators=(",", ":")) + "\n" for event in events)
+        if not lines:
+            return
+        if not self._events_end_whole and (text := self._events_text()) and not text.endswith("\n"):
+            lines = "\n" + lines  # what a dead driver left half written keeps to its own line
+        self._events_end_whole = False
+        self.storage.append(self.key(_EVENTS), lines.encode())
+        self._events_end_whole = True
+
+    def events(self) -> list[dict[str, Any]]:
+        """Every event, oldest first; a line that was torn by a crash comes as `{"event": "torn", "text": ...}`."""
+        return [_event(line) for line in self._events_text().splitlines() if line]
+
+    def verify(self) -> list[Damage]:
+        """Read every byte of every checkpoint and of what the manifest records, and say what is wrong."""
+        damages = self.checkpoints.verify()
+        try:
+            known = self.manifest()
+        except DamagedError as error:
+            return [*damages, Damage(self.name, _MANIFEST, str(error))]
+        sizes = {entry.key.removeprefix(f"{self.name}/"): entry.size for entry in self.storage.list(f"{self.name}/")}
+        records = known.files if known else {}
+        return damages + check_files(self.name, records, sizes, lambda name: self.storage.sha256(self.key(name)))
+
+    def summary(self) -> RunSummary:
+        """The run in one line."""
+        commits = self.checkpoints.commits()
+        last = commits[-1].step if commits else None
+        try:
+            known = self.manifest()
+        except DamagedError:
+            return RunSummary(self.name, "?", "damaged", None, None, last, 0.0)
+        if known is None:
+            return RunSummary(self.name, "?", "interrupted", None, None, last, 0.0)
+        idle = known.status == "running" and not Lease.is_held(self.storage, self.name)
+        status = "interrupted" if idle else known.status
+        return RunSummary(self.name, known.kind, status, known.final_step, known.best_step, last, known.updated)
+
+    @staticmethod
+    def names(storage: Storage) -> list[str]:
+        """The names of all runs that were ever started in a storage, sorted."""
+        found = []
+        for folder in storage.folders():
+            try:
+                run = Run(storage, folder)
+            except UserError:
+                continue  # a folder that no run could have made
+            if run.exists():
+                found.append(run.name)
+        return found
+
+    def _events_text(self) -> str:
+        try:
+            return self.read(_EVENTS).decode(errors="replace")
+        except FileNotFoundError:
+            return ""
+
+    def _record(self, manifest: RunManifest) -> RunManifest:
+        self.write(_MANIFEST, manifest.model_dump_json(indent=1).encode())
+        return manifest
+
+
+def list_runs(storage: Storage) -> list[RunSummary]:
+    """Every run of a storage, by name."""
+    return [Run(storage, name).summary() for name in Run.names(storage)]
+
+
+def open_run(store_url: str | Path, name: str, *, must_exist: bool = False) -> Run:
+    """The run of this name in the store at an address; with `must_exist`, `UserError` that names the nearest one."""
+    run = Run(open_storage(store_url), name)
+    if must_exist and not run.exists():
+        names = Run.names(run.storage)
+        near = difflib.get_close_matches(run.name, names, 1) or names[:1]
+        hint = f"is it {near[0]!r}?" if near else "it has no run at all"
+        raise UserError(f"there is no run {run.name!r} in {run.storage.url}: {hint}")
+    return run
+
+
+def _event(line: str) -> dict[str, Any]:
+    try:
+        event = json.loads(line)
+    except json.JSONDecodeError:
+        event = None
+    return event if isinstance(event, dict) else {"event": "torn", "text": line}

@@ -1,0 +1,434 @@
+"""What is trusted is sound, whatever was killed, lost or altered, on a folder and on S3."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from poise.errors import DamagedError, RunBusyError, StoreError, UserError
+from poise.store.checkpoints import Checkpoints
+from poise.store.folder import FolderStorage
+from poise.store.storage import Entry, Storage, open_storage
+
+PREFIX = "digits/checkpoints"
+
+
+def payload(folder: Path, step: int) -> Path:
+    """What a trainer would save at this step: the same bytes every time, of three files, one in a subfolder."""
+    (folder / "ranks").mkdir(parents=True, exist_ok=True)
+    (folder / "model.safetensors").write_bytes(bytes([step % 256]) * 3000)
+    (folder / "state.json").write_text(json.dumps({"step": step}))
+    (folder / "ranks" / "0.json").write_text("{}")
+    return folder
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def expected(step: int, tmp_path: Path) -> dict[str, bytes]:
+    return content(payload(tmp_path / f"expected-{step}", step))
+
+
+@pytest.fixture
+def checkpoints(storage: Storage, tmp_path: Path) -> Checkpoints:
+    """Steps 10, 20 and 30 are committed."""
+    checkpoints = Checkpoints(storage, PREFIX)
+    for step in (10, 20, 30):
+        checkpoints.commit(step, payload(tmp_path / "saved", step), info={"world": 2, "loss": step / 3})
+    return checkpoints
+
+
+def newest(checkpoints: Checkpoints, tmp_path: Path) -> tuple[int | None, list[str]]:
+    """The newest sound step, whose files are checked here, and what was said of the newer ones."""
+    into = tmp_path / "into"
+    commit, damages = checkpoints.newest_sound(into)
+    if commit is None:
+        assert not into.exists()
+        return None, [str(damage) for damage in damages]
+    assert content(into) == expected(commit.step, tmp_path)
+    for path in sorted(into.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    return commit.step, [str(damage) for damage in damages]
+
+
+def test_what_is_committed_comes_back(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    assert [commit.step for commit in checkpoints.commits()] == [10, 20, 30]
+    last = checkpoints.commits()[-1]
+    assert last.name == "step-00000030"
+    assert checkpoints.info(last) == {"world": 2, "loss": 10.0}
+    assert content(checkpoints.fetch(last, tmp_path / "fetched")) == expected(30, tmp_path)
+    assert checkpoints.verify() == []
+    with pytest.raises(UserError, match="not empty"):
+        checkpoints.fetch(last, tmp_path / "fetched")
+
+
+def test_an_empty_store_has_no_checkpoint(storage: Storage, tmp_path: Path) -> None:
+    empty = Checkpoints(storage, PREFIX)
+    assert (empty.commits(), empty.verify(), empty.prune(1), empty.sweep(0)) == ([], [], [], [])
+    assert newest(empty, tmp_path) == (None, [])
+
+
+def test_steps_sort_as_numbers(storage: Storage, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(storage, PREFIX)
+    for step in (99_999_999, 100_000_000, 7):
+        checkpoints.commit(step, payload(tmp_path / "saved", step), info={})
+    assert [commit.step for commit in checkpoints.commits()] == [7, 99_999_999, 100_000_000]
+    assert newest(checkpoints, tmp_path) == (100_000_000, [])
+
+
+def flip(data: bytes) -> bytes:
+    return bytes([data[0] ^ 1]) + data[1:]
+
+
+DAMAGES: list[tuple[str, Callable[[bytes], bytes | None], str]] = [
+    ("model.safetensors", lambda data: data[:-1], "2999 bytes instead of 3000"),
+    ("model.safetensors", lambda data: b"", "0 bytes instead of 3000"),
+    ("model.safetensors", flip, "sha256 differs"),
+    ("ranks/0.json", flip, "sha256 differs"),
+    ("state.json", lambda data: None, "missing"),
+    ("manifest.json", flip, "sha256 differs from COMMITTED"),
+    ("manifest.json", lambda data: data[:10], "sha256 differs from COMMITTED"),
+    ("manifest.json", lambda data: None, "missing"),
+    ("COMMITTED", lambda data: b"", "manifest.json: sha256 differs from COMMITTED"),
+    ("COMMITTED", lambda data: None, "missing: the upload was not finished"),
+]
+
+
+def damage(storage: Storage, step: int, name: str, change: Callable[[bytes], bytes | None]) -> None:
+    key = f"{PREFIX}/step-{step:08d}/{name}"
+    changed = change(storage.read(key))
+    if changed is None:
+        storage.delete([key])
+    else:
+        storage.write(key, changed)
+
+
+@pytest.mark.parametrize(("name", "change", "said"), DAMAGES)
+def test_each_damage_is_named_skipped_and_mended(
+    checkpoints: Checkpoints,
+    tmp_path: Path,
+    name: str,
+    change: Callable[[bytes], bytes | None],
+    said: str,
+) -> None:
+    last = checkpoints.commits()[-1]
+    damage(checkpoints.storage, 30, name, change)
+    before = checkpoints.storage.list()
+    step, damages = newest(checkpoints, tmp_path)
+    assert step == 20
+    assert len(damages) == 1
+    assert damages[0].startswith("step-00000030/")
+    assert said in damages[0]
+    assert [str(found) for found in checkpoints.verify()] == damages
+    with pytest.raises(DamagedError, match=r"step-00000030/"):
+        checkpoints.fetch(last, tmp_path / "fetched")
+    assert not (tmp_path / "fetched").exists()
+    assert checkpoints.storage.list() == before  # reading deletes nothing
+    checkpoints.commit(30, payload(tmp_path / "saved", 30), info={})  # what the resumed run does
+    assert newest(checkpoints, tmp_path) == (30, [])
+    assert [commit.step for commit in checkpoints.commits()] == [10, 20, 30]
+
+
+def test_every_bad_file_is_named_and_the_walk_goes_on(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    damage(checkpoints.storage, 30, "state.json", flip)
+    damage(checkpoints.storage, 30, "model.safetensors", lambda data: data + b"x")
+    damage(checkpoints.storage, 20, "model.safetensors", flip)
+    assert newest(checkpoints, tmp_path) == (
+        10,
+        [
+            "step-00000030/model.safetensors: 3001 bytes instead of 3000",
+            "step-00000030/state.json: sha256 differs",
+            "step-00000020/model.safetensors: sha256 differs",
+        ],
+    )
+
+
+def test_what_was_damaged_is_kept_aside_until_swept(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    for _ in range(2):
+        damage(checkpoints.storage, 30, "model.safetensors", flip)
+        checkpoints.commit(30, payload(tmp_path / "saved", 30), info={})
+    aside = [f"{PREFIX}/damaged/step-00000030-{number}" for number in (1, 2)]
+    assert len(checkpoints.storage.list(f"{PREFIX}/damaged/")) == 2 * 5
+    assert checkpoints.storage.read(f"{aside[1]}/model.safetensors") == flip(
+        expected(30, tmp_path)["model.safetensors"]
+    )
+    assert checkpoints.sweep(3600) == []
+    assert checkpoints.sweep(-60) == aside
+    assert checkpoints.storage.list(f"{PREFIX}/damaged/") == []
+    assert newest(checkpoints, tmp_path) == (30, [])
+
+
+def test_a_step_committed_twice_is_the_same_commit(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    last, before = checkpoints.commits()[-1], checkpoints.storage.list()
+    assert checkpoints.commit(30, payload(tmp_path / "saved", 30), info={"wall": 2}) == last
+    assert checkpoints.storage.list() == before
+
+
+def test_a_step_is_not_committed_with_other_files(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="step-00000030: this step is committed already, whole, with other files"):
+        checkpoints.commit(30, payload(tmp_path / "saved", 31), info={})
+    assert newest(checkpoints, tmp_path) == (30, [])
+
+
+def test_a_writer_that_lost_its_lease_changes_nothing(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    def refuse() -> None:
+        raise RunBusyError("held by another")
+
+    damage(checkpoints.storage, 30, "model.safetensors", flip)
+    before = checkpoints.storage.list()
+    with pytest.raises(RunBusyError):
+        checkpoints.commit(30, payload(tmp_path / "saved", 30), info={}, guard=refuse)
+    assert checkpoints.storage.list() == before
+
+
+def test_a_writer_that_loses_its_lease_while_uploading_does_not_commit(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    calls: list[int] = []
+
+    def refuse_later() -> None:
+        calls.append(1)
+        if len(calls) > 1:
+            raise RunBusyError("taken over")
+
+    with pytest.raises(RunBusyError):
+        checkpoints.commit(40, payload(tmp_path / "saved", 40), info={}, guard=refuse_later)
+    assert len(calls) == 2
+    assert newest(checkpoints, tmp_path) == (30, ["step-00000040/COMMITTED: missing: the upload was not finished"])
+
+
+def test_an_upload_cut_short_by_the_store_is_not_committed(tmp_path: Path) -> None:
+    class Truncating(FolderStorage):
+        def upload(self, path: Path, key: str) -> None:
+            self.write(key, path.read_bytes()[:-1])
+
+    checkpoints = Checkpoints(Truncating(tmp_path / "store"), PREFIX)
+    with pytest.raises(DamagedError, match="2999 bytes instead of 3000"):
+        checkpoints.commit(10, payload(tmp_path / "saved", 10), info={})
+    assert checkpoints.commits() == []
+
+
+def test_of_two_writers_of_one_step_one_is_told(tmp_path: Path) -> None:
+    """The rival commits in the moment between our last look and our commit."""
+    checkpoints = Checkpoints(FolderStorage(tmp_path / "store"), PREFIX)
+    mark = f"{PREFIX}/step-00000010/COMMITTED"
+    calls: list[int] = []
+
+    def rival() -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            checkpoints.storage.create(mark, b"another manifest")
+
+    with pytest.raises(StoreError, match="another writer"):
+        checkpoints.commit(10, payload(tmp_path / "saved", 10), info={}, guard=rival)
+    assert checkpoints.storage.read(mark) == b"another manifest"
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "COMMITTED"])
+def test_names_of_the_store_are_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / name).write_text("x")
+    with pytest.raises(UserError, match=name):
+        Checkpoints(FolderStorage(tmp_path / "store"), PREFIX).commit(1, tmp_path / "saved", info={})
+
+
+@pytest.mark.parametrize(("step", "said"), [(-1, "not -1"), (10**12, "999999999999"), (1, "no file")])
+def test_nothing_to_commit_is_refused(tmp_path: Path, step: int, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        Checkpoints(FolderStorage(tmp_path / "store"), PREFIX).commit(step, tmp_path / "missing", info={})
+
+
+def test_a_manifest_that_leads_out_of_the_folder_is_damage(tmp_path: Path) -> None:
+    import hashlib
+
+    storage = FolderStorage(tmp_path / "store")
+    checkpoints = Checkpoints(storage, PREFIX)
+    checkpoints.commit(10, payload(tmp_path / "saved", 10), info={})
+    key = f"{PREFIX}/step-00000010"
+    manifest = json.loads(storage.read(f"{key}/manifest.json"))
+    manifest["files"]["../../escape"] = manifest["files"].pop("state.json")
+    forged = json.dumps(manifest).encode()
+    storage.write(f"{key}/manifest.json", forged)
+    storage.write(f"{key}/COMMITTED", hashlib.sha256(forged).hexdigest().encode())
+    assert newest(checkpoints, tmp_path) == (
+        None,
+        ["step-00000010/manifest.json: not a manifest of this version of Poise"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("keep", "protect", "removed"),
+    [(1, (), [20, 10]), (2, (), [10]), (1, (10,), [20]), (3, (), []), (9, (), []), (1, (10, 20, 99), [])],
+)
+def test_pruning_keeps_the_newest_and_the_protected(
+    checkpoints: Checkpoints, tmp_path: Path, keep: int, protect: Sequence[int], removed: list[int]
+) -> None:
+    assert checkpoints.prune(keep, protect) == removed
+    assert [commit.step for commit in checkpoints.commits()] == sorted({10, 20, 30} - set(removed))
+    assert checkpoints.verify() == []
+
+
+def test_pruning_does_not_count_what_lacks_bytes(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    damage(checkpoints.storage, 30, "model.safetensors", lambda data: data[:-1])
+    assert checkpoints.prune(1) == [10]
+    assert newest(checkpoints, tmp_path)[0] == 20
+    damage(checkpoints.storage, 20, "manifest.json", flip)
+    before = checkpoints.storage.list()
+    assert checkpoints.prune(1) == []
+    assert checkpoints.storage.list() == before
+    with pytest.raises(UserError, match="at least 1"):
+        checkpoints.prune(0)
+
+
+def test_sweeping_takes_old_orphans_only(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    damage(checkpoints.storage, 20, "COMMITTED", lambda data: None)
+    assert checkpoints.sweep(3600) == []
+    assert checkpoints.sweep(-60) == [f"{PREFIX}/step-00000020"]
+    assert [commit.step for commit in checkpoints.commits()] == [10, 30]
+    assert checkpoints.verify() == []
+
+
+class PowerCut(BaseException):
+    """What nothing catches, as SIGKILL is not caught."""
+
+
+class Mortal(Storage):
+    """A storage whose user dies at its n-th change, before it (even n) or after it (odd n)."""
+
+    def __init__(self, storage: Storage, life: int) -> None:
+        self.url = storage.url
+        self.storage = storage
+        self.life = life
+
+    def _change(self, act: Callable[..., object], *arguments: object) -> object:
+        self.life -= 1
+        if self.life == -1:
+            raise PowerCut
+        done = act(*arguments)
+        self.life -= 1
+        if self.life == -1:
+            raise PowerCut
+        return done
+
+    def write(self, key: str, data: bytes) -> None:
+        self._change(self.storage.write, key, data)
+
+    def create(self, key: str, data: bytes) -> bool:
+        return bool(self._change(self.storage.create, key, data))
+
+    def swap(self, key: str, data: bytes, expected: bytes) -> bool:
+        return bool(self._change(self.storage.swap, key, data, expected))
+
+    def append(self, key: str, data: bytes) -> None:
+        self._change(self.storage.append, key, data)
+
+    def upload(self, path: Path, key: str) -> None:
+        self._change(self.storage.upload, path, key)
+
+    def delete(self, keys: Sequence[str]) -> None:
+        for key in keys:  # a store may well stop in the middle of a batch
+            self._change(self.storage.delete, [key])
+
+    def move(self, key: str, to: str) -> None:
+        self._change(self.storage.move, key, to)
+
+    def read(self, key: str) -> bytes:
+        return self.storage.read(key)
+
+    def list(self, prefix: str = "") -> list[Entry]:
+        return self.storage.list(prefix)
+
+    def folders(self) -> Sequence[str]:
+        return self.storage.folders()
+
+    def download(self, key: str, path: Path) -> None:
+        self.storage.download(key, path)
+
+    def sweep(self, older_than_s: float) -> Sequence[str]:
+        return self.storage.sweep(older_than_s)
+
+
+@pytest.mark.parametrize("half_written", [False, True])
+def test_death_at_any_point_of_a_commit(url: str, tmp_path: Path, half_written: bool) -> None:
+    """Before, after and in between: the newest sound is 30 or 40, older ones are untouched, and 40 can be committed."""
+    saved, life, outcomes = payload(tmp_path / "saved", 40), 0, []
+    while not outcomes or outcomes[-1] != "done":
+        storage = open_storage(f"{url}/{life}")
+        checkpoints = Checkpoints(storage, PREFIX)
+        checkpoints.commit(30, payload(tmp_path / "older", 30), info={})
+        if half_written:
+            storage.write(f"{PREFIX}/step-00000040/model.safetensors", b"half")
+            storage.write(f"{PREFIX}/step-00000040/leftover.bin", b"of a longer checkpoint")
+        older = [entry for entry in storage.list() if "step-00000030" in entry.key]
+        try:
+            Checkpoints(Mortal(storage, life), PREFIX).commit(40, saved, info={})
+            outcomes.append("done")
+        except PowerCut:
+            step, damages = newest(checkpoints, tmp_path)
+            outcomes.append(str(step))
+            assert step in (30, 40)
+            assert all("the upload was not finished" in said for said in damages)
+        assert [entry for entry in storage.list() if "step-00000030" in entry.key] == older
+        checkpoints.commit(40, saved, info={})
+        assert newest(checkpoints, tmp_path) == (40, [])
+        assert checkpoints.verify() == []
+        assert not [entry for entry in storage.list() if "leftover" in entry.key]
+        life += 1
+    changes = 3 + 2 + 2 * half_written  # three files, the manifest, COMMITTED; and what was left over
+    assert outcomes == ["30"] * (2 * changes - 1) + ["40", "done"]
+
+
+def test_death_at_any_point_of_mending_a_damaged_step(url: str, tmp_path: Path) -> None:
+    saved, life, outcomes = payload(tmp_path / "saved", 40), 0, []
+    while not outcomes or outcomes[-1] != "done":
+        storage = open_storage(f"{url}/{life}")
+        checkpoints = Checkpoints(storage, PREFIX)
+        checkpoints.commit(30, payload(tmp_path / "older", 30), info={})
+        checkpoints.commit(40, saved, info={})
+        damage(storage, 40, "model.safetensors", flip)
+        try:
+            Checkpoints(Mortal(storage, life), PREFIX).commit(40, saved, info={})
+            outcomes.append("done")
+        except PowerCut:
+            outcomes.append(str(newest(checkpoints, tmp_path)[0]))
+        checkpoints.commit(40, saved, info={})
+        assert newest(checkpoints, tmp_path) == (40, [])
+        assert checkpoints.verify() == []
+        life += 1
+    assert outcomes == ["30"] * (2 * 10 - 1) + ["40", "done"]  # five objects moved away, five made
+
+
+def test_death_at_any_point_of_pruning(url: str, tmp_path: Path) -> None:
+    life, done = 0, False
+    while not done:
+        storage = open_storage(f"{url}/{life}")
+        checkpoints = Checkpoints(storage, PREFIX)
+        for step in (10, 20, 30, 40):
+            checkpoints.commit(step, payload(tmp_path / "saved", step), info={})
+        try:
+            Checkpoints(Mortal(storage, life), PREFIX).prune(1, protect=[20])
+            done = True
+        except PowerCut:
+            pass
+        assert {20, 40} <= {commit.step for commit in checkpoints.commits()}
+        assert newest(checkpoints, tmp_path) == (40, [])
+        assert all("the upload was not finished" in found.problem for found in checkpoints.verify())
+        checkpoints.prune(1, protect=[20])
+        checkpoints.sweep(-60)
+        assert [commit.step for commit in checkpoints.commits()] == [20, 40]
+        assert checkpoints.verify() == []
+        life += 1
+    assert life == 2 * (2 * 5) + 1
+
+
+def test_checkpoints_survive_s3_that_fails_one_request_in_three(flaky_s3: str, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(open_storage(flaky_s3), PREFIX)
+    for step in (10, 20):
+        checkpoints.commit(step, payload(tmp_path / "saved", step), info={})
+    assert newest(checkpoints, tmp_path) == (20, [])
+    assert checkpoints.prune(1) == [10]
+    assert checkpoints.verify() == []
