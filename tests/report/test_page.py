@@ -13,8 +13,8 @@ from rich.console import Console
 from poise.observe.rows import Rows, read_rows
 from poise.report.page import render
 from poise.report.record import RunRecord, load_record
-from poise.report.table import comparison
-from poise.store.runs import Run, open_run
+from poise.report.table import comparison, run_details, run_list
+from poise.store.runs import Run, list_runs, open_run
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
@@ -192,3 +192,19 @@ def test_damaged_files_are_named_and_the_rest_is_shown(tmp_path: Path) -> None:
     for file in ("metrics/timing-00000005.parquet", "artifacts/summary.json", "environment.json"):
         assert file in named
     Page(render([record], "x"))
+
+
+def test_a_store_and_a_run_are_printed(tmp_path: Path) -> None:
+    run = _stored(tmp_path)
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "scratch" / "model.bin").write_bytes(b"x" * 2_000)
+    run.checkpoints.commit(1_234, tmp_path / "scratch", info={})
+    run.finish("failed", final_step=1_234, error="no [red] space")
+    open_run(tmp_path, "second").claim_spec("kind: x\n", "1" * 64)
+    console = Console(file=io.StringIO(), width=100, record=True)
+    console.print(run_list(list_runs(run.storage)))
+    console.print(run_details(run))
+    console.print(run_details(open_run(tmp_path, "second")))
+    text = console.export_text()
+    for expected in ("stored", "second", "failed", "interrupted", "no [red] space", "1,234", "step-"):
+        assert expected in text

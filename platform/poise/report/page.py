@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from matplotlib.figure import Figure
 import poise
 from poise.report import figures
 from poise.report.curves import colour, curve, label, ordered, phase_seconds, wilson
-from poise.report.record import RunRecord, is_alarm, load_record
+from poise.report.record import RunRecord, is_alarm, load_record, when
 
 __all__ = ["RunRecord", "load_record", "render"]
 
@@ -199,15 +198,8 @@ def _events(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _event(event: Mapping[str, Any]) -> dict[str, Any]:
     detail = {key: value for key, value in event.items() if key not in ("event", "time")}
     return {
-        "time": _time(event.get("time")),
+        "time": when(event.get("time")),
         "name": str(event.get("event", "unknown")),
         "detail": "  ".join(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in detail.items()),
         "alarm": is_alarm(event),
     }
-
-
-def _time(value: Any) -> str:
-    """Epoch seconds or ISO text as `YYYY-MM-DD hh:mm:ss`."""
-    if isinstance(value, (int, float)) and math.isfinite(value):
-        return datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%d %H:%M:%S")
-    return str(value or "").replace("T", " ").removesuffix("Z")

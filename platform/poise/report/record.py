@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
@@ -16,7 +17,7 @@ from poise.observe.rows import read_rows, schema
 if TYPE_CHECKING:
     from poise.store.runs import Run
 
-__all__ = ["RunRecord", "is_alarm", "load_record"]
+__all__ = ["RunRecord", "is_alarm", "load_record", "when"]
 
 T = TypeVar("T")
 
@@ -58,9 +59,16 @@ class RunRecord:
 
 
 def is_alarm(event: Mapping[str, Any]) -> bool:
-    """Whether an event tells of a failure: a damaged checkpoint, an error, a start after the first."""
+    """Whether an event tells of a failure: a damaged checkpoint, an error, a start that had to go on from a commit."""
     name = str(event.get("event", "")).lower()
-    return any(word in name for word in ALARMS) or (name == "start" and bool(event.get("attempt")))
+    return any(word in name for word in ALARMS) or (name == "start" and bool(event.get("attempt") or event.get("step")))
+
+
+def when(value: Any) -> str:
+    """Epoch seconds or ISO text as `YYYY-MM-DD hh:mm:ss` (UTC); nothing for None."""
+    if isinstance(value, (int, float)) and abs(value) < 1e11:
+        return datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%d %H:%M:%S")
+    return str(value or "").replace("T", " ").removesuffix("Z")
 
 
 def load_record(run: Run) -> RunRecord:

@@ -1,17 +1,16 @@
-"""The one table that the command line prints for several runs."""
+"""The tables that the command line prints: results of several runs, the runs of a store, one run."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from datetime import datetime
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from poise.report.curves import label, ordered, wilson
-from poise.report.record import RunRecord
+from poise.report.record import RunRecord, when
 from poise.store.runs import Run, RunSummary
 
 __all__ = ["comparison", "run_details", "run_list"]
@@ -52,27 +51,24 @@ def _cell(value: float, examples: int) -> Text:
 def run_list(runs: Sequence[RunSummary]) -> Table:
     """The runs of a store, one a line."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for heading in ("run", "kind", "status", "last commit", "best", "updated"):
+    for heading in ("run", "kind", "status", "last commit", "best", "updated (UTC)"):
         table.add_column(heading, justify="right" if heading in ("last commit", "best") else "left", overflow="fold")
     for run in runs:
         steps = ("-" if step is None else f"{step:,}" for step in (run.last_checkpoint, run.best_step))
-        table.add_row(run.name, run.kind, run.status, *steps, _when(run.updated))
+        table.add_row(run.name, run.kind, run.status, *steps, when(run.updated or None))
     return table
 
 
 def run_details(run: Run) -> Table:
     """The state of one run and its checkpoints, oldest first."""
-    summary, known = run.summary(), run.manifest()
+    summary = run.summary()
+    known = None if summary.status == "damaged" else run.manifest()
     table = Table(title=f"{run.url}: {summary.status}", title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
-    for heading in ("checkpoint", "step", "MiB", "committed"):
+    for heading in ("checkpoint", "step", "MiB", "committed (UTC)"):
         table.add_column(heading, justify="right" if heading in ("step", "MiB") else "left")
     for commit in run.checkpoints.commits():
         best = " (best)" if commit.step == summary.best_step else ""
-        table.add_row(commit.name + best, f"{commit.step:,}", f"{commit.size / 2**20:.2f}", _when(commit.committed))
+        table.add_row(commit.name + best, f"{commit.step:,}", f"{commit.size / 2**20:.2f}", when(commit.committed))
     if known is not None and known.error:
-        table.caption = known.error
+        table.caption = Text(known.error)
     return table
-
-
-def _when(epoch_s: float) -> str:
-    return datetime.fromtimestamp(epoch_s).strftime("%Y-%m-%d %H:%M:%S") if epoch_s else "-"
