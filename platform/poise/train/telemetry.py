@@ -56,8 +56,8 @@ class Telemetry:
         self._context.report(self._progress(step, phases))
 
     def measured(self, metrics: Mapping[str, float], *, held_out: bool = False) -> None:
-        """Export gauges; accuracies are exported from held-out data only."""
-        self._latest.update(metrics)
+        """Export gauges and show them; accuracies only when they are of held-out data."""
+        self._latest.update({name: v for name, v in metrics.items() if held_out or not name.startswith("robust/")})
         if not self._context.leads:
             return
         sink, run = self._context.sink, self._context.run.name
