@@ -84,9 +84,22 @@ def test_no_rows_no_figure(draw: Callable[..., Figure | None]) -> None:
     assert figures.final_bars([("a", {}, 10), ("b", {"clean": math.nan}, 10)]) is None
 
 
+def test_a_single_threat_is_drawn_once() -> None:
+    rows = Rows()
+    for step in (1, 2):
+        same = {"robust/linf": 0.5, "robust/union": 0.5, "robust/average": 0.5}
+        rows.add(step, float(step), "train", {"loss": 1.0, "loss/linf": 1.0, "weight/linf": 1.0, **same})
+    table = read_rows([rows.to_parquet()])
+    assert figures.weight_curves(table) is None
+    for draw in (figures.loss_curves, figures.accuracy_curves):
+        figure = draw(table)
+        assert figure is not None
+        assert len(figure.axes[0].lines) == 1
+
+
 def test_an_odd_run_is_drawn() -> None:
     rows = Rows()
-    rows.add(1, 1.0, "train", {"loss": math.nan, "loss/linf": math.inf, "weight/new": 1.0, "lr": 0.0})
+    rows.add(1, 1.0, "train", {"loss": math.nan, "loss/linf": math.inf, "weight/new": 1.0, "weight/l1": 0.0, "lr": 0.0})
     rows.add(1, 1.0, "validation", {"robust/$\\frac{": 0.5, "robust/<b>": math.nan})
     table = read_rows([rows.to_parquet()])
     for draw in (figures.loss_curves, figures.weight_curves, figures.learning_rate, figures.accuracy_curves):

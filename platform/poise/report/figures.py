@@ -98,11 +98,16 @@ def _plot(axes: Axes, rows: pa.Table, split: str, name: str, **style: Any) -> bo
     return len(series) > 0
 
 
+def _several(threats: list[str]) -> list[str]:
+    """The threats, or none where the only one is the whole objective and would be drawn twice."""
+    return threats if len(threats) > 1 else []
+
+
 @matplotlib.rc_context(STYLE)
 def loss_curves(rows: pa.Table) -> Figure | None:
     """Training objective, its parts per threat and the validation loss; None without any."""
     figure, axes = _axes(HALF, 2.9, "epoch", "loss (nats)")
-    threats = names(rows, "train", "loss/")
+    threats = _several(names(rows, "train", "loss/"))
     drawn = [_plot(axes, rows, "train", f"loss/{t}", color=colour(t, threats), lw=1.1, label=label(t)) for t in threats]
     drawn += [
         _plot(axes, rows, "train", "loss", color=INK, label="training objective"),
@@ -123,7 +128,7 @@ def accuracy_curves(rows: pa.Table, best_step: int | None = None) -> Figure | No
     figure, axes = _axes(WIDE, 3.8, "epoch", "accuracy (%)")
     measures: dict[str, list[str]] = {}
     for split, style in (("validation", "-"), ("train", (0, (1, 1.4)))):
-        found = {n.removeprefix("robust/"): n for n in names(rows, split, "") if _is_accuracy(n)}
+        found = _accuracies(rows, split)
         for measure, name in found.items():
             width = 1.9 if split == "validation" else 1.2
             _plot(axes, rows, split, name, color=colour(measure, list(found)), ls=style, lw=width)
@@ -136,8 +141,13 @@ def accuracy_curves(rows: pa.Table, best_step: int | None = None) -> Figure | No
     return figure
 
 
-def _is_accuracy(name: str) -> bool:
-    return name in ("clean", "accuracy") or name.startswith("robust/")
+def _accuracies(rows: pa.Table, split: str) -> dict[str, str]:
+    """Row names by measure; without the summaries of a single threat, which they equal."""
+    found = names(rows, split, "")
+    accuracies = {n.removeprefix("robust/"): n for n in found if n in ("clean", "accuracy") or n.startswith("robust/")}
+    if len(set(accuracies) - {"clean", "accuracy", "average", "union"}) == 1:
+        return {measure: name for measure, name in accuracies.items() if measure not in ("average", "union")}
+    return accuracies
 
 
 def _mark_best(axes: Axes, rows: pa.Table, best_step: int | None) -> None:
@@ -166,8 +176,8 @@ def _accuracy_legend(axes: Axes, measures: Mapping[str, Sequence[str]]) -> None:
 
 @matplotlib.rc_context(STYLE)
 def weight_curves(rows: pa.Table) -> Figure | None:
-    """Weight of every threat in the objective over time; None where the objective has no weights."""
-    threats = names(rows, "train", "weight/")
+    """Weight of every threat in the objective over time; None where there are not several to weigh."""
+    threats = _several(names(rows, "train", "weight/"))
     if not threats:
         return None
     figure, axes = _axes(HALF, 2.9, "epoch", "weight in the objective")
@@ -207,21 +217,22 @@ def phase_bars(runs: Sequence[tuple[str, pa.Table]]) -> Figure | None:
     axes.grid(axis="y", visible=False)
     phases = [p for p in PHASES if any(p in s for _, s in timed)]
     phases += sorted({p for _, s in timed for p in s} - set(phases))
+    longest = max(sum(seconds.values()) for _, seconds in timed)
     for row, (_, seconds) in enumerate(timed):
-        _phase_bar(axes, row, seconds, phases)
+        _phase_bar(axes, row, seconds, phases, longest)
     axes.set_yticks(range(len(timed)), [_short(name) for name, _ in timed], color=INK)
     axes.set_ylim(len(timed) - 0.45, -0.55)
-    axes.set_xlim(0, 1.01 * max(sum(seconds.values()) for _, seconds in timed))
+    axes.set_xlim(0, 1.01 * longest)
     _legend(axes, [_swatch(_phase_colour(p), p.replace("_", " and ")) for p in phases])
     return figure
 
 
-def _phase_bar(axes: Axes, row: int, seconds: Mapping[str, float], phases: Sequence[str]) -> None:
+def _phase_bar(axes: Axes, row: int, seconds: Mapping[str, float], phases: Sequence[str], longest: float) -> None:
     total, left = sum(seconds.values()), 0.0
     for phase in phases:
         width = seconds.get(phase, 0.0)
         bar = axes.barh(row, width, left=left, height=0.62, color=_phase_colour(phase))
-        if width > 0.06 * total:
+        if width > 0.05 * longest:
             axes.bar_label(bar, [f"{width / total:.0%}"], label_type="center", color="#ffffff", fontsize=8.5)
         left += width
 
@@ -255,7 +266,8 @@ def final_bars(runs: Sequence[tuple[str, Mapping[str, float], int]]) -> Figure |
                 _interval_bar(axes, x, value, count, width, colour(measure, measures), _shade(index, len(runs)))
     axes.set_xticks(range(len(measures)), [label(m) for m in measures], color=INK)
     axes.set_xlim(-0.55, len(measures) - 0.45)
-    axes.set_ylim(0, 1)
+    axes.set_ylim(0, 1.07)  # room for the numbers above bars near 100%
+    axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
     if len(runs) > 1:
         _legend(axes, [_swatch(INK, _short(run[0]), _shade(i, len(runs))) for i, run in enumerate(runs)])

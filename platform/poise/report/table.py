@@ -50,9 +50,11 @@ def _cell(value: float, examples: int) -> Text:
 
 def run_list(runs: Sequence[RunSummary]) -> Table:
     """The runs of a store, one a line."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for heading in ("run", "kind", "status", "last commit", "best", "updated (UTC)"):
-        table.add_column(heading, justify="right" if heading in ("last commit", "best") else "left", overflow="fold")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for heading in ("run", "kind", "status"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("last commit", "best", "updated (UTC)"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for run in runs:
         steps = ("-" if step is None else f"{step:,}" for step in (run.last_checkpoint, run.best_step))
         table.add_row(run.name, run.kind, run.status, *steps, when(run.updated or None))
