@@ -1,0 +1,93 @@
+"""Robust accuracy, honestly: per attack and for the union of attacks, from one boolean matrix.
+
+Union accuracy is the share of examples that withstand every attack, a logical AND per example; it is at most the
+smallest accuracy and at least one minus the sum of the errors (papers/adversarial.md, section 8).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from poise.robust.attacks import AttackResult, attack_mode
+
+__all__ = ["Evaluation", "EvaluationAttack", "evaluate", "union_accuracy"]
+
+EvaluationAttack = Callable[[nn.Module, Tensor, Tensor, Sequence[torch.Generator]], AttackResult]
+"""(model, x, y, one generator per example) -> result; `pgd` with its threat and options bound."""
+
+
+def union_accuracy(correct: Tensor | np.ndarray) -> float:
+    """The share of rows of `correct`, bool (n, attacks), that are True throughout. Raises ValueError if it is empty."""
+    correct = torch.as_tensor(correct)
+    if correct.ndim != 2 or correct.numel() == 0 or correct.dtype != torch.bool:
+        raise ValueError(f"expected a non-empty bool matrix [n, attacks], not {correct.dtype} {tuple(correct.shape)}")
+    return correct.all(dim=1).double().mean().item()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Which example withstood what: `correct` bool (n, 1 + attacks) on the CPU, a column per name, "clean" first."""
+
+    names: tuple[str, ...]
+    correct: Tensor
+
+    def accuracy(self, name: str) -> float:
+        """Accuracy on clean images ("clean") or under the attack of that name."""
+        return union_accuracy(self.correct[:, [self.names.index(name)]])
+
+    @property
+    def union(self) -> float:
+        """The share of examples that are right on the clean image and under every attack."""
+        return union_accuracy(self.correct)
+
+    def summary(self) -> dict[str, float]:
+        """ "clean", "robust/<attack>" for each, "robust/average" over the attacks, "robust/union"."""
+        robust = {f"robust/{name}": self.accuracy(name) for name in self.names[1:]}
+        average = sum(robust.values()) / len(robust)
+        return {"clean": self.accuracy("clean"), **robust, "robust/average": average, "robust/union": self.union}
+
+
+def evaluate(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    attacks: Mapping[str, EvaluationAttack],
+    *,
+    batch_size: int,
+    seed: int = 0,
+    indices: Sequence[int] | None = None,
+) -> Evaluation:
+    """Attack every example that the model gets right, with every attack, each time from the original image.
+
+    An example that is wrong already counts as not robust and is not attacked. The noise of an example follows from
+    `seed`, the attack's name and the example's index alone: the result depends neither on the batch size, nor on which
+    other attacks run, nor, with `indices`, on how a data set was shared out (up to the rounding of the model, whose
+    last bits may differ between batch sizes).
+
+    Args:
+        x, y: images (n, ...) in [0, 1] and labels (n,), on the model's device.
+        attacks: by name; at least one.
+        indices: the indices of the examples in their data set; default 0..n-1.
+    """
+    if not attacks:
+        raise ValueError("nothing to evaluate: name at least one attack")
+    indices = range(len(x)) if indices is None else indices
+    with attack_mode(model), torch.no_grad():
+        clean = torch.cat([model(batch).argmax(1) for batch in torch.split(x, batch_size)]) == y
+        correct = clean.unsqueeze(1).repeat(1, 1 + len(attacks))
+        for column, (name, attack) in enumerate(attacks.items(), start=1):
+            for rows in torch.split(clean.nonzero().flatten(), batch_size):
+                generators = [_generator(seed, name, indices[i]) for i in rows.tolist()]
+                correct[rows, column] = attack(model, x[rows], y[rows], generators).correct if len(rows) else True
+    return Evaluation(("clean", *attacks), correct.cpu())
+
+
+def _generator(seed: int, name: str, index: int) -> torch.Generator:
+    sequence = np.random.SeedSequence(seed, spawn_key=(zlib.crc32(name.encode()), index))
+    return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]) >> 1)

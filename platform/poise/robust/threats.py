@@ -1,0 +1,146 @@
+"""Threat models: a norm ball around an image, met with the box [0, 1] that images live in.
+
+Shapes: x, delta, grad are (N, ...) with at least one trailing dimension; d is the number of values of one example.
+Everything is per example, stays on the device of its input and never waits for it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from poise.robust.spec import NORMS, Norm
+
+__all__ = ["Threat", "project_l1_ball"]
+
+
+@dataclass(frozen=True)
+class Threat:
+    """{delta : ||delta||_norm <= eps, 0 <= x + delta <= 1}; eps in pixel units of [0, 1]."""
+
+    norm: Norm
+    eps: float
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise ValueError(f"unknown norm {self.norm!r}: use one of {', '.join(NORMS)}")
+        if not (math.isfinite(self.eps) and self.eps >= 0):
+            raise ValueError(f"eps must be finite and at least 0, not {self.eps}")
+
+    def project(self, x: Tensor, delta: Tensor) -> Tensor:
+        """A feasible perturbation near `delta`; what is feasible already comes back unchanged.
+
+        linf and l1: the nearest point of ball and box. For l1 that is a joint projection: projecting onto the ball and
+        clipping to the box afterwards throws budget away. l2: onto the ball, then the box, which only shrinks
+        coordinates and therefore stays in the ball. Source: papers/adversarial.md, sections 1 and 2.
+        """
+        if self.norm == "l1":
+            room = torch.where(delta > 0, 1 - x, x)
+            return _shrink(delta.flatten(1), room.flatten(1), self.eps).view_as(delta)
+        if self.norm == "linf":
+            delta = delta.clamp(-self.eps, self.eps)
+        else:
+            length = torch.linalg.vector_norm(delta.flatten(1), dim=1)
+            scale = (self.eps / length.clamp(min=_tiny(length))).clamp(max=1)
+            delta = delta * _column(scale, delta)
+        return _into_box(x, delta)
+
+    def random_start(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """A feasible perturbation: uniform in the ball, then cut to the box. Drawn on the generator's device."""
+        generator = torch.Generator() if generator is None else generator
+        shape = (len(x), math.prod(x.shape[1:]) + 1)
+        return self.start_from(x, torch.rand(shape, generator=generator, dtype=x.dtype, device=generator.device))
+
+    def start_from(self, x: Tensor, uniform: Tensor) -> Tensor:
+        """The random start that `uniform`, (N, d + 1) numbers from [0, 1), decides: d for direction, one for radius.
+
+        A direction of independent normal (l2) or Laplace (l1) values, scaled to length eps * u^(1/d), is uniform in the
+        ball. Source: papers/adversarial.md, section 1.
+        """
+        uniform = uniform.to(x.device)
+        rounding = torch.finfo(uniform.dtype).eps
+        signed = (2 * uniform[:, :-1] - 1).clamp(rounding - 1, 1 - rounding)
+        if self.norm == "linf":
+            return _into_box(x, (self.eps * signed).view_as(x))
+        if self.norm == "l2":
+            direction, order = torch.erfinv(signed), 2
+        else:
+            direction, order = -signed.sign() * signed.abs().clamp(min=rounding).log(), 1
+        length = torch.linalg.vector_norm(direction, ord=order, dim=1, keepdim=True).clamp(min=rounding)
+        radius = self.eps * uniform[:, -1:] ** (1 / signed.shape[1])
+        return _into_box(x, (direction / length * radius).view_as(x))
+
+    def steepest(self, grad: Tensor, size: float, *, at: Tensor | None = None, sparsity: int | Tensor = 1) -> Tensor:
+        """The step of length `size` in this norm that climbs `grad` fastest; a zero gradient gives a zero step.
+
+        linf: size * sign(g). l2: size * g / ||g||. l1: the k = `sparsity` largest |g| move by size / k each (k = 1 is
+        the steepest; more make wider, flatter progress). With `at` = x + delta, a coordinate moves at most to the side
+        of the box, and what it could not use passes to the next largest |g|: none of the length is wasted on pixels
+        that are blocked, wholly or nearly. `sparsity` may be counts (N,). Source: papers/adversarial.md, section 2.
+        """
+        if self.norm == "linf":
+            return size * grad.sign()
+        if self.norm == "l2":
+            return size * _unit(grad)
+        room = torch.full_like(grad, torch.inf) if at is None else torch.where(grad > 0, 1 - at, at).clamp(min=0)
+        return _sparse_step(grad.flatten(1), room.flatten(1), size, sparsity).view_as(grad)
+
+
+def project_l1_ball(v: Tensor, radius: float) -> Tensor:
+    """The nearest point to each example of v (N, ...) with ||.||_1 <= radius, by sorting (Duchi et al., 2008)."""
+    flat = v.flatten(1)
+    return _shrink(flat, flat.abs(), radius).view_as(v)
+
+
+def _shrink(v: Tensor, room: Tensor, radius: float) -> Tensor:
+    """Nearest point to v (N, d) with ||.||_1 <= radius and every |coordinate| <= room (room on the side of v's sign).
+
+    It is sign(v) * clip(|v| - t, 0, room) with the least t >= 0 at which f(t) = sum_i clip(|v_i| - t, 0, room_i) is at
+    most the radius. f is piecewise linear: walking t down from max|v|, the slope grows by one at each |v_i| and falls
+    by one at each |v_i| - room_i. Sorting those 2d points gives f at all of them and hence t without iteration.
+    """
+    size = v.abs()
+    points = torch.cat([size, (size - room).clamp(min=0), size.new_zeros(len(v), 1)], dim=1)
+    turns = torch.cat([torch.ones_like(v), -torch.ones_like(v), v.new_zeros(len(v), 1)], dim=1)
+    points, order = points.sort(dim=1, descending=True)
+    slope = turns.gather(1, order).cumsum(1)
+    rise = slope[:, :-1] * (points[:, :-1] - points[:, 1:])
+    value = torch.cat([rise.new_zeros(len(v), 1), rise.cumsum(1)], dim=1)
+    before = ((value < radius).sum(1, keepdim=True) - 1).clamp(min=0)
+    missing = radius - value.gather(1, before)
+    threshold = points.gather(1, before) - missing / slope.gather(1, before).clamp(min=1)
+    threshold = threshold.masked_fill(value[:, -1:] <= radius, 0).clamp(min=0)
+    return v.sign() * torch.minimum((size - threshold).clamp(min=0), room)
+
+
+def _sparse_step(grad: Tensor, room: Tensor, size: float, sparsity: int | Tensor) -> Tensor:
+    """Spend `size` on coordinates by falling |grad|, on each at most its room and at most a k-th of `size`."""
+    counts = torch.as_tensor(sparsity, device=grad.device, dtype=grad.dtype).clamp(max=grad.shape[1]).view(-1, 1)
+    order = grad.abs().argsort(dim=1, descending=True)
+    wanted = torch.minimum(room.gather(1, order), size / counts)
+    length = torch.minimum(wanted, (size - (wanted.cumsum(1) - wanted)).clamp(min=0))
+    return torch.zeros_like(grad).scatter(1, order, length) * grad.sign()
+
+
+def _unit(grad: Tensor) -> Tensor:
+    """grad / ||grad||_2 per example. Scaled by the largest entry first: the squares of 1e-25 are zero in float32."""
+    flat = grad.flatten(1)
+    scaled = flat / flat.abs().amax(1, keepdim=True).clamp(min=_tiny(flat))
+    length = torch.linalg.vector_norm(scaled, dim=1, keepdim=True).clamp(min=1)
+    unit: Tensor = scaled / length
+    return unit.view_as(grad)
+
+
+def _into_box(x: Tensor, delta: Tensor) -> Tensor:
+    return torch.minimum(torch.maximum(delta, -x), 1 - x)
+
+
+def _column(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def _tiny(like: Tensor) -> float:
+    return torch.finfo(like.dtype).tiny

@@ -1,0 +1,100 @@
+"""Oracles for the robust room: what an optimal adversary does to a linear model inside the box, in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+
+def _gain_linf(g: Tensor, room: Tensor, eps: float) -> Tensor:
+    return (g.abs() * room.clamp(max=eps)).sum(1)
+
+
+def _gain_l1(g: Tensor, room: Tensor, eps: float) -> Tensor:
+    """Greedy: spend the budget on the largest |g| first, each up to its room."""
+    order = g.abs().argsort(dim=1, descending=True)
+    g, room = g.abs().gather(1, order), room.gather(1, order)
+    left = (eps - (room.cumsum(1) - room)).clamp(min=0)
+    return (g * torch.minimum(room, left)).sum(1)
+
+
+def _gain_l2(g: Tensor, room: Tensor, eps: float) -> Tensor:
+    """delta = min(t |g|, room) with t found by bisection so that ||delta|| = eps."""
+    low, high = torch.zeros(len(g), 1, dtype=g.dtype), torch.full((len(g), 1), 1e9, dtype=g.dtype)
+    for _ in range(200):
+        t = (low + high) / 2
+        long = torch.minimum(t * g.abs(), room).norm(dim=1, keepdim=True) > eps
+        low, high = torch.where(long, low, t), torch.where(long, t, high)
+    return (g.abs() * torch.minimum(low * g.abs(), room)).sum(1)
+
+
+_GAINS = {"linf": _gain_linf, "l2": _gain_l2, "l1": _gain_l1}
+
+
+def _slack(model: nn.Linear, x: Tensor, y: Tensor, norm: str, eps: float) -> Tensor:
+    """min over classes j != y of margin_j minus the most that delta can gain on it; robust exactly where positive."""
+    x, logits = x.flatten(1), model(x.flatten(1)).detach()
+    slack = torch.full((len(x),), torch.inf, dtype=x.dtype)
+    for j in range(logits.shape[1]):
+        g = (model.weight[j] - model.weight[y]).detach()
+        room = torch.where(g > 0, 1 - x, x)
+        margin = logits.gather(1, y[:, None]).squeeze(1) - logits[:, j]
+        slack = torch.where(y == j, slack, torch.minimum(slack, margin - _GAINS[norm](g, room, eps)))
+    return slack
+
+
+class _Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(1))
+
+
+@pytest.fixture(scope="session")
+def slack() -> Callable[..., Tensor]:
+    return _slack
+
+
+@pytest.fixture(scope="session")
+def linear_problem() -> Callable[..., SimpleNamespace]:
+    """A random linear model that is mostly right on random images, some pixels of which stand at the box's sides.
+
+    With `sparse`, the weights of every class but the first are zero beyond their first eight pixels, and larger there:
+    some margins are then weak to l1 and others to linf.
+    """
+
+    def make(seed: int, classes: int, shape: tuple[int, ...], n: int, *, sparse: bool = False) -> SimpleNamespace:
+        generator = torch.Generator().manual_seed(seed)
+        d = int(torch.tensor(shape).prod())
+        model = _Linear(d, classes).double()
+        with torch.no_grad():
+            model.weight.copy_(torch.randn(classes, d, generator=generator, dtype=torch.double))
+            model.bias.copy_(torch.randn(classes, generator=generator, dtype=torch.double))
+            if sparse:
+                model.weight[1:] *= (d / 8) ** 0.5 * (torch.arange(d) < 8)
+        x = (0.5 + 0.5 * torch.randn(n, *shape, generator=generator, dtype=torch.double)).clamp(0, 1)
+        scores = model(x).detach()
+        scores = scores + 0.3 * scores.std() * torch.randn(scores.shape, generator=generator, dtype=torch.double)
+        return SimpleNamespace(model=model, x=x, y=scores.argmax(1))
+
+    return make
+
+
+@pytest.fixture
+def small_net() -> nn.Module:
+    """Conv, BN and dropout on (N, 1, 6, 6) images, five classes; in train mode, BN buffers not at their defaults."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(64, 5)
+    )
+    net(torch.rand(16, 1, 6, 6))
+    return net
+
+
+@pytest.fixture
+def images() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(12, 1, 6, 6, generator=generator)
+    return x, torch.randint(0, 5, (12,), generator=generator)

@@ -1,0 +1,132 @@
+"""What a robust section accepts, what it refuses and what it costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from poise.robust.spec import (
+    Adt,
+    At,
+    Avg,
+    EvaluateSpec,
+    Max,
+    Objective,
+    Threats,
+    ThreatSpec,
+    check,
+    gradients_per_batch,
+)
+
+THREATS = Threats.model_validate(
+    yaml.safe_load("{l1: {eps: 12, steps: 50, restarts: 2}, linf: {eps: 8/255, steps: 40}, l2: {eps: 0.5, steps: 50}}")
+)
+
+
+def test_threats_are_a_mapping_in_fixed_order() -> None:
+    assert list(dict(THREATS)) == list(THREATS.keys()) == ["linf", "l2", "l1"]
+    assert [(norm, float(threat.eps)) for norm, threat in THREATS.items()] == [
+        ("linf", 8 / 255),
+        ("l2", 0.5),
+        ("l1", 12),
+    ]
+    assert len(THREATS) == 3
+    with pytest.raises(KeyError):
+        Threats(l2=ThreatSpec(eps=0.5))["l1"]
+
+
+def test_a_section_survives_a_round_through_yaml() -> None:
+    threats = Threats.model_validate({"l1": {"eps": "12/1", "sparsity": [5, 20]}, "linf": {"eps": "8/255"}})
+    text = yaml.safe_dump(threats.model_dump(mode="json", exclude_none=True))
+    assert Threats.model_validate(yaml.safe_load(text)) == threats
+    assert "8/255" in text
+
+
+def test_options_are_those_of_an_attack() -> None:
+    assert ThreatSpec(eps="8/255", step_size="2/255").options() == {
+        "steps": 10,
+        "step_size": 2 / 255,
+        "restarts": 1,
+        "random_start": True,
+        "sparsity": (5, 20),
+    }
+    assert ThreatSpec(eps=12, sparsity=3).options()["sparsity"] == 3
+    assert ThreatSpec(eps=12).options()["step_size"] is None
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        ({}, "at least one threat"),
+        ({"linf": None}, "at least one threat"),
+        ({"linf": {}}, "eps"),
+        ({"linf": {"eps": -1}}, "greater than or equal to 0"),
+        ({"linf": {"eps": "8/0"}}, "divides by zero"),
+        ({"linf": {"eps": float("nan")}}, "finite"),
+        ({"linf": {"eps": 1e9}}, "less than or equal"),
+        ({"linf": {"eps": 0.1, "steps": 0}}, "greater than or equal to 1"),
+        ({"linf": {"eps": 0.1, "steps": 1001}}, "less than or equal to 1000"),
+        ({"linf": {"eps": 0.1, "steps": 10.0}}, "integer"),
+        ({"linf": {"eps": 0.1, "step_size": 0}}, "greater than 0"),
+        ({"linf": {"eps": 0.1, "restarts": 0}}, "greater than or equal to 1"),
+        ({"linf": {"eps": 0.1, "random_start": "yes"}}, "boolean"),
+        ({"linf": {"eps": 0.1, "sparsity": 3}}, "l1 alone"),
+        ({"l1": {"eps": 0.1, "sparsity": [20, 5]}}, "1 <= low <= high"),
+        ({"l1": {"eps": 0.1, "sparsity": 0}}, "1 <= low <= high"),
+        ({"l1": {"eps": 0.1, "sparsity": [1, 2, 3]}}, "at most 2 items"),
+        ({"l0": {"eps": 3}}, "Extra inputs"),
+    ],
+)
+def test_malformed_threats_are_refused(section: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        Threats.model_validate(section)
+
+
+def test_objectives_are_told_apart_by_name() -> None:
+    read = TypeAdapter(Objective).validate_python
+    assert [type(read({"name": name})) for name in ("at", "avg", "max", "adt")] == [At, Avg, Max, Adt]
+    assert read({"name": "adt", "weighting": "smoothness", "lag": 0, "floor": "1/1000"}).floor == 1e-3
+    for wrong in (
+        {"name": "mad"},
+        {},
+        {"name": "at", "lag": 1},
+        {"name": "adt", "lag": 2},
+        {"name": "adt", "floor": 0},
+    ):
+        with pytest.raises(ValidationError):
+            read(wrong)
+
+
+def test_what_cannot_be_trained_together_is_said() -> None:
+    one = Threats(l2=ThreatSpec(eps=0.5))
+    for objective in (At(), Avg(), Max(), Adt()):
+        check(objective, one)
+    for objective in (Avg(), Max(), Adt(), Adt(weighting="official_slip")):
+        check(objective, THREATS)
+    with pytest.raises(ValueError, match=r"exactly one threat and 3 are given \(linf, l2, l1\)"):
+        check(At(), THREATS)
+    with pytest.raises(ValueError, match="all three"):
+        check(Adt(weighting="official_slip"), one)
+
+
+def test_the_cost_of_a_batch_is_that_of_the_page() -> None:
+    """l1 50 steps twice, l2 50, linf 40: 190 attack gradients (papers/adversarial.md, section 3)."""
+    assert gradients_per_batch(Adt(), THREATS) == 190
+    assert gradients_per_batch(At(), Threats(linf=ThreatSpec(eps="8/255"))) == 10
+
+
+def test_evaluation_defaults_to_all_examples_and_the_training_threats() -> None:
+    assert EvaluateSpec() == EvaluateSpec(threats=None, examples=None, batch_size=256)
+    for wrong in ({"batch_size": 0}, {"examples": 0}, {"batch_size": 10**9}):
+        with pytest.raises(ValidationError):
+            EvaluateSpec.model_validate(wrong)
+
+
+def test_a_spec_is_read_without_torch() -> None:
+    code = "import sys, poise.robust, poise.robust.spec; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": "platform"}, check=False).returncode == 0
