@@ -8,7 +8,7 @@ import os
 import random
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -41,38 +41,30 @@ def s3_server() -> Iterator[str]:
     server.stop()
 
 
-@pytest.fixture
-def s3_store(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The address of a store in a bucket of its own; this process and its children may use it."""
-    return _new_bucket(s3_server, monkeypatch)
-
-
-@pytest.fixture
-def flaky_s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Like `s3_store`, behind a proxy that answers 503 to one request in three, half of them after serving it."""
-    url = _new_bucket(s3_server, monkeypatch)
-    draw = random.Random(0)
-    with _failing_proxy(s3_server, lambda: draw.choices(("serve", "drop", "lose"), (4, 1, 1))[0]) as endpoint:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-        yield url
-
-
-@pytest.fixture
-def dead_s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Like `s3_store`, behind a proxy that answers 503 to everything."""
-    url = _new_bucket(s3_server, monkeypatch)
-    with _failing_proxy(s3_server, lambda: "drop") as endpoint:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-        yield url
-
-
-def _new_bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+@pytest.fixture(scope="session")
+def new_bucket(s3_server: str) -> Callable[[], str]:
+    """Makes a bucket and returns its name."""
     import boto3
 
+    admin = boto3.session.Session("testing", "not-a-secret", region_name="us-east-1").client(
+        "s3", endpoint_url=s3_server
+    )
+
+    def make() -> str:
+        name = f"poise-{uuid.uuid4().hex[:12]}"
+        admin.create_bucket(Bucket=name)
+        return name
+
+    return make
+
+
+@pytest.fixture
+def s3_store(s3_server: str, new_bucket: Callable[[], str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of a store in a bucket of its own; this process and its children may use it."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     for name, value in {
-        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ENDPOINT_URL": s3_server,
         "AWS_ACCESS_KEY_ID": "testing",
         "AWS_SECRET_ACCESS_KEY": "not-a-secret",
         "AWS_DEFAULT_REGION": "us-east-1",
@@ -82,13 +74,28 @@ def _new_bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
         "NO_PROXY": "127.0.0.1",
     }.items():
         monkeypatch.setenv(name, value)
-    bucket = f"poise-{uuid.uuid4().hex[:12]}"
-    boto3.session.Session().client("s3").create_bucket(Bucket=bucket)
-    return f"s3://{bucket}/tests/runs"
+    return f"s3://{new_bucket()}/tests/runs"
+
+
+@pytest.fixture
+def flaky_s3(s3_store: str, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """`s3_store` behind a proxy that answers 503 to one request in three, to half of these after it was served."""
+    draw = random.Random(0)
+    with _failing_proxy(s3_server, lambda: draw.choices(("serve", "drop", "lose"), (4, 1, 1))[0]) as endpoint:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        yield s3_store
+
+
+@pytest.fixture
+def dead_s3(s3_store: str, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """`s3_store` behind a proxy that answers 503 to everything."""
+    with _failing_proxy(s3_server, lambda: "drop") as endpoint:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        yield s3_store
 
 
 @contextmanager
-def _failing_proxy(backend: str, decide) -> Iterator[str]:
+def _failing_proxy(backend: str, decide: Callable[[], str]) -> Iterator[str]:
     """A forwarding proxy; `decide()` says of each request: serve it, drop it, or serve it and lose the answer."""
     target = urlsplit(backend).netloc
     lock = threading.Lock()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from poise.store.s3 import S3Storage
 from poise.store.storage import Storage, open_storage
 
 
@@ -16,6 +17,23 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(request.getfixturevalue("s3_store"))
 
 
+@pytest.fixture(scope="session")
+def clients() -> dict[str, object]:
+    """The S3 client of the first test, for all: making one takes longer than most of the tests."""
+    return {}
+
+
 @pytest.fixture
-def storage(url: str) -> Storage:
-    return open_storage(url)
+def storage(url: str, clients: dict[str, object]) -> Storage:
+    storage = open_storage(url)
+    if isinstance(storage, S3Storage):
+        if not clients:
+            clients["s3"] = storage._client
+        storage._client = clients["s3"]
+    return storage
+
+
+@pytest.fixture
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retries follow each other at once: for tests of their number, not of their pace."""
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda self, context: 0.0)

@@ -77,11 +77,13 @@ class Checkpoints:
         manifest = _new_manifest(step, folder, info)
         key = self._key(step)
         guard()
-        if existing := self._find(step):
+        entries = self._entries(key)
+        if existing := _commit(step, key, entries):
             if not self.examine(existing):
                 return self._agreeing(existing, manifest)
             self._set_aside(existing)
-        self.storage.delete([entry.key for entry in self._entries(key)])
+        else:
+            self.storage.delete([entry.key for entry in entries])
         for name in manifest.files:
             self.storage.upload(folder / name, f"{key}/{name}")
         self.storage.write(f"{key}/{_MANIFEST}", manifest.encoded())
@@ -96,7 +98,7 @@ class Checkpoints:
 
     def at(self, step: int) -> Commit:
         """The commit of `step`; `DamagedError` if there is none any more."""
-        commit = self._find(step)
+        commit = _commit(step, self._key(step), self._entries(self._key(step)))
         if commit is None:
             raise DamagedError(f"{self.storage.url}/{self._key(step)}: the checkpoint of step {step} is not there")
         return commit
@@ -179,10 +181,6 @@ class Checkpoints:
     def _sizes(self, key: str) -> dict[str, int]:
         return {entry.key.removeprefix(f"{key}/"): entry.size for entry in self._entries(key)}
 
-    def _find(self, step: int) -> Commit | None:
-        key = self._key(step)
-        return _commit(step, key, self._entries(key))
-
     def _folders(self) -> list[tuple[str, Commit | None]]:
         """The folder of every step, by step, with its commit if it has one."""
         folders: dict[str, list[Entry]] = {}
@@ -197,11 +195,11 @@ class Checkpoints:
         return {place + entry.key.removeprefix(place).partition("/")[0] for entry in self.storage.list(place)}
 
     def _seal(self, step: int, manifest: _Manifest) -> Commit:
-        key = f"{self._key(step)}/{_COMMITTED}"
+        key = self._key(step)
         vouched = hashlib.sha256(manifest.encoded()).hexdigest().encode()
-        created = self.storage.create(key, vouched)
-        commit = self._find(step)
-        if commit is None or not (created or self.storage.read(key) == vouched):
+        created = self.storage.create(f"{key}/{_COMMITTED}", vouched)
+        commit = _commit(step, key, self._entries(key))
+        if commit is None or not (created or self.storage.read(f"{key}/{_COMMITTED}") == vouched):
             raise StoreError(f"{self.storage.url}/{key}: another writer is at work on this step; this one stops here")
         return commit
 

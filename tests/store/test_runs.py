@@ -1,0 +1,196 @@
+"""What is kept of a run, and that a name stands for one spec."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from poise.errors import DamagedError, UserError
+from poise.store.runs import Run, list_runs, open_run
+from poise.store.storage import Storage
+
+SPEC = "kind: robust.train\nname: digits\nseed: 1\n"
+
+
+@pytest.fixture
+def run(storage: Storage) -> Run:
+    """A run that was started and has one checkpoint and one artifact."""
+    run = Run(storage, "digits")
+    run.claim_spec(SPEC, "a" * 64)
+    run.start("robust.train", "a" * 64)
+    return run
+
+
+def commit(run: Run, step: int, tmp_path: Path) -> None:
+    (tmp_path / "saved").mkdir(exist_ok=True)
+    (tmp_path / "saved" / "model.bin").write_bytes(bytes(step))
+    run.checkpoints.commit(step, tmp_path / "saved", info={})
+
+
+def test_the_layout_is_the_documented_one(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "runs", "digits")
+    assert run.claim_spec(SPEC, "a" * 64) is True
+    run.start("robust.train", "a" * 64)
+    run.write("environment.json", b"{}")
+    run.write("metrics/train.parquet", b"rows")
+    run.write("artifacts/report.html", b"<html>")
+    run.append_events([{"event": "start"}])
+    commit(run, 40, tmp_path)
+    with run.lease():
+        pass
+    run.finish("finished", final_step=40, best_step=40)
+    made = {path.relative_to(tmp_path).as_posix() for path in (tmp_path / "runs").rglob("[!.]*") if path.is_file()}
+    assert made == {
+        "runs/digits/spec.yaml",
+        "runs/digits/environment.json",
+        "runs/digits/manifest.json",
+        "runs/digits/metrics/train.parquet",
+        "runs/digits/artifacts/report.html",
+        "runs/digits/events.jsonl",
+        "runs/digits/LOCK",
+        "runs/digits/checkpoints/step-00000040/model.bin",
+        "runs/digits/checkpoints/step-00000040/manifest.json",
+        "runs/digits/checkpoints/step-00000040/COMMITTED",
+    }
+    assert run.files("metrics/") == ["metrics/train.parquet"]
+
+
+def test_a_run_keeps_its_spec(run: Run) -> None:
+    assert run.read("spec.yaml").decode() == SPEC
+    assert run.claim_spec(SPEC, "b" * 64) is False  # the same text
+    assert run.claim_spec("# a remark\n" + SPEC, "a" * 64) is False  # the same meaning
+    with pytest.raises(UserError) as caught:
+        run.claim_spec(SPEC.replace("seed: 1", "seed: 2"), "b" * 64)
+    message = str(caught.value)
+    assert "-seed: 1\n+seed: 2" in message
+    assert "choose another name" in message
+    assert f"delete {run.url}" in message
+    assert run.read("spec.yaml").decode() == SPEC
+
+
+def test_a_spec_claimed_before_a_crash_is_still_compared(storage: Storage) -> None:
+    run = Run(storage, "digits")
+    run.claim_spec(SPEC, "a" * 64)  # and the driver died before `start`
+    assert run.claim_spec(SPEC, "a" * 64) is False
+    with pytest.raises(UserError, match="another spec"):
+        run.claim_spec(SPEC + "x: 1\n", "a" * 64)
+    assert run.summary().status == "interrupted"
+
+
+def test_the_manifest_tells_how_the_run_went(run: Run, tmp_path: Path) -> None:
+    first = run.manifest()
+    assert first is not None
+    assert (first.name, first.kind, first.status, first.files) == ("digits", "robust.train", "running", {})
+    run.finish("failed", error="worker 1 was killed")
+    failed = run.manifest()
+    assert failed is not None
+    assert (failed.status, failed.error) == ("failed", "worker 1 was killed")
+    again = run.start("robust.train", "a" * 64)
+    assert (again.status, again.error, again.started) == ("running", None, first.started)
+    run.write("artifacts/report.html", b"<html>")
+    run.finish("finished", final_step=30, best_step=20)
+    done = run.manifest()
+    assert done is not None
+    assert (done.status, done.final_step, done.best_step, done.started) == ("finished", 30, 20, first.started)
+    assert set(done.files) == {"artifacts/report.html", "spec.yaml"}
+    assert done.files["artifacts/report.html"].bytes == 6
+
+
+def test_finishing_what_was_not_started_is_refused(storage: Storage) -> None:
+    with pytest.raises(UserError, match="not started"):
+        Run(storage, "digits").finish("finished")
+
+
+def test_verify_finds_damage_in_checkpoints_and_artifacts(run: Run, tmp_path: Path) -> None:
+    commit(run, 10, tmp_path)
+    run.write("artifacts/a.html", b"first")
+    run.write("artifacts/b.html", b"second")
+    run.write("metrics/train.parquet", b"rows")
+    run.finish("finished", final_step=10)
+    assert run.verify() == []
+    run.append_events([{"event": "more"}])  # which is no damage
+    run.write("checkpoints/step-00000010/model.bin", b"short")
+    run.write("checkpoints/step-00000020/model.bin", b"never finished")
+    run.write("artifacts/a.html", b"fIrst")
+    run.storage.delete([run.key("artifacts/b.html")])
+    run.write("spec.yaml", SPEC[:-1].encode())
+    assert [str(damage) for damage in run.verify()] == [
+        "step-00000010/model.bin: 5 bytes instead of 10",
+        "step-00000020/COMMITTED: missing: the upload was not finished",
+        "digits/artifacts/a.html: sha256 differs",
+        "digits/artifacts/b.html: missing",
+        f"digits/spec.yaml: {len(SPEC) - 1} bytes instead of {len(SPEC)}",
+    ]
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"name": 1}', b"\xff"])
+def test_a_damaged_manifest_is_named(run: Run, data: bytes) -> None:
+    run.write("manifest.json", data)
+    with pytest.raises(DamagedError, match=r"digits/manifest\.json is damaged .*remove that one file"):
+        run.manifest()
+    assert [damage.file for damage in run.verify()] == ["manifest.json"]
+    assert [summary.status for summary in list_runs(run.storage)] == ["damaged"]
+
+
+def test_events_come_back_in_order_and_a_torn_one_is_shown(run: Run) -> None:
+    assert run.events() == []
+    run.append_events([])
+    run.append_events([{"event": "start", "step": 0}, {"event": "note", "text": "two\nlines \u2028 \u00e9"}])
+    run.append_events([{"event": "commit", "step": 10}])
+    run.storage.append(run.key("events.jsonl"), b'{"event": "comm')  # the driver died here
+    again = Run(run.storage, "digits")
+    again.append_events([{"event": "start", "step": 10}])
+    again.append_events([{"event": "end"}])
+    assert again.events() == [
+        {"event": "start", "step": 0},
+        {"event": "note", "text": "two\nlines \u2028 \u00e9"},
+        {"event": "commit", "step": 10},
+        {"event": "torn", "text": '{"event": "comm'},
+        {"event": "start", "step": 10},
+        {"event": "end"},
+    ]
+    lines = run.read("events.jsonl").decode().splitlines()
+    assert [json.loads(line)["event"] for line in lines if "comm" not in line] == ["start", "note", "start", "end"]
+    assert "" not in lines
+
+
+def test_runs_are_listed_with_what_became_of_them(storage: Storage, tmp_path: Path) -> None:
+    assert list_runs(storage) == []
+    for name in ("done", "failed", "held", "killed"):
+        run = Run(storage, name)
+        run.claim_spec(SPEC, "a" * 64)
+        run.start("robust.train", "a" * 64)
+    commit(Run(storage, "done"), 7, tmp_path)
+    Run(storage, "done").finish("finished", final_step=7, best_step=7)
+    Run(storage, "failed").finish("failed", error="no space")
+    storage.write("no run at all/notes.txt", b"x")
+    storage.write("folder/notes.txt", b"x")
+    with Run(storage, "held").lease():
+        summaries = list_runs(storage)
+    assert {summary.name: summary.status for summary in summaries} == {
+        "done": "finished",
+        "failed": "failed",
+        "held": "running",
+        "killed": "interrupted",
+    }
+    assert [summary.name for summary in summaries] == Run.names(storage) == ["done", "failed", "held", "killed"]
+    assert (summaries[0].last_checkpoint, summaries[0].final_step, summaries[0].kind) == (7, 7, "robust.train")
+    assert summaries[1].last_checkpoint is None
+
+
+def test_a_run_that_has_to_exist_names_the_nearest(url: str) -> None:
+    with pytest.raises(UserError, match="it has no run at all"):
+        open_run(url, "digits", must_exist=True)
+    open_run(url, "digits-adt").claim_spec(SPEC, "a" * 64)
+    with pytest.raises(UserError, match="is it 'digits-adt'"):
+        open_run(url, "digits-atd", must_exist=True)
+    assert open_run(url, "digits-adt", must_exist=True).exists()
+    assert not open_run(url, "digits").exists()
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a", "a b", "-a", "a" * 101, "a\n", "a..b", "\u00e9"])
+def test_a_name_that_is_no_name_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="cannot name a run"):
+        open_run(tmp_path, name)
