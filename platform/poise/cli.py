@@ -153,7 +153,7 @@ def stop(job: str, address: str) -> None:
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
-    help="File to write; the default is artifacts/report.html of the first run.",
+    help="File to write; the default is report.html in the first run.",
 )
 @click.option("--tensorboard", type=click.Path(path_type=Path), help="Write TensorBoard files into this folder too.")
 def report(runs: Sequence[str], output: Path | None, tensorboard: Path | None) -> None:

@@ -175,13 +175,18 @@ def test_a_missing_file_a_folder_and_a_huge_file_are_refused(tmp_path, write):
     assert "the limit is" in refused(write(b"a" * (1 << 21)))
 
 
-@pytest.mark.parametrize("assignment", ["train.epochs", "=3", "train..epochs=3", "name.x=3", "train.epochs=[", "kind=x"])
+@pytest.mark.parametrize(
+    "assignment", ["train.epochs", "=3", "train..epochs=3", "name.x=3", "train.epochs=[", "kind=x"]
+)
 def test_a_malformed_override_is_refused(assignment, write):
     assert "--set" in refused(write(yaml.safe_dump(BASE)), "--set", assignment)
 
 
 def test_every_mistake_is_reported_at_once_with_its_line(write):
-    text = "kind: robust.train\nname: a/b\nmodle: {}\ndata: {name: digits, batch_size: no}\ntrain:\n  epochs: -1\n  lr: 3\n"
+    text = (
+        "kind: robust.train\nname: a/b\nmodle: {}\ndata: {name: digits, batch_size: no}\n"
+        "train:\n  epochs: -1\n  lr: 3\n"
+    )
     with pytest.raises(SpecError) as caught:
         load(write(text), KINDS)
     lines = {(problem.path, problem.line) for problem in caught.value.problems}
@@ -195,7 +200,9 @@ LEAVES = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20), st.binary(max_size=5),
     st.lists(st.integers(), max_size=3), st.dictionaries(st.text(max_size=5), st.integers(), max_size=3),
 )  # fmt: skip
-PATHS = sorted({path for path, _, _ in CHANGES} | {"data.limit", "data.validation", "train.log_every", "extra.deep.key"})
+PATHS = sorted(
+    {path for path, _, _ in CHANGES} | {"data.limit", "data.validation", "train.log_every", "extra.deep.key"}
+)
 
 
 @given(st.lists(st.tuples(st.sampled_from(PATHS), LEAVES), min_size=1, max_size=4))

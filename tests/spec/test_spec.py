@@ -72,7 +72,14 @@ def test_common_is_laid_under_each_stage(write, valid):
     body = yaml.safe_load(valid)
     del body["name"], body["seed"]
     stages = {"a": {"train": {"epochs": 7}}, "b": {"seed": 9}}
-    pipeline = {"kind": "pipeline", "name": "both", "seed": 3, "workers": {"count": 2}, "common": body, "stages": stages}
+    pipeline = {
+        "kind": "pipeline",
+        "name": "both",
+        "seed": 3,
+        "workers": {"count": 2},
+        "common": body,
+        "stages": stages,
+    }
     spec = load(write(yaml.safe_dump(pipeline)), KINDS)
     a, b = spec.stages["a"], spec.stages["b"]
     assert (a.name, b.name) == ("both-a", "both-b")

@@ -10,7 +10,7 @@ from poise.store.runs import Run
 
 __all__ = ["publish"]
 
-_PAGE = "artifacts/report.html"
+_PAGE = "report.html"
 
 
 def publish(runs: Sequence[Run], home: Run, output: Path | None = None) -> str:

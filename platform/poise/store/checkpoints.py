@@ -213,11 +213,11 @@ class Checkpoints:
         return existing
 
     def _set_aside(self, commit: Commit) -> None:
-        """Move a damaged checkpoint out of the way. From its first move on nobody trusts what is left of it."""
+        """Move a damaged checkpoint out of the way: COMMITTED last, so that a crash leaves what is moved next time."""
         taken, number = self._damaged(), 1
         while (aside := f"{self.prefix}/damaged/{commit.name}-{number}") in taken:
             number += 1
-        names = sorted(self._sizes(commit.key), key=lambda name: name != _COMMITTED)
+        names = sorted(self._sizes(commit.key), key=lambda name: name == _COMMITTED)
         for name in names:
             self.storage.move(f"{commit.key}/{name}", f"{aside}/{name}")
 

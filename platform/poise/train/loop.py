@@ -12,6 +12,7 @@ from (seed, step, rank). So a run that was killed anywhere and goes on from its 
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -196,7 +197,8 @@ class _Loop:
         """Continue from the newest checkpoint that is sound, naming those that are not."""
         with tempfile.TemporaryDirectory(prefix="poise-") as scratch:
             folder = Path(scratch) / "checkpoint"
-            commit = self.context.together(lambda: self._find(folder))
+            pids = self.context.gather(os.getpid())
+            commit = self.context.together(lambda: self._find(folder, pids))
             if commit is None:
                 return
             if not self.context.leads:
@@ -207,13 +209,13 @@ class _Loop:
         if self.state.step > self.total:
             raise PoiseError(f"the run has {self.state.step} committed steps and the spec asks for {self.total}")
 
-    def _find(self, folder: Path) -> Commit | None:
+    def _find(self, folder: Path, pids: list[int]) -> Commit | None:
         run = self.context.run
         commit, damages = run.checkpoints.newest_sound(folder)
         for damage in damages:
             self.context.sink.inc("poise_damaged_checkpoints_total", run=run.name)
             run.append_events([event("damaged", what=str(damage))])
-        run.append_events([event("start", step=commit.step if commit else 0, **self._attempt())])
+        run.append_events([event("start", step=commit.step if commit else 0, pids=pids, **self._attempt())])
         return commit
 
     def _epoch(self) -> float:

@@ -1,0 +1,163 @@
+"""Runs of the real command line in processes of their own, that tests can kill."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from poise.observe.rows import read_rows
+from poise.store.runs import Run, open_run
+
+SPEC = """\
+kind: robust.train
+name: {name}
+seed: 5
+store: {store}
+workers: {{count: {workers}, max_failures: 2}}
+model: {{name: cnn, width: 8}}
+data: {{name: digits, batch_size: 64, validation: 100, pad: 1}}
+threats:
+  linf: {{eps: 0.15, steps: 5}}
+  l1: {{eps: 3, steps: 5}}
+objective: {{name: adt}}
+train:
+  steps: {steps}
+  optimizer: {{name: sgd, lr: 0.05}}
+  schedule: {{name: cosine}}
+  checkpoint: {{every: {{steps: 10}}, keep: 100}}
+  evaluate_every: {{steps: 20}}
+  log_every: 5
+evaluate: {{examples: 60}}
+"""
+
+
+class Job:
+    """One `poise run` in a process of its own."""
+
+    def __init__(self, spec: Path, engine: str, run: Run, scratch: Path) -> None:
+        self.run = run
+        self.output = scratch / f"{run.name}-{time.monotonic_ns()}.log"
+        environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+        with self.output.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "poise", "run", str(spec), "--engine", engine],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+
+    def wait(self, timeout: float = 240) -> int:
+        return self.process.wait(timeout)
+
+    def text(self) -> str:
+        return self.output.read_text()
+
+    def until(self, condition: Callable[[], Any], timeout: float = 120) -> Any:
+        """Wait for something true, and fail at once if the process ends before it."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            if value := condition():
+                return value
+            assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.text()}"
+            time.sleep(0.01)
+        raise AssertionError(f"waited {timeout} s for nothing:\n{self.text()}")
+
+    def until_committed(self, count: int) -> None:
+        self.until(lambda: len(self.run.checkpoints.commits()) >= count)
+
+    def worker_pids(self) -> list[int]:
+        return [event["pids"] for event in self.run.events() if event["event"] == "start"][-1]
+
+    def kill(self) -> None:
+        os.kill(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+class Desk:
+    """Starts jobs and reads what they leave."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.scratch = scratch
+        self.jobs: list[Job] = []
+
+    def spec(self, name: str, store: str, *, workers: int = 2, steps: int = 60, text: str = SPEC) -> Path:
+        path = self.scratch / f"{name}.yaml"
+        path.write_text(text.format(name=name, store=store, workers=workers, steps=steps))
+        return path
+
+    def start(self, name: str, store: str, engine: str = "ray", **changes: Any) -> Job:
+        job = Job(self.spec(name, store, **changes), engine, open_run(store, name), self.scratch)
+        self.jobs.append(job)
+        return job
+
+    def finish(self, name: str, store: str, engine: str = "ray", **changes: Any) -> Run:
+        job = self.start(name, store, engine, **changes)
+        assert job.wait() == 0, job.text()
+        return job.run
+
+    def end(self) -> None:
+        for job in self.jobs:
+            if job.process.poll() is None:
+                os.killpg(job.process.pid, signal.SIGKILL)
+                job.process.wait()
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    desk = Desk(tmp_path)
+    yield desk
+    desk.end()
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """The run that nothing happened to, by two Ray workers, in a folder."""
+    scratch = tmp_path_factory.mktemp("uninterrupted")
+    desk = Desk(scratch)
+    yield desk.finish("whole", str(scratch / "runs"))
+    desk.end()
+
+
+def _tensors(run: Run, step: int, into: Path) -> dict[str, torch.Tensor]:
+    folder = run.checkpoints.fetch(run.checkpoints.at(step), into)
+    files = [file for file in sorted(folder.glob("*.safetensors")) if file.name != "rng.safetensors"]
+    return {f"{file.stem}/{name}": value for file in files for name, value in load_file(file).items()}
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    """All that must not depend on what happened on the way."""
+    summary = re.sub(rb'"run": "[^"]*"', b"", run.read("artifacts/summary.json"))
+    matrices = {name: run.read(name) for name in run.files("artifacts/evaluation")}
+    rows = read_rows(run.read(name) for name in run.files("metrics/") if "timing" not in name).to_pylist()
+    return {"summary": summary, "matrices": matrices, "rows": rows}
+
+
+@pytest.fixture
+def assert_same(tmp_path: Path) -> Callable[[Run, Run], None]:
+    """Two finished runs have the same checkpoints bit by bit, the same metrics and the same evaluation."""
+
+    def check(one: Run, other: Run) -> None:
+        steps = [commit.step for commit in one.checkpoints.commits()]
+        assert steps == [commit.step for commit in other.checkpoints.commits()]
+        for step in steps:
+            mine, theirs = (_tensors(run, step, tmp_path / f"{step}-{i}") for i, run in enumerate((one, other)))
+            assert mine.keys() == theirs.keys()
+            assert not [name for name in mine if not torch.equal(mine[name], theirs[name])], f"step {step}"
+        mine, theirs = _facts(one), _facts(other)
+        assert mine["rows"] == theirs["rows"]
+        assert mine["summary"] == theirs["summary"]
+        assert mine["matrices"] == theirs["matrices"]
+
+    return check
