@@ -420,3 +420,17 @@ def test_checkpoints_survive_s3_that_fails_one_request_in_three(flaky_s3: str, t
         checkpoints.commit(step, payload(tmp_path / "saved", step), info={})
     assert newest(checkpoints, tmp_path) == (20, [])
     assert checkpoints.prune(1) == [10]
+
+
+def test_a_disk_that_fills_up_costs_the_new_checkpoint_only(full_disk: Path, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(FolderStorage(full_disk / "store"), PREFIX)
+    checkpoints.commit(10, payload(tmp_path / "saved", 10), info={})
+    big = payload(tmp_path / "big", 20)
+    (big / "optimizer.bin").write_bytes(b"x" * 400_000)
+    with pytest.raises(StoreError, match="no space left"):
+        checkpoints.commit(20, big, info={})
+    step, damages = newest(checkpoints, tmp_path)
+    assert step == 10
+    assert all("the upload was not finished" in said for said in damages)
+    checkpoints.commit(20, payload(tmp_path / "saved", 20), info={})
+    assert newest(checkpoints, tmp_path) == (20, [])

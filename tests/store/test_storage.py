@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-import subprocess
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -258,18 +256,6 @@ def test_everything_works_when_s3_fails_one_request_in_three(flaky_s3: str, tmp_
 def test_s3_that_never_answers_is_an_error_that_says_so(dead_s3: str) -> None:
     with pytest.raises(StoreError, match=r"failed PutObject after 11 tries .*nothing that was committed is lost"):
         open_storage(dead_s3).write("a", b"1")
-
-
-@pytest.fixture
-def full_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 KiB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", path], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
-    yield path
-    subprocess.run(["umount", path], check=True)
 
 
 def test_a_full_disk_is_named_and_leaves_what_was_there(full_disk: Path, tmp_path: Path, s3_store: str) -> None:
