@@ -241,7 +241,8 @@ def runs_verify(run: str) -> None:
 )
 def runs_sweep(run: str, older_than: float) -> None:
     """Remove what writers that died have left behind. Nothing that is committed is touched."""
-    removed = _open(run).checkpoints.sweep(older_than)
+    opened = _open(run)
+    removed = [*opened.checkpoints.sweep(older_than), *opened.storage.sweep(older_than)]
     for name in removed:
         click.echo(f"removed {name}")
     click.echo(f"{len(removed)} orphans removed")

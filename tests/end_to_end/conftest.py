@@ -28,8 +28,8 @@ workers: {{count: {workers}, max_failures: 2}}
 model: {{name: cnn, width: 8}}
 data: {{name: digits, batch_size: 64, validation: 100, pad: 1}}
 threats:
-  linf: {{eps: 0.15, steps: 5}}
-  l1: {{eps: 3, steps: 5}}
+  linf: {{eps: 0.05, steps: 5}}
+  l1: {{eps: 0.5, steps: 5}}
 objective: {{name: adt}}
 train:
   steps: {steps}

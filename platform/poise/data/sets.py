@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from functools import partial
 from typing import Any, TypeVar
 
@@ -75,13 +77,21 @@ def read(spec: DataSpec) -> tuple[ImageSet, ImageSet, int]:
 
 def _digits() -> tuple[Arrays, Arrays]:
     """scikit-learn's 1,797 digits, split once and for all into 1,437 and 360 with equal shares of each class."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+    table = np.loadtxt(_digits_file(), delimiter=",")
+    images = (table[:, :-1] / 16).astype(np.float32).reshape(-1, 1, 8, 8)  # whole sixteenths: exact
+    labels = table[:, -1].astype(np.int64)
+    by_class = np.lexsort((np.random.default_rng(0).permutation(len(labels)), labels))
+    test = np.zeros(len(labels), dtype=bool)
+    test[by_class[::5]] = True
+    return (images[~test], labels[~test]), (images[test], labels[test])
 
-    pixels, labels = load_digits(return_X_y=True)
-    images = (pixels / 16).astype(np.float32).reshape(-1, 1, 8, 8)  # whole sixteenths: exact
-    train, test, y_train, y_test = train_test_split(images, labels, test_size=360, stratify=labels, random_state=0)
-    return (train, y_train), (test, y_test)
+
+def _digits_file() -> Path:
+    """The file that `sklearn.datasets.load_digits` reads; importing scikit-learn for it would cost over a second."""
+    package = find_spec("sklearn")
+    if package is None or package.submodule_search_locations is None:
+        raise UserError("the digits come with scikit-learn, which is not installed: pip install scikit-learn")
+    return Path(package.submodule_search_locations[0], "datasets", "data", "digits.csv.gz")
 
 
 def _mnist(storage: Storage, part: str, spec: DataSpec) -> Arrays:

@@ -27,7 +27,7 @@ def stages_of(spec: RunSpec) -> list[RunSpec]:
 
 def drive(spec: RunSpec, engine: Engine, address: str | None, display: Display, sink: Sink) -> None:
     """Bring every run of `spec` to its end; what is finished already is skipped."""
-    left = [stage for stage in stages_of(spec) if not is_finished(located(stage))]
+    left = [stage for stage in stages_of(spec) if not is_finished(located(stage), stage)]
     if not left:
         return
     with _opened(engine, address, spec) as run_one:

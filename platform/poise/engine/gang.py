@@ -38,7 +38,13 @@ def cluster(address: str | None, specs: Sequence[RunSpec]) -> Iterator[None]:
     joins = address is not None or "RAY_ADDRESS" in os.environ
     cpus = None if joins else max(os.cpu_count() or 1, *(spec.workers.count * spec.workers.cpus for spec in specs))
     try:
-        ray.init(address=address, num_cpus=cpus, log_to_driver=verbose, logging_level="INFO" if verbose else "ERROR")
+        ray.init(
+            address=address,
+            num_cpus=cpus,
+            include_dashboard=None if joins else False,  # a cluster for one command has no visitors
+            log_to_driver=verbose,
+            logging_level="INFO" if verbose else "ERROR",
+        )
     except ConnectionError as error:
         raise UserError(f"no Ray cluster answers at {address or os.environ.get('RAY_ADDRESS')}: {error}") from None
     try:
@@ -50,7 +56,7 @@ def cluster(address: str | None, specs: Sequence[RunSpec]) -> Iterator[None]:
 def run_gang(spec: RunSpec, display: Display, sink: Sink) -> None:
     """Run `spec` on a gang of workers, from where it stopped. A finished run is left as it is."""
     run = located(spec)
-    if is_finished(run):
+    if is_finished(run, spec):
         return
     _check_resources(spec, display)
     with claim(run, spec) as lease, tempfile.TemporaryDirectory(prefix="poise-ray-") as scratch:

@@ -29,7 +29,7 @@ def run_local(spec: RunSpec, display: Display, sink: Sink) -> None:
         if world_size > 1:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
             stack.callback(dist.destroy_process_group)
-        if context.together(lambda: is_finished(context.run)):
+        if context.together(lambda: is_finished(context.run, spec)):
             return
 
         def claim_here() -> None:

@@ -24,10 +24,13 @@ def located(spec: RunSpec) -> Run:
     return open_run(spec.store, spec.name)
 
 
-def is_finished(run: Run) -> bool:
-    """True when the run has ended well and there is nothing left to do."""
+def is_finished(run: Run, spec: RunSpec) -> bool:
+    """True when the run has ended well and there is nothing left to do; UserError when it had another spec."""
     known = run.manifest()
-    return known is not None and known.status == "finished"
+    if known is None or known.status != "finished":
+        return False
+    run.claim_spec(dump(spec), identity(spec))
+    return True
 
 
 def identity(spec: RunSpec) -> str:
@@ -54,11 +57,13 @@ def claim(run: Run, spec: RunSpec) -> Iterator[Lease]:
         try:
             yield lease
         except BaseException as error:
-            with suppress(PoiseError):  # a full disk must not hide what went wrong first
+            with suppress(PoiseError):  # a full disk, or a lost lease, must not hide what went wrong first
+                lease.check()
                 why = str(error) or type(error).__name__
                 run.append_events([event("failed", why=why)])
                 run.finish("failed", error=why)
             raise
+        lease.check()
         summary = _summary(run)
         run.finish("finished", final_step=summary.get("step"), best_step=summary.get("best_step"))
 

@@ -127,7 +127,7 @@ class S3Storage(Storage):
     def _client(self) -> Any:
         style = "path" if _endpoint() else "auto"  # a private endpoint seldom has a host name for each bucket
         config = Config(
-            retries={"mode": "standard", "max_attempts": 10},
+            retries={"mode": "standard", "max_attempts": int(os.environ.get("AWS_MAX_ATTEMPTS", "10"))},
             connect_timeout=10,
             read_timeout=60,
             s3={"addressing_style": style},

@@ -24,7 +24,7 @@ def distribute(model: nn.Module, context: Context) -> nn.Module:
         return model
     ids = [context.device] if context.device.type == "cuda" else None
     return DistributedDataParallel(
-        model, device_ids=ids, broadcast_buffers=False, find_unused_parameters=ids is None and context.world_size > 2
+        model, device_ids=ids, forward_sync_buffers=False, find_unused_parameters=ids is None and context.world_size > 2
     )
 
 

@@ -1,0 +1,144 @@
+"""One loop on every engine: the same bits alone, under torchrun and in a Ray gang; and as a Ray job."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from poise.store.runs import open_run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).parents[2]
+
+
+def poise(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "poise", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_two_processes_under_torchrun_are_two_ray_workers(desk, uninterrupted, assert_same, tmp_path):
+    spec = desk.spec("torchrun", str(tmp_path / "runs"))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, "-m", "poise", "run", str(spec), "--engine", "local"]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_same(open_run(str(tmp_path / "runs"), "torchrun"), uninterrupted)
+
+
+def test_a_finished_run_is_left_as_it_is(uninterrupted, tmp_path):
+    store = str(Path(uninterrupted.url).parent)
+    before = uninterrupted.manifest()
+    spec = tmp_path / "again.yaml"
+    spec.write_bytes(uninterrupted.read("spec.yaml"))
+    started = time.monotonic()
+    done = poise("run", str(spec))
+    assert done.returncode == 0, done.stderr
+    assert "union" in done.stdout
+    assert time.monotonic() - started < 60
+    assert open_run(store, "whole").manifest() == before
+
+
+def test_the_quickstart_prints_one_table_and_a_page(tmp_path):
+    done = poise(
+        "run", "jobs/quickstart.yaml", "--engine", "local", "--set", f"store={tmp_path}/runs", "--set", "workers.count=1",
+        "--set", "common.train.epochs=2", "--set", "common.evaluate.examples=40", COLUMNS="100",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for word in ("quickstart-at", "quickstart-adt", "clean", "union"):
+        assert word in done.stdout
+    page = Path(done.stdout.split("page: ")[1].strip())
+    assert "quickstart-adt" in page.read_text()
+    verified = poise("runs", "verify", f"{tmp_path}/runs/quickstart-adt")
+    assert "are sound" in verified.stdout, verified.stdout
+    listed = poise("runs", "list", f"{tmp_path}/runs", COLUMNS="200").stdout
+    assert listed.count("finished") == 3
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory):
+    """A Ray cluster of its own on this machine, with a dashboard to send jobs to."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        gcs = probe.getsockname()[1]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    ray = str(Path(sys.executable).with_name("ray"))
+    command = [ray, "start", "--head", f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}"]
+    folder = tmp_path_factory.mktemp("ray")
+    subprocess.run(
+        [*command, "--num-cpus=2", "--disable-usage-stats"],
+        env=environment,
+        cwd=folder,
+        check=True,
+        capture_output=True,
+    )
+    yield f"http://127.0.0.1:{port}"
+    subprocess.run([ray, "stop", "--force"], env=environment, check=True, capture_output=True)
+
+
+def test_a_spec_is_sent_as_a_job_followed_listed_and_stopped(head, desk, tmp_path):
+    store = str(tmp_path / "runs")
+    done = poise("submit", str(desk.spec("sent", store, workers=1, steps=20)), "--address", head)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "poise-sent: SUCCEEDED" in done.stdout
+    assert json.loads(open_run(store, "sent").read("artifacts/summary.json"))["step"] == 20
+    assert "poise-sent: SUCCEEDED" in poise("status", "poise-sent", "--address", head).stdout
+    assert "union" in poise("logs", "poise-sent", "--address", head).stdout
+
+    long = desk.spec("long", store, workers=1, steps=100_000)
+    assert poise("submit", str(long), "--address", head, "--detach").returncode == 0
+    twice = poise("submit", str(long), "--address", head)
+    assert twice.returncode == 2
+    assert "poise stop poise-long" in twice.stderr
+    stopped = poise("stop", "poise-long", "--address", head)
+    assert stopped.returncode == 0, stopped.stderr
+
+
+def test_mistakes_about_jobs_are_answered_without_a_traceback(head, desk, tmp_path):
+    unknown = poise("status", "poise-none", "--address", head)
+    assert (unknown.returncode, "knows no job poise-none" in unknown.stderr) == (2, True)
+    nobody = poise("status", "poise-none", "--address", "http://127.0.0.1:9")
+    assert (nobody.returncode, "no Ray cluster answers" in nobody.stderr) == (2, True)
+    assert "Traceback" not in unknown.stderr + nobody.stderr
+
+
+def test_metrics_of_the_driver_are_served(desk, tmp_path):
+    import urllib.request
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    spec = desk.spec("watched", str(tmp_path / "runs"), workers=1, steps=4000)
+    command = [sys.executable, "-m", "poise", "run", str(spec), "--engine", "local", "--metrics-port", str(port)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    try:
+        deadline, text = time.monotonic() + 60, ""
+        while 'poise_committed_step{run="watched"}' not in text and time.monotonic() < deadline:
+            time.sleep(0.3)
+            try:
+                text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()
+            except OSError:
+                continue
+        for name in ("poise_loss", "poise_commits_total", "poise_steps_total", "poise_phase_seconds_bucket"):
+            assert f"{name}{{" in text, text
+    finally:
+        process.kill()
+        process.wait()
