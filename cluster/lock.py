@@ -1,4 +1,4 @@
-"""Write a lock file: every package of this environment but torch (which has a build per accelerator) and poise itself."""
+"""Write a lock file: every package of this environment but poise, and torch, which has a build per accelerator."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ LEFT_OUT = {"pip", "poise", "torch"}
 def main(target: str, purpose: str, *others: str) -> None:
     known = {line for other in others for line in Path(other).read_text().splitlines()}
     found = {f"{dist.name}=={dist.version}" for dist in distributions() if dist.name.lower() not in LEFT_OUT}
-    head = f"# Every package of {purpose}, pinned. Install torch first, then this with --no-deps. `make lock` writes it anew."
+    head = (
+        f"# Every package of {purpose}, pinned. Install torch first, then this with --no-deps. `make lock` rewrites it."
+    )
     Path(target).write_text("\n".join([head, *sorted(found - known, key=str.lower)]) + "\n")
 
 

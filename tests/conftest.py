@@ -58,12 +58,10 @@ def new_bucket(s3_server: str) -> Callable[[], str]:
     return make
 
 
-@pytest.fixture
-def s3_store(s3_server: str, new_bucket: Callable[[], str], monkeypatch: pytest.MonkeyPatch) -> str:
-    """The address of a store in a bucket of its own; this process and its children may use it."""
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    for name, value in {
+@pytest.fixture(scope="session")
+def s3_settings(s3_server: str) -> dict[str, str]:
+    """The environment of a process that may use the S3 service."""
+    return {
         "AWS_ENDPOINT_URL": s3_server,
         "AWS_ACCESS_KEY_ID": "testing",
         "AWS_SECRET_ACCESS_KEY": "not-a-secret",
@@ -72,7 +70,15 @@ def s3_store(s3_server: str, new_bucket: Callable[[], str], monkeypatch: pytest.
         "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
         "AWS_EC2_METADATA_DISABLED": "true",
         "NO_PROXY": "127.0.0.1",
-    }.items():
+    }
+
+
+@pytest.fixture
+def s3_store(s3_settings: dict[str, str], new_bucket: Callable[[], str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of a store in a bucket of its own; this process and its children may use it."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in s3_settings.items():
         monkeypatch.setenv(name, value)
     return f"s3://{new_bucket()}/tests/runs"
 

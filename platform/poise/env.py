@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["RAY_DEFAULTS", "RAY_LOGS"]
+__all__ = ["COMMIT", "RAY_DEFAULTS", "RAY_LOGS"]
 
 RAY_LOGS = "POISE_RAY_LOGS"
 """Set to 1 to see what Ray's processes and the workers print; by default it is kept in Ray's logs only."""
+
+COMMIT = "POISE_COMMIT"
+"""Set by `poise submit` for its job, as JSON: the commit of the code that was sent, which has no repository there."""
 
 RAY_DEFAULTS = {
     # A report waits for the controller to poll; at Ray's default of 2 s every commit would cost up to 2 s.

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +47,14 @@ evaluate: {{examples: 60}}
 class Job:
     """One `poise run` in a process of its own."""
 
-    def __init__(self, spec: Path, engine: str, run: Run, scratch: Path) -> None:
+    def __init__(self, spec: Path, engine: str, address: str | None, run: Run, scratch: Path) -> None:
         self.run = run
         self.output = scratch / f"{run.name}-{time.monotonic_ns()}.log"
+        joined = ["--address", address] if address else []
         environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "poise", "run", str(spec), "--engine", engine],
+                [sys.executable, "-m", "poise", "run", str(spec), "--engine", engine, *joined],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment,
@@ -97,8 +100,8 @@ class Desk:
         path.write_text(text.format(name=name, store=store, workers=workers, steps=steps))
         return path
 
-    def start(self, name: str, store: str, engine: str = "ray", **changes: Any) -> Job:
-        job = Job(self.spec(name, store, **changes), engine, open_run(store, name), self.scratch)
+    def start(self, name: str, store: str, engine: str = "ray", address: str | None = None, **changes: Any) -> Job:
+        job = Job(self.spec(name, store, **changes), engine, address, open_run(store, name), self.scratch)
         self.jobs.append(job)
         return job
 
@@ -121,12 +124,46 @@ def desk(tmp_path: Path) -> Iterator[Desk]:
     desk.end()
 
 
+@dataclass(frozen=True)
+class Head:
+    """A Ray cluster that outlives drivers: where drivers join it, and where jobs are sent to."""
+
+    address: str
+    dashboard: str
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def free_port() -> int:
+    return _free_port()
+
+
 @pytest.fixture(scope="session")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+def head(s3_settings: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    """One cluster for all tests that do not need one of their own; its workers may use the S3 service."""
+    gcs, dashboard = _free_port(), _free_port()
+    ray = str(Path(sys.executable).with_name("ray"))
+    command = [ray, "start", "--head", f"--port={gcs}", "--num-cpus=2", "--disable-usage-stats"]
+    command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as in an activated environment
+    environment = {**os.environ, **s3_settings, "RAY_AUTH_MODE": "disabled", "PATH": path}
+    folder = tmp_path_factory.mktemp("ray")
+    subprocess.run(command, env=environment, cwd=folder, check=True, capture_output=True)
+    yield Head(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}")
+    subprocess.run([ray, "stop", "--force"], env=environment, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(head: Head, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     """The run that nothing happened to, by two Ray workers, in a folder."""
     scratch = tmp_path_factory.mktemp("uninterrupted")
     desk = Desk(scratch)
-    yield desk.finish("whole", str(scratch / "runs"))
+    yield desk.finish("whole", str(scratch / "runs"), address=head.address)
     desk.end()
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
 
+from poise.observe.environment import environment
 from poise.store.runs import open_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -54,8 +55,8 @@ def test_a_finished_run_is_left_as_it_is(uninterrupted, tmp_path):
 
 def test_the_quickstart_prints_one_table_and_a_page(tmp_path):
     done = poise(
-        "run", "jobs/quickstart.yaml", "--engine", "local", "--set", f"store={tmp_path}/runs", "--set", "workers.count=1",
-        "--set", "common.train.epochs=2", "--set", "common.evaluate.examples=40", COLUMNS="100",
+        "run", "jobs/quickstart.yaml", "--engine", "local", "--set", f"store={tmp_path}/runs", "--set",
+        "workers.count=1", "--set", "common.train.epochs=2", "--set", "common.evaluate.examples=40", COLUMNS="100",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for word in ("quickstart-at", "quickstart-adt", "clean", "union"):
@@ -68,62 +69,36 @@ def test_the_quickstart_prints_one_table_and_a_page(tmp_path):
     assert listed.count("finished") == 3
 
 
-@pytest.fixture(scope="module")
-def head(tmp_path_factory):
-    """A Ray cluster of its own on this machine, with a dashboard to send jobs to."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        gcs = probe.getsockname()[1]
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-    ray = str(Path(sys.executable).with_name("ray"))
-    command = [ray, "start", "--head", f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}"]
-    folder = tmp_path_factory.mktemp("ray")
-    subprocess.run(
-        [*command, "--num-cpus=2", "--disable-usage-stats"],
-        env=environment,
-        cwd=folder,
-        check=True,
-        capture_output=True,
-    )
-    yield f"http://127.0.0.1:{port}"
-    subprocess.run([ray, "stop", "--force"], env=environment, check=True, capture_output=True)
-
-
 def test_a_spec_is_sent_as_a_job_followed_listed_and_stopped(head, desk, tmp_path):
     store = str(tmp_path / "runs")
-    done = poise("submit", str(desk.spec("sent", store, workers=1, steps=20)), "--address", head)
+    done = poise("submit", str(desk.spec("sent", store, workers=1, steps=20)), "--address", head.dashboard)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "poise-sent: SUCCEEDED" in done.stdout
-    assert json.loads(open_run(store, "sent").read("artifacts/summary.json"))["step"] == 20
-    assert "poise-sent: SUCCEEDED" in poise("status", "poise-sent", "--address", head).stdout
-    assert "union" in poise("logs", "poise-sent", "--address", head).stdout
+    sent = open_run(store, "sent")
+    assert json.loads(sent.read("artifacts/summary.json"))["step"] == 20
+    assert json.loads(sent.read("environment.json"))["git"] == environment()["git"]
+    assert "poise-sent: SUCCEEDED" in poise("status", "poise-sent", "--address", head.dashboard).stdout
+    assert "union" in poise("logs", "poise-sent", "--address", head.dashboard).stdout
 
     long = desk.spec("long", store, workers=1, steps=100_000)
-    assert poise("submit", str(long), "--address", head, "--detach").returncode == 0
-    twice = poise("submit", str(long), "--address", head)
+    assert poise("submit", str(long), "--address", head.dashboard, "--detach").returncode == 0
+    twice = poise("submit", str(long), "--address", head.dashboard)
     assert twice.returncode == 2
     assert "poise stop poise-long" in twice.stderr
-    stopped = poise("stop", "poise-long", "--address", head)
+    stopped = poise("stop", "poise-long", "--address", head.dashboard)
     assert stopped.returncode == 0, stopped.stderr
 
 
 def test_mistakes_about_jobs_are_answered_without_a_traceback(head, desk, tmp_path):
-    unknown = poise("status", "poise-none", "--address", head)
+    unknown = poise("status", "poise-none", "--address", head.dashboard)
     assert (unknown.returncode, "knows no job poise-none" in unknown.stderr) == (2, True)
     nobody = poise("status", "poise-none", "--address", "http://127.0.0.1:9")
     assert (nobody.returncode, "no Ray cluster answers" in nobody.stderr) == (2, True)
     assert "Traceback" not in unknown.stderr + nobody.stderr
 
 
-def test_metrics_of_the_driver_are_served(desk, tmp_path):
-    import urllib.request
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def test_metrics_of_the_driver_are_served(desk, free_port, tmp_path):
+    port = free_port
     spec = desk.spec("watched", str(tmp_path / "runs"), workers=1, steps=4000)
     command = [sys.executable, "-m", "poise", "run", str(spec), "--engine", "local", "--metrics-port", str(port)]
     process = subprocess.Popen(

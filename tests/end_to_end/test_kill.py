@@ -40,9 +40,9 @@ def assert_nothing_was_lost_or_repeated(run) -> None:
 
 
 @pytest.mark.parametrize("kind", ["folder", "s3"])
-def test_a_killed_worker(kind, request, desk, uninterrupted, assert_same):
+def test_a_killed_worker(kind, request, head, desk, uninterrupted, assert_same):
     draw = random.Random(f"worker {kind}")
-    job = desk.start("killed", store_of(request, kind))
+    job = desk.start("killed", store_of(request, kind), address=head.address)
     wait_for_a_random_step(job, draw)
     os.kill(draw.choice(job.worker_pids()), signal.SIGKILL)
     assert job.wait() == 0, job.text()
@@ -54,13 +54,14 @@ def test_a_killed_worker(kind, request, desk, uninterrupted, assert_same):
 
 @pytest.mark.parametrize("kind", ["folder", "s3"])
 def test_a_killed_driver(kind, request, desk, uninterrupted, assert_same):
+    """On a folder its private cluster dies with it; on S3 the cluster lives on, and so do its workers for a while."""
     draw = random.Random(f"driver {kind}")
-    store = store_of(request, kind)
-    job = desk.start("killed", store)
+    store, address = store_of(request, kind), None if kind == "folder" else request.getfixturevalue("head").address
+    job = desk.start("killed", store, address=address)
     wait_for_a_random_step(job, draw)
     job.kill()
     assert job.run.manifest().status == "running"
-    desk.finish("killed", store)
+    desk.finish("killed", store, address=address)
     assert len([event for event in job.run.events() if event["event"] == "start"]) == 2
     assert_nothing_was_lost_or_repeated(job.run)
     assert_same(job.run, uninterrupted)

@@ -39,7 +39,7 @@ def cluster(address: str | None, specs: Sequence[RunSpec]) -> Iterator[None]:
     cpus = None if joins else max(os.cpu_count() or 1, *(spec.workers.count * spec.workers.cpus for spec in specs))
     try:
         ray.init(
-            address=address,
+            address=address if joins else "local",
             num_cpus=cpus,
             include_dashboard=None if joins else False,  # a cluster for one command has no visitors
             log_to_driver=verbose,

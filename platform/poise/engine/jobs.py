@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +13,9 @@ from pathlib import Path
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 import poise
+from poise import env
 from poise.errors import PoiseError, UserError
+from poise.observe.environment import environment
 from poise.spec import RunSpec, dump
 
 __all__ = ["follow", "job_id", "logs", "status", "stop", "submit"]
@@ -37,7 +41,11 @@ def submit(spec: RunSpec, address: str, job: str | None = None) -> str:
             entrypoint="python -m poise run spec.yaml --engine ray",
             submission_id=job,
             entrypoint_num_cpus=0,
-            runtime_env={"working_dir": folder, "py_modules": [str(Path(poise.__file__).parent)]},
+            runtime_env={
+                "working_dir": folder,
+                "py_modules": [str(Path(poise.__file__).parent)],
+                "env_vars": {env.COMMIT: json.dumps(environment()["git"])},
+            },
             metadata={"run": spec.name, "kind": spec.kind},
         )
     return job
@@ -99,6 +107,7 @@ def _info(client: JobSubmissionClient, job: str) -> JobDetails:
 
 @contextmanager
 def _client(address: str) -> Iterator[JobSubmissionClient]:
+    logging.getLogger("ray").setLevel(logging.WARNING)  # its notes on uploads are not what the caller asked for
     try:
         client = JobSubmissionClient(address)
     except (ConnectionError, RuntimeError, ValueError) as error:

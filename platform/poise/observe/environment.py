@@ -5,6 +5,7 @@ No environment variable, host name, user name or path is recorded: the page of a
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import poise
+from poise import env
 
 __all__ = ["environment"]
 
@@ -56,13 +58,14 @@ def _version(package: str) -> str | None:
 
 
 def _git() -> dict[str, Any] | None:
-    """Of the tree that holds the package, or else of the working directory."""
+    """Of the tree that holds the package, or else of the working directory, or else what the sender of the job said."""
     for folder in (Path(poise.__file__).parent, Path.cwd()):
         commit = _run_git(folder, "rev-parse", "HEAD")
         if commit:
             changes = _run_git(folder, "status", "--porcelain", "--untracked-files=no")
             return {"commit": commit, "dirty": None if changes is None else bool(changes)}
-    return None
+    sent: dict[str, Any] | None = json.loads(os.environ.get(env.COMMIT, "null"))
+    return sent
 
 
 def _run_git(folder: Path, *arguments: str) -> str | None:
