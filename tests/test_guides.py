@@ -1,0 +1,226 @@
+"""The guides keep their word: every command in them is executed, every link leads somewhere, every key is listed."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from poise.kinds import KINDS
+from poise.spec import load
+
+ROOT = Path(__file__).parents[1]
+GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+ENGINES, KILLS = "tests/end_to_end/test_engines.py", "tests/end_to_end/test_kill.py"
+JOBS = f"{ENGINES}::test_a_spec_is_sent_as_a_job_followed_listed_and_stopped"
+TORCHRUN = f"{ENGINES}::test_two_processes_under_torchrun_are_two_ray_workers"
+LAUNCH = "torchrun --standalone --nproc-per-node=2"
+CLUSTER = "tests/end_to_end/conftest.py::head"
+ELSEWHERE = {
+    "make run": "tests/test_guides.py::test_make_knows_every_target",
+    "make test": "tests/test_guides.py::test_make_knows_every_target",
+    "poise run jobs/quickstart.yaml": f"{KILLS}::test_a_killed_driver",
+    "poise run jobs/quickstart.yaml --address 127.0.0.1:6379": "tests/end_to_end/conftest.py::uninterrupted",
+    "ray start --head": CLUSTER,
+    "ray stop": CLUSTER,
+    "poise submit jobs/quickstart.yaml --set store=$PWD/runs": JOBS,
+    "poise status poise-quickstart": JOBS,
+    "poise logs poise-quickstart --follow": JOBS,
+    "poise stop poise-quickstart": JOBS,
+    f"{LAUNCH} -m poise run jobs/quickstart.yaml --engine local": TORCHRUN,
+    f"{LAUNCH} -m poise run jobs/quickstart.yaml --engine local --set name=pair": TORCHRUN,
+}
+"""Commands that start Ray, processes of their own or all tests, and what executes the same with another spec."""
+
+TINY = {
+    "epochs: 30": "epochs: 1",
+    "width: 16": "width: 4",
+    "validation: 200": "validation: 20, limit: 200",
+    "steps: 20, restarts: 2": "steps: 1",
+    "steps: 40, restarts: 2": "steps: 1",
+}
+"""What makes the quickstart of the scratch copy cheap; the commands themselves are executed as they are written."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of a guide: a line, or the lines of a loop or a continuation."""
+
+    guide: Path
+    line: int
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.guide.name}:{self.line}: {self.text}"
+
+
+def commands(guide: Path) -> list[Command]:
+    """The commands in the ```sh blocks of a guide, in order, without comments."""
+    found: list[Command] = []
+    language, begun, pending = None, 0, ""
+    for number, line in enumerate(guide.read_text().splitlines(), 1):
+        if fence := re.match(r"\s*```(\w*)", line):
+            language = fence[1] if language is None else None
+            assert not pending, f"{guide.name}:{begun}: a command that does not end: {pending}"
+        elif language == "sh" and (text := re.sub(r"(^|\s)#.*", "", line).rstrip()):
+            begun = begun if pending else number
+            pending = f"{pending}\n{text}" if pending else text.strip()
+            if not text.endswith("\\") and not (pending.startswith("for ") and not pending.endswith("done")):
+                found.append(Command(guide, begun, pending))
+                pending = ""
+    return found
+
+
+def links(guide: Path) -> list[str]:
+    """Targets of links and images in the prose of a guide."""
+    prose = re.sub(r"```.*?```", "", guide.read_text(), flags=re.DOTALL)
+    return re.findall(r"\]\(([^)\s]+)\)", prose)
+
+
+def anchors(guide: Path) -> set[str]:
+    """The headings of a guide as the fragments of links to them."""
+    headings = re.findall(r"^#+ (.+)$", guide.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that looks like the project to a command, with a quickstart that takes seconds."""
+    folder = tmp_path_factory.mktemp("guides")
+    shutil.copytree(ROOT / "jobs", folder / "jobs")
+    (folder / ".venv").symlink_to(sys.prefix)
+    spec = folder / "jobs/quickstart.yaml"
+    text = spec.read_text()
+    for slow, quick in TINY.items():
+        assert slow in text, f"the quickstart no longer says {slow!r}"
+        text = text.replace(slow, quick)
+    spec.write_text(text.replace("  evaluate:\n", "  evaluate:\n    examples: 20\n"))
+    return folder
+
+
+@pytest.fixture
+def environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    path = f"{Path(sys.executable).parent}:{kept['PATH']}"
+    empty = {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull, "NO_PROXY": "127.0.0.1"}
+    alone = {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT / "platform")}
+    return {**kept, **empty, **alone, "PATH": path}
+
+
+def script(guide: Path) -> str:
+    """The commands of a guide that no other test executes, as one script; ports are free ones of this machine."""
+    lines = ["set -e"]
+    ports = {"5555": str(free_port()), "9464": str(free_port())}
+    for command in commands(guide):
+        if command.text not in ELSEWHERE:
+            text = re.sub("|".join(ports), lambda port: ports[port[0]], command.text)
+            lines += [f"echo '>>> {guide.name}:{command.line}' >&2", text]
+            if text.endswith("&"):
+                (port,) = re.findall(r"-p (\d+)", text)
+                lines.append(f"until (: </dev/tcp/127.0.0.1/{port}) 2>/dev/null; do sleep 0.1; done")
+    return "\n".join(lines)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.name)
+def test_every_command_is_executed(guide, scratch, environment, tmp_path):
+    output = tmp_path / "output"
+    with output.open("wb") as file:
+        process = subprocess.Popen(
+            ["bash", "-c", script(guide)], cwd=scratch, env=environment,
+            stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            code = process.wait(timeout=240)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what the guide left in the background, too
+    assert code == 0, output.read_text()[-4000:]
+
+
+def test_every_guide_has_commands_and_the_ones_left_out_are_executed_elsewhere():
+    written = {command.text for guide in GUIDES for command in commands(guide)}
+    assert set(ELSEWHERE) <= written, "the table names commands that no guide has"
+    assert all(commands(guide) for guide in GUIDES)
+    for text, place in ELSEWHERE.items():
+        file, _, test = place.partition("::")
+        assert f"def {test}(" in (ROOT / file).read_text(), f"{text}: there is no {place}"
+
+
+def test_a_command_that_fails_is_caught(scratch, environment, tmp_path):
+    guide = tmp_path / "guide.md"
+    guide.write_text("```sh\npoise check jobs/quickstart.yaml  # sound\npoise check jobs/none.yaml\n```\n")
+    assert [command.text.split()[-1] for command in commands(guide)] == ["jobs/quickstart.yaml", "jobs/none.yaml"]
+    with pytest.raises(AssertionError, match=r"guide.md:3\n.*jobs/none.yaml: no such file"):
+        test_every_command_is_executed(guide, scratch, environment, tmp_path)
+
+
+def test_blocks_of_commands_are_marked_as_such():
+    """A block in another shell language, or in none, would hide its commands from the tests."""
+    for guide in GUIDES:
+        opening = re.findall(r"^\s*```(\w*)\n.*?^\s*```$", guide.read_text(), flags=re.MULTILINE | re.DOTALL)
+        assert set(opening) <= {"sh", "yaml", "text"}, guide.name
+
+
+def test_make_knows_every_target():
+    named = {name for guide in GUIDES for name in re.findall(r"`?\bmake ([a-z]+)`", guide.read_text())}
+    named |= {command.text.split()[1] for guide in GUIDES for command in commands(guide) if command.text[:5] == "make "}
+    assert {"run", "test"} <= named
+    for target in named:
+        done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    recipe = subprocess.run(["make", "--dry-run", "run"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "poise run jobs/quickstart.yaml" in recipe
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.name)
+def test_links_lead_somewhere(guide):
+    for link in links(guide):
+        if link.startswith(("https://", "http://")):
+            continue
+        path, _, fragment = link.partition("#")
+        target = (guide.parent / path).resolve() if path else guide
+        assert target.exists(), f"{guide.name}: {link}"
+        assert target.is_relative_to(ROOT), f"{guide.name}: {link}"
+        assert not fragment or fragment in anchors(target), f"{guide.name}: {link}"
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.name)
+def test_specs_in_the_guides_are_sound(guide, tmp_path):
+    blocks = re.findall(r"^```yaml\n(.*?)^```$", guide.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for number, text in enumerate(block for block in blocks if "kind:" in block):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(text)
+        assert load(path, KINDS).name
+
+
+def test_the_page_of_specs_lists_every_key_as_it_is():
+    generate = runpy.run_path(str(ROOT / "docs/generate.py"))
+    text = (ROOT / "docs/specs.md").read_text()
+    assert generate["regenerated"](text) == text, "docs/specs.md is stale: run `python docs/generate.py`"
+    for kind in KINDS.values():
+        missing = generate["sections"](kind) - generate["listed"](text)
+        assert not [section for section in missing if set(section.model_fields) != {"name"}]
+
+
+def test_pictures_are_small_and_readable_without_light():
+    assert (ROOT / "docs/page.png").stat().st_size < 300_000
+    assert "prefers-color-scheme: dark" in (ROOT / "docs/architecture.svg").read_text()
