@@ -100,10 +100,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture(scope="module")
-def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that looks like the project to a command, with a quickstart that takes seconds."""
-    folder = tmp_path_factory.mktemp("guides")
+def project(folder: Path) -> Path:
+    """Make `folder` look like the project to a command, with a quickstart that takes seconds."""
     shutil.copytree(ROOT / "jobs", folder / "jobs")
     (folder / ".venv").symlink_to(sys.prefix)
     spec = folder / "jobs/quickstart.yaml"
@@ -115,7 +113,6 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
 def environment() -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
     path = f"{Path(sys.executable).parent}:{kept['PATH']}"
@@ -138,22 +135,38 @@ def script(guide: Path) -> str:
     return "\n".join(lines)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.name)
-def test_every_command_is_executed(guide, scratch, environment, tmp_path):
-    output = tmp_path / "output"
-    with output.open("wb") as file:
-        process = subprocess.Popen(
-            ["bash", "-c", script(guide)], cwd=scratch, env=environment,
-            stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+class Reading:
+    """A shell that executes a guide in a folder of its own."""
+
+    def __init__(self, guide: Path, folder: Path) -> None:
+        self.output = folder / "output"
+        with self.output.open("wb") as file:
+            self.process = subprocess.Popen(
+                ["bash", "-c", script(guide)], cwd=project(folder), env=environment(),
+                stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    def end(self) -> tuple[int, str]:
+        """Exit code and output, once all is executed; what it left in the background is ended."""
         try:
-            code = process.wait(timeout=240)
+            return self.process.wait(timeout=240), self.output.read_text()[-4000:]
         finally:
             with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # what the guide left in the background, too
-    assert code == 0, output.read_text()[-4000:]
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def readings(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Reading]:
+    """All guides at once: each spends most of its time on imports, on one core."""
+    return {guide: Reading(guide, tmp_path_factory.mktemp(guide.stem)) for guide in GUIDES}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_every_command_is_executed(readings):
+    ends = {guide.name: reading.end() for guide, reading in readings.items()}
+    for code, output in ends.values():
+        assert code == 0, output
 
 
 def test_every_guide_has_commands_and_the_ones_left_out_are_executed_elsewhere():
@@ -165,12 +178,20 @@ def test_every_guide_has_commands_and_the_ones_left_out_are_executed_elsewhere()
         assert f"def {test}(" in (ROOT / file).read_text(), f"{text}: there is no {place}"
 
 
-def test_a_command_that_fails_is_caught(scratch, environment, tmp_path):
+def test_a_command_that_fails_is_caught(tmp_path):
     guide = tmp_path / "guide.md"
-    guide.write_text("```sh\npoise check jobs/quickstart.yaml  # sound\npoise check jobs/none.yaml\n```\n")
-    assert [command.text.split()[-1] for command in commands(guide)] == ["jobs/quickstart.yaml", "jobs/none.yaml"]
-    with pytest.raises(AssertionError, match=r"guide.md:3\n.*jobs/none.yaml: no such file"):
-        test_every_command_is_executed(guide, scratch, environment, tmp_path)
+    guide.write_text(
+        "```sh\npoise check jobs/quickstart.yaml  # sound\npoise check jobs/none.yaml\npoise runs list\n```\n"
+    )
+    assert [command.text.split()[-1] for command in commands(guide)] == [
+        "jobs/quickstart.yaml",
+        "jobs/none.yaml",
+        "list",
+    ]
+    code, output = Reading(guide, tmp_path).end()
+    assert code == 2
+    assert re.search(r"guide.md:3\n.*jobs/none.yaml: no such file", output)
+    assert "guide.md:4" not in output
 
 
 def test_blocks_of_commands_are_marked_as_such():
@@ -210,6 +231,23 @@ def test_specs_in_the_guides_are_sound(guide, tmp_path):
         path = tmp_path / f"{number}.yaml"
         path.write_text(text)
         assert load(path, KINDS).name
+
+
+def test_the_mistakes_in_the_readme_are_reported_as_it_says(tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    (spec,) = re.findall(r"^```yaml\n(.*?)^```$", readme, flags=re.MULTILINE | re.DOTALL)
+    (said,) = re.findall(r"^```text\n(poise: .*?)^```$", readme, flags=re.MULTILINE | re.DOTALL)
+    for sound, slip in {
+        "cnn": "resnet19",
+        "digits}": "digits, batchsize: 64}",
+        "0.1": "8/0",
+        "epochs": "epoch",
+    }.items():
+        spec = spec.replace(sound, slip, 1)
+    (tmp_path / "first.yaml").write_text(spec)
+    command = [sys.executable, "-m", "poise", "check", "first.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, said)
 
 
 def test_the_page_of_specs_lists_every_key_as_it_is():

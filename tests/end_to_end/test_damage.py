@@ -60,8 +60,8 @@ def test_a_run_of_the_same_name_with_another_spec_is_refused_with_the_difference
 
 
 def test_on_an_s3_that_fails_one_request_in_three_the_run_is_the_same(flaky_s3, desk, assert_same, tmp_path):
-    whole = desk.finish("whole", str(tmp_path / "runs"), "local", workers=1)
-    assert_same(desk.finish("flaky", flaky_s3, "local", workers=1), whole)
+    whole = desk.finish("whole", str(tmp_path / "runs"), "local", workers=1, steps=20)
+    assert_same(desk.finish("flaky", flaky_s3, "local", workers=1, steps=20), whole)
 
 
 def test_an_s3_that_does_not_answer_is_named(s3_store, desk, monkeypatch):

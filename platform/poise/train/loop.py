@@ -64,6 +64,7 @@ class _Loop:
         self.evaluate_every = spec.evaluate_every.in_steps(self.steps_per_epoch)
         self.commit_every = spec.checkpoint.every.in_steps(self.steps_per_epoch)
         self.state = TrainState(task.model, build_optimizer(spec.optimizer, task.model), task.state)
+        self.parameters = [parameter for group in self.state.optimizer.param_groups for parameter in group["params"]]
         self.generator = torch.Generator(context.device)
         self.rows, self.window = Rows(), _Window()
         self.telemetry = Telemetry(
@@ -94,8 +95,11 @@ class _Loop:
                 batch = self.task.batch(self.state.step * self.spec.accumulate + part)
             with self.timers("forward_backward"), self._no_sync(part), self._autocast():
                 loss, metrics, self.state.task = self.task.step(self.model, batch, self.state.task, turn)
-                (loss / self.spec.accumulate).backward()  # type: ignore[no-untyped-call]
-            self.window.add({"loss": loss.detach(), **metrics})
+                share = loss if self.spec.accumulate == 1 else loss / self.spec.accumulate
+                share.backward()  # type: ignore[no-untyped-call]
+            self.window.add("loss", loss.detach())
+            for name, value in metrics.items():
+                self.window.add(name, value)
         with self.timers("optim"):
             self._descend()
 
@@ -118,12 +122,13 @@ class _Loop:
         optimizer = self.state.optimizer
         if self.spec.clip_norm is not None:
             norm = torch.nn.utils.clip_grad_norm_(self.task.model.parameters(), self.spec.clip_norm)
-            self.window.add({"grad_norm": norm})
+            self.window.add("grad_norm", norm)
         scale = factor(self.spec.schedule, self.state.step, self.total)
         for group in optimizer.param_groups:
             group["lr"] = self.spec.optimizer.lr * scale
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters:  # what zero_grad does, without its profiling hooks
+            parameter.grad = None
         average_statistics(self.statistics, self.context.world_size)
         self.state.step += 1
 
@@ -226,22 +231,19 @@ class _Loop:
 
 
 class _Window:
-    """Metrics summed on the device since the last row, so that a step never waits for the host."""
+    """Metrics kept on the device since the last row, so that a step never waits for the host."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
+        self.values: dict[str, list[Tensor]] = {}
 
-    def add(self, metrics: dict[str, Tensor]) -> None:
-        for name, value in metrics.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-            self.counts[name] = self.counts.get(name, 0) + 1
+    def add(self, name: str, value: Tensor) -> None:
+        self.values.setdefault(name, []).append(value)
 
     def take(self, context: Context) -> dict[str, float]:
         """The means over the window and over all ranks."""
-        if not self.sums:
+        if not self.values:
             return {}
-        names = sorted(self.sums)
-        means = torch.stack([self.sums[name].float() / self.counts[name] for name in names])
-        self.sums, self.counts = {}, {}
+        names = sorted(self.values)
+        means = torch.stack([torch.stack(self.values[name]).float().mean() for name in names])
+        self.values = {}
         return dict(zip(names, context.mean(means).tolist(), strict=True))

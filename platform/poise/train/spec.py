@@ -148,7 +148,7 @@ class TrainSpec(Section):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: forward passes under autocast, fp32 weights")
     checkpoint: Checkpointing = Field(Checkpointing(), description="when the state is committed")
     evaluate_every: Every = Field(Every(epochs=1), description="interval between evaluations on the validation split")
-    log_every: int = Field(10, ge=1, le=10**6, description="optimizer steps averaged into one row of metrics")
+    log_every: int = Field(10, ge=1, le=10_000, description="optimizer steps averaged into one row of metrics")
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainSpec:

@@ -24,8 +24,7 @@ class StepOutput(NamedTuple):
     state: TaskState
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """What the loop tells a step function about the step that it takes."""
 
     step: int
