@@ -99,10 +99,8 @@ def _default(field: FieldInfo) -> str:
         return "required"
     value = field.get_default(call_default_factory=True)
     if isinstance(value, BaseModel):
-        value = {
-            **({"name": value.name} if "name" in type(value).model_fields else {}),
-            **value.model_dump(exclude_unset=True),
-        }
+        said = {"name", *value.model_fields_set}
+        value = {key: part for key, part in value.model_dump().items() if key in said}
         return f"`{_flow(value)}`" if value else "all defaults"
     return "" if value is None else f"`{_flow(value)}`"
 

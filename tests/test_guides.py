@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,14 +152,23 @@ class Reading:
         try:
             return self.process.wait(timeout=240), self.output.read_text()[-4000:]
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+            self.stop()
+
+    def stop(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
 
-@pytest.fixture(scope="module")
-def readings(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Reading]:
+@pytest.fixture
+def readings(tmp_path: Path) -> Iterator[dict[Path, Reading]]:
     """All guides at once: each spends most of its time on imports, on one core."""
-    return {guide: Reading(guide, tmp_path_factory.mktemp(guide.stem)) for guide in GUIDES}
+    started: dict[Path, Reading] = {}
+    for guide in GUIDES:
+        (tmp_path / guide.stem).mkdir()
+        started[guide] = Reading(guide, tmp_path / guide.stem)
+    yield started
+    for reading in started.values():
+        reading.stop()
 
 
 @pytest.mark.slow
