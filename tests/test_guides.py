@@ -150,7 +150,7 @@ class Reading:
     def end(self) -> tuple[int, str]:
         """Exit code and output, once all is executed; what it left in the background is ended."""
         try:
-            return self.process.wait(timeout=240), self.output.read_text()[-4000:]
+            return self.process.wait(timeout=540), self.output.read_text()[-4000:]
         finally:
             self.stop()
 
@@ -172,7 +172,7 @@ def readings(tmp_path: Path) -> Iterator[dict[Path, Reading]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_every_command_is_executed(readings):
     ends = {guide.name: reading.end() for guide, reading in readings.items()}
     for code, output in ends.values():
