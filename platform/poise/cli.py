@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ __all__ = ["cli", "main"]
 
 def main() -> None:
     """Run the command line: a PoiseError is printed without a traceback and sets the exit code."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what ends a job or a pod lets go of the run, too
     try:
         cli(standalone_mode=False)
     except PoiseError as error:

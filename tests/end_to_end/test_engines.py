@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from poise.observe.environment import environment
 from poise.store.runs import open_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+with_ray = pytest.mark.xdist_group("ray")  # one process has the cluster; the other runs all else meanwhile
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,6 +33,7 @@ def poise(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
     )
 
 
+@with_ray
 def test_two_processes_under_torchrun_are_two_ray_workers(desk, uninterrupted, assert_same, tmp_path):
     spec = desk.spec("torchrun", str(tmp_path / "runs"))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -40,6 +43,7 @@ def test_two_processes_under_torchrun_are_two_ray_workers(desk, uninterrupted, a
     assert_same(open_run(str(tmp_path / "runs"), "torchrun"), uninterrupted)
 
 
+@with_ray
 def test_a_finished_run_is_left_as_it_is(uninterrupted, tmp_path):
     store = str(Path(uninterrupted.url).parent)
     before = uninterrupted.manifest()
@@ -69,6 +73,7 @@ def test_the_quickstart_prints_one_table_and_a_page(tmp_path):
     assert listed.count("finished") == 3
 
 
+@with_ray
 def test_a_spec_is_sent_as_a_job_followed_listed_and_stopped(head, desk, tmp_path):
     store = str(tmp_path / "runs")
     done = poise("submit", str(desk.spec("sent", store, workers=1, steps=20)), "--address", head.dashboard)
@@ -89,6 +94,43 @@ def test_a_spec_is_sent_as_a_job_followed_listed_and_stopped(head, desk, tmp_pat
     assert stopped.returncode == 0, stopped.stderr
 
 
+@with_ray
+def test_a_users_mistake_that_only_a_worker_can_see_ends_the_run_without_a_traceback(head, desk, tmp_path):
+    spec = desk.spec("mistaken", str(tmp_path / "runs"), workers=1)
+    nowhere = ["--set", "data.name=mnist", "--set", f"data.root={tmp_path}/nowhere"]
+    done = poise("run", str(spec), "--address", head.address, *nowhere)
+    assert done.returncode == 2, done.stderr
+    assert "nowhere has no train-images-idx3-ubyte" in done.stderr
+    assert "Traceback" not in done.stderr
+    run = open_run(str(tmp_path / "runs"), "mistaken")
+    assert (run.manifest().status, "nowhere" in run.manifest().error) == ("failed", True)
+
+
+def test_a_run_goes_on_with_fewer_workers_than_it_began_with(desk, tmp_path):
+    store = str(tmp_path / "runs")
+    spec = desk.spec("shrunk", store, workers=2)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*launcher, "-m", "poise", "run", str(spec), "--engine", "local"],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    run = open_run(store, "shrunk")
+    deadline = time.monotonic() + 60
+    while not run.checkpoints.commits() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = [commit.step for commit in run.checkpoints.commits()]
+    assert before
+    assert before[-1] < 60
+    desk.finish("shrunk", store, "local", workers=1)
+    starts = [(event["step"], event["workers"]) for event in run.events() if event["event"] == "start"]
+    assert starts == [(0, 2), (before[-1], 1)]
+    assert [commit.step for commit in run.checkpoints.commits()] == [10, 20, 30, 40, 50, 60]
+
+
+@with_ray
 def test_mistakes_about_jobs_are_answered_without_a_traceback(head, desk, tmp_path):
     unknown = poise("status", "poise-none", "--address", head.dashboard)
     assert (unknown.returncode, "knows no job poise-none" in unknown.stderr) == (2, True)

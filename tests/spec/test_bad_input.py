@@ -98,6 +98,7 @@ CHANGES = [
     ("workers.count", 0, "greater than or equal to 1"),
     ("workers.count", 3, "does not divide"),
     ("workers.min_count", 2, "above count"),
+    ("workers", {"count": 4, "min_count": 2}, "does not divide by 3 workers"),
     ("workers.environment", {"AWS_SECRET_ACCESS_KEY": "x"}, "never in a spec"),
     ("workers.environment", {"A": 1}, "valid string"),
     ("evaluate.examples", 0, "greater than or equal to 1"),

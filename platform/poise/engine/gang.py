@@ -24,6 +24,7 @@ from poise.engine.board import BoardState, open_board
 from poise.engine.session import absolute_store, claim, is_finished, located
 from poise.engine.worker import Errand, work
 from poise.errors import PoiseError, UserError
+from poise.observe.export import export
 from poise.observe.progress import Display
 from poise.observe.sinks import Sink
 from poise.spec import RunSpec
@@ -60,6 +61,7 @@ def run_gang(spec: RunSpec, display: Display, sink: Sink) -> None:
         return
     _check_resources(spec, display)
     with claim(run, spec) as lease, tempfile.TemporaryDirectory(prefix="poise-ray-") as scratch:
+        display.note(f"[{spec.name}] starting {spec.workers.count} workers")
         board = open_board()
         errand = Errand(spec.kind, spec.model_dump_json(), absolute_store(spec), lease.token, os.getcwd(), board)
         with _watched(board, spec, display, sink):
@@ -99,13 +101,12 @@ def _fit(trainer: TorchTrainer, board: Any) -> None:
 
 
 def _explained(error: TrainingFailedError, attempts: int) -> str:
-    causes = error.worker_failures.items() if isinstance(error, WorkerGroupError) else [(0, error)]
-    lines = [f"worker {rank}: {str(cause).strip().splitlines()[-1]}" for rank, cause in causes]
-    return "\n".join(
-        [
-            f"the gang failed {attempts} times and is not restarted again (workers.max_failures); commits are kept",
-            *lines,
-        ]
+    """What went wrong in the workers, with the traceback that a defect comes with."""
+    failures = error.worker_failures if isinstance(error, WorkerGroupError) else {0: error}
+    rank, cause = min(failures.items())
+    return (
+        f"worker {rank} failed, in attempt {attempts}: workers.max_failures allows no more. Commits are kept; "
+        f"the same command goes on from the last.\n{str(cause).strip()}"
     )
 
 
@@ -145,5 +146,7 @@ def _watch(board: Any, spec: RunSpec, display: Display, sink: Sink, over: thread
         if state.progress is not None and state.progress != shown:
             shown = state.progress
             display.show(shown)
+            export(sink, spec.name, shown.metrics)
+            sink.set("poise_epoch", shown.epoch, run=spec.name)
         if ending:
             return

@@ -46,7 +46,7 @@ def absolute_store(spec: RunSpec) -> str:
 
 @contextmanager
 def claim(run: Run, spec: RunSpec) -> Iterator[Lease]:
-    """Hold the run for this driver. On leaving, the manifest says `finished`, or `failed` and why.
+    """Hold the run for this driver. On leaving, the manifest says `finished`, or `failed` and why; Ctrl-C leaves it.
 
     Raises RunBusyError when another driver holds it and UserError when the stored run has another spec.
     """
@@ -56,7 +56,12 @@ def claim(run: Run, spec: RunSpec) -> Iterator[Lease]:
         run.write("environment.json", json.dumps(environment(), indent=1).encode())
         try:
             yield lease
-        except BaseException as error:
+        except KeyboardInterrupt:
+            with suppress(PoiseError):
+                lease.check()
+                run.append_events([event("interrupted")])
+            raise
+        except Exception as error:
             with suppress(PoiseError):  # a full disk, or a lost lease, must not hide what went wrong first
                 lease.check()
                 why = str(error) or type(error).__name__

@@ -23,6 +23,7 @@ from poise.kinds.measure import described, robust_accuracy
 from poise.kinds.specs import RobustTrainSpec
 from poise.models.build import build
 from poise.observe.events import event
+from poise.observe.progress import Progress
 from poise.observe.rows import Rows
 from poise.robust.attacks import perturb
 from poise.robust.evaluate import Evaluation
@@ -123,6 +124,9 @@ def _evaluate(spec: RobustTrainSpec, model: nn.Module, images: ImageSet, context
 
 def _measure(spec: RobustTrainSpec, data: Dataset, model: nn.Module, fitted: Fitted, context: Context) -> None:
     """Attack the best and the final weights on the test split; keep what each example withstood."""
+    if context.leads:
+        epochs, steps = fitted.epochs, fitted.final_step
+        context.report(Progress(spec.name, "evaluate", epochs, epochs, steps, steps))
     accuracy: dict[str, dict[str, float]] = {}
     for label, step in {"final": fitted.final_step, "best": fitted.best_step}.items():
         if label == "best" and step == fitted.final_step:

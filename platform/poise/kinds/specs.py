@@ -33,9 +33,9 @@ class RobustTrainSpec(RunSpec):
             check(self.objective, self.threats)
         except ValueError as error:
             raise mistake("threats", str(error)) from None
-        if self.data.batch_size % self.workers.count:
-            message = f"{self.data.batch_size} does not divide by {self.workers.count} workers"
-            raise mistake("data.batch_size", message)
+        for count in range(self.workers.min_count or self.workers.count, self.workers.count + 1):
+            if self.data.batch_size % count:
+                raise mistake("data.batch_size", f"{self.data.batch_size} does not divide by {count} workers")
         return self
 
 

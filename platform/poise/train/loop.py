@@ -41,10 +41,11 @@ __all__ = ["Fitted", "fit"]
 
 @dataclass(frozen=True)
 class Fitted:
-    """Where a finished run stands: its last step, and the step of its best evaluation."""
+    """Where a finished run stands: its last step, the step of its best evaluation, the epochs that it took."""
 
     final_step: int
     best_step: int
+    epochs: float
 
 
 def fit(task: Task, spec: TrainSpec, context: Context) -> Fitted:
@@ -86,7 +87,7 @@ class _Loop:
             self._step()
             self._after_step()
         best = self.state.best
-        return Fitted(self.total, best.step if best else self.total)
+        return Fitted(self.total, best.step if best else self.total, self._epoch())
 
     def _step(self) -> None:
         turn = self._turn()

@@ -6,19 +6,12 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 
+from poise.observe.export import export
 from poise.observe.progress import Progress
 from poise.observe.timers import PhaseTimers
 from poise.train.context import Context
 
 __all__ = ["Telemetry"]
-
-_GAUGES = {
-    "loss": "poise_loss",
-    "clean": "poise_accuracy",
-    "lr": "poise_learning_rate",
-    "grad_norm": "poise_gradient_norm",
-}
-_PER_THREAT = {"robust": "poise_robust_accuracy", "weight": "poise_objective_weight"}
 
 
 class Telemetry:
@@ -56,17 +49,11 @@ class Telemetry:
         self._context.report(self._progress(step, phases))
 
     def measured(self, metrics: Mapping[str, float], *, held_out: bool = False) -> None:
-        """Export gauges and show them; accuracies only when they are of held-out data."""
-        self._latest.update({name: v for name, v in metrics.items() if held_out or not name.startswith("robust/")})
-        if not self._context.leads:
-            return
-        sink, run = self._context.sink, self._context.run.name
-        for name, value in metrics.items():
-            group, _, threat = name.partition("/")
-            if name in _GAUGES:
-                sink.set(_GAUGES[name], value, run=run)
-            elif threat and group in _PER_THREAT and (held_out or group == "weight"):
-                sink.set(_PER_THREAT[group], value, run=run, threat=threat)
+        """Export and show metrics; accuracies only when they are of held-out data."""
+        shown = {name: value for name, value in metrics.items() if held_out or not name.startswith("robust/")}
+        self._latest.update(shown)
+        if self._context.leads:
+            export(self._context.sink, self._context.run.name, shown)
 
     def committed(self, step: int, seconds: float) -> None:
         """Count a commit that took `seconds`."""
