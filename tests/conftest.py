@@ -19,6 +19,11 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that takes longest goes first: of two processes one has it, and the other does all the rest."""
+    items.sort(key=lambda item: item.path.name != "test_ray.py")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of shared data sets: POISE_SHARED_DATA, or ../shared/data beside the repository."""

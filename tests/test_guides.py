@@ -23,15 +23,15 @@ from poise.spec import load
 ROOT = Path(__file__).parents[1]
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-ENGINES, KILLS = "tests/end_to_end/test_engines.py", "tests/end_to_end/test_kill.py"
-JOBS = f"{ENGINES}::test_a_spec_is_sent_as_a_job_followed_listed_and_stopped"
-TORCHRUN = f"{ENGINES}::test_two_processes_under_torchrun_are_two_ray_workers"
+RAY = "tests/end_to_end/test_ray.py"
+JOBS = f"{RAY}::test_a_spec_is_sent_as_a_job_followed_listed_and_stopped"
+TORCHRUN = f"{RAY}::test_two_processes_under_torchrun_are_two_ray_workers"
 LAUNCH = "torchrun --standalone --nproc-per-node=2"
 CLUSTER = "tests/end_to_end/conftest.py::head"
 ELSEWHERE = {
     "make run": "tests/test_guides.py::test_make_knows_every_target",
     "make test": "tests/test_guides.py::test_make_knows_every_target",
-    "poise run jobs/quickstart.yaml": f"{KILLS}::test_a_killed_driver",
+    "poise run jobs/quickstart.yaml": f"{RAY}::test_a_killed_driver",
     "poise run jobs/quickstart.yaml --address 127.0.0.1:6379": "tests/end_to_end/conftest.py::uninterrupted",
     "ray start --head": CLUSTER,
     "ray stop": CLUSTER,
@@ -246,7 +246,7 @@ def test_specs_in_the_guides_are_sound(guide, tmp_path):
 def test_the_mistakes_in_the_readme_are_reported_as_it_says(tmp_path):
     readme = (ROOT / "README.md").read_text()
     (spec,) = re.findall(r"^```yaml\n(.*?)^```$", readme, flags=re.MULTILINE | re.DOTALL)
-    (said,) = re.findall(r"^```text\n(poise: .*?)^```$", readme, flags=re.MULTILINE | re.DOTALL)
+    (said,) = re.findall(r"^```text\n(poise:\n.*?)^```$", readme, flags=re.MULTILINE | re.DOTALL)
     for sound, slip in {
         "cnn": "resnet19",
         "digits}": "digits, batchsize: 64}",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from poise import __version__
+from poise.env import launched_rank
 from poise.errors import PoiseError
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ def main() -> None:
     try:
         cli(standalone_mode=False)
     except PoiseError as error:
-        click.echo(f"poise: {error}", err=True)
+        text = str(error)
+        click.echo(f"poise:{chr(10) if chr(10) in text else ' '}{text}", err=True)
         sys.exit(error.exit_code)
     except click.ClickException as error:
         error.show()
@@ -40,7 +42,18 @@ def main() -> None:
         sys.exit(0)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class _InOrder(click.Group):
+    """Commands are listed in the order in which a newcomer meets them."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(
+    cls=_InOrder,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Start with: poise run jobs/quickstart.yaml. More: poise COMMAND --help, and the guides in docs/.",
+)
 @click.version_option(__version__, prog_name="poise")
 def cli() -> None:
     """Train and measure models that keep their balance: robust under attack, and honest about it."""
@@ -48,13 +61,18 @@ def cli() -> None:
 
 _spec = click.argument("spec", type=click.Path(path_type=Path))
 _set = click.option(
-    "--set", "assignments", multiple=True, metavar="PATH=VALUE", help="Change a value, such as train.epochs=5."
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="PATH=VALUE",
+    help="Change a value, such as train.epochs=5; the value is YAML. May be repeated.",
 )
 _address = click.option(
     "--address",
     envvar="RAY_API_SERVER_ADDRESS",
     default="http://127.0.0.1:8265",
     show_default=True,
+    show_envvar=True,
     help="Address of the Ray dashboard.",
 )
 
@@ -63,7 +81,10 @@ _address = click.option(
 @_spec
 @_set
 def check(spec: Path, assignments: Sequence[str]) -> None:
-    """Print the resolved spec and what it will cost, or every mistake in it."""
+    """Print a spec resolved, and its cost.
+
+    A spec with mistakes is refused with all of them at once: file, line, key and what to write instead.
+    """
     from poise.kinds.cost import estimate
     from poise.spec import dump
 
@@ -82,14 +103,22 @@ def check(spec: Path, assignments: Sequence[str]) -> None:
     type=click.Choice(["ray", "local"]),
     default="ray",
     show_default=True,
-    help="local: this process, without Ray.",
+    help="ray: a gang of workers.count processes. local: this process, or torchrun's, without Ray.",
 )
-@click.option("--address", help="Join this Ray cluster; the default is RAY_ADDRESS or one of its own on this machine.")
 @click.option(
-    "--metrics-port", type=click.IntRange(0, 65535), help="Serve Prometheus metrics of the driver on this port."
+    "--address", help="Join this Ray cluster, HOST:6379; the default is RAY_ADDRESS, or one for this command alone."
+)
+@click.option(
+    "--metrics-port",
+    type=click.IntRange(0, 65535),
+    metavar="PORT",
+    help="Serve Prometheus metrics of this process; 0 picks a port.",
 )
 def run(spec: Path, assignments: Sequence[str], engine: Any, address: str | None, metrics_port: int | None) -> None:
-    """Run a spec to its end, from where it stopped, and print what came out."""
+    """Run a spec, and print what came out.
+
+    A run that was stopped or killed goes on from its last commit; one that is finished is only shown.
+    """
     from poise.engine.drive import drive, stages_of
     from poise.observe.progress import Display
 
@@ -97,7 +126,8 @@ def run(spec: Path, assignments: Sequence[str], engine: Any, address: str | None
     stages = stages_of(resolved)
     with Display(runs=[stage.name for stage in stages]) as display:
         drive(resolved, engine, address, display, _sink(metrics_port, display.note))
-    _print_results(resolved, stages)
+    if launched_rank()[0] == 0:
+        _print_results(resolved, stages)
 
 
 @cli.command()
@@ -107,7 +137,10 @@ def run(spec: Path, assignments: Sequence[str], engine: Any, address: str | None
 @click.option("--job", help="Id of the job; the default is poise-NAME.")
 @click.option("--detach", is_flag=True, help="Return at once instead of following the log.")
 def submit(spec: Path, assignments: Sequence[str], address: str, job: str | None, detach: bool) -> None:
-    """Send a spec to a Ray cluster as a job and follow its log. Ctrl-C leaves the job running."""
+    """Send a spec to a cluster as a job.
+
+    Its log is followed until it ends; Ctrl-C leaves the job running.
+    """
     from poise.engine import jobs
 
     sent = jobs.submit(_load(spec, assignments), address, job)
@@ -159,7 +192,10 @@ def stop(job: str, address: str) -> None:
 )
 @click.option("--tensorboard", type=click.Path(path_type=Path), help="Write TensorBoard files into this folder too.")
 def report(runs: Sequence[str], output: Path | None, tensorboard: Path | None) -> None:
-    """Write one self-contained page about one or several runs, such as runs/quickstart-adt."""
+    """Write a page about one or several runs.
+
+    RUN is store/name, such as runs/quickstart-adt or s3://bucket/prefix/name; a bare name is one of the folder runs.
+    """
     from poise.report.page import load_record
     from poise.report.publish import publish
 
@@ -177,7 +213,7 @@ def report(runs: Sequence[str], output: Path | None, tensorboard: Path | None) -
     "--output", type=click.Path(path_type=Path), help="Folder for one file per kind; the default prints them."
 )
 def schema(output: Path | None) -> None:
-    """Write the JSON Schema of every kind of spec, for editors."""
+    """Write the JSON Schemas of specs."""
     from poise.kinds import KINDS
     from poise.spec import json_schema
 
@@ -199,7 +235,7 @@ def runs() -> None:
 @runs.command("list")
 @click.argument("store", default="runs")
 def runs_list(store: str) -> None:
-    """List the runs of a store."""
+    """List the runs of a store: a folder, or s3://bucket/prefix. The default is the folder runs."""
     from rich.console import Console
 
     from poise.report.table import run_list
@@ -226,7 +262,10 @@ def runs_show(run: str) -> None:
 @runs.command("verify")
 @click.argument("run")
 def runs_verify(run: str) -> None:
-    """Read every committed byte of a run again and compare it with its sha256. Exit code 1 if anything is damaged."""
+    """Compare every byte with its sha256.
+
+    All that a run has committed is read again; the exit code is 1 if anything is damaged.
+    """
     opened = _open(run)
     damages = opened.verify()
     for damage in damages:
@@ -239,10 +278,17 @@ def runs_verify(run: str) -> None:
 @runs.command("sweep")
 @click.argument("run")
 @click.option(
-    "--older-than", default=3600.0, show_default=True, metavar="SECONDS", help="Leave younger ones: they may be in use."
+    "--older-than",
+    default=3600.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Leave what is younger: it may be in use.",
 )
 def runs_sweep(run: str, older_than: float) -> None:
-    """Remove what writers that died have left behind. Nothing that is committed is touched."""
+    """Remove what died writers left behind.
+
+    Half-written uploads and checkpoints that were set aside as damaged go; nothing that is committed is touched.
+    """
     opened = _open(run)
     removed = [*opened.checkpoints.sweep(older_than), *opened.storage.sweep(older_than)]
     for name in removed:
@@ -273,7 +319,7 @@ def _sink(port: int | None, note: Any) -> Sink:
     from poise.observe.prometheus import PrometheusSink
 
     sink = PrometheusSink()
-    note(f"metrics: http://127.0.0.1:{sink.serve(port)}/metrics")
+    note(f"metrics are served on port {sink.serve(port)}, path /metrics")
     return sink
 
 

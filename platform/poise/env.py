@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["COMMIT", "RAY_DEFAULTS", "RAY_LOGS"]
+import os
+
+__all__ = ["COMMIT", "RAY_DEFAULTS", "RAY_LOGS", "launched_rank"]
 
 RAY_LOGS = "POISE_RAY_LOGS"
 """Set to 1 to see what Ray's processes and the workers print; by default it is kept in Ray's logs only."""
@@ -21,3 +23,9 @@ RAY_DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 """Set for Ray unless the user has set them."""
+
+
+def launched_rank() -> tuple[int, int, int]:
+    """Rank, world size and rank on this machine as `torchrun` tells them; (0, 1, 0) in a process started alone."""
+    rank, world_size, local = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    return int(rank or 0), int(world_size or 1), int(local or 0)

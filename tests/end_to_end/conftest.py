@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from safetensors.torch import load_file
 
 from poise.observe.rows import read_rows
 from poise.store.runs import Run, open_run
+
+ROOT = Path(__file__).parents[2]
 
 SPEC = """\
 kind: robust.train
@@ -143,19 +146,53 @@ def free_port() -> int:
     return _free_port()
 
 
+@pytest.fixture
+def poise() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The command line, in a process of its own, from the root of the project."""
+
+    def run(*arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", **changes}
+        command = [sys.executable, "-m", "poise", *arguments]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def head(s3_settings: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     """One cluster for all tests that do not need one of their own; its workers may use the S3 service."""
     gcs, dashboard = _free_port(), _free_port()
     ray = str(Path(sys.executable).with_name("ray"))
-    command = [ray, "start", "--head", f"--port={gcs}", "--num-cpus=2", "--disable-usage-stats"]
+    command = [ray, "start", "--head", "--block", f"--port={gcs}", "--num-cpus=2", "--disable-usage-stats"]
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as in an activated environment
     environment = {**os.environ, **s3_settings, "RAY_AUTH_MODE": "disabled", "PATH": path}
-    folder = tmp_path_factory.mktemp("ray")
-    subprocess.run(command, env=environment, cwd=folder, check=True, capture_output=True)
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        cwd=tmp_path_factory.mktemp("ray"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    _wait_for(dashboard, process)
     yield Head(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}")
-    subprocess.run([ray, "stop", "--force"], env=environment, check=True, capture_output=True)
+    process.terminate()
+    try:
+        process.wait(30)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "the Ray head did not start"
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return
+        time.sleep(0.1)
+    raise AssertionError("the Ray head did not answer in 120 s")
 
 
 @pytest.fixture(scope="session")

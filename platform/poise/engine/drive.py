@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Literal
 
 from poise.engine.session import claim, is_finished, located
+from poise.env import launched_rank
 from poise.errors import UserError
 from poise.kinds.specs import PipelineSpec
 from poise.observe.progress import Display
@@ -32,7 +33,7 @@ def drive(spec: RunSpec, engine: Engine, address: str | None, display: Display, 
         return
     with _opened(engine, address, spec) as run_one:
         if isinstance(spec, PipelineSpec):
-            with claim(located(spec), spec):
+            with claim(located(spec), spec) if launched_rank()[0] == 0 else nullcontext():
                 for stage in left:
                     run_one(stage, display, sink)
         else:

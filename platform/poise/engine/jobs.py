@@ -5,21 +5,27 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 import poise
 from poise import env
+from poise.engine.drive import stages_of
 from poise.errors import PoiseError, UserError
 from poise.observe.environment import environment
 from poise.spec import RunSpec, dump
 
 __all__ = ["follow", "job_id", "logs", "status", "stop", "submit"]
 
+_AGENT_WITHIN_S = 60
 _ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
 
 
@@ -34,10 +40,12 @@ def submit(spec: RunSpec, address: str, job: str | None = None) -> str:
     Raises UserError when no cluster answers or a job of that id exists and has not ended.
     """
     job = job or job_id(spec)
+    _check_places(spec)
     with _client(address) as client, tempfile.TemporaryDirectory(prefix="poise-job-") as folder:
         _make_way(client, job)
         (Path(folder) / "spec.yaml").write_text(dump(spec))
-        client.submit_job(
+        _send(
+            client,
             entrypoint="python -m poise run spec.yaml --engine ray",
             submission_id=job,
             entrypoint_num_cpus=0,
@@ -79,6 +87,31 @@ def stop(job: str, address: str) -> JobDetails:
         return _info(client, job)
 
 
+def _send(client: JobSubmissionClient, **job: Any) -> None:
+    """Submit; a head that has just started has its agent some seconds later than its dashboard."""
+    deadline = time.monotonic() + _AGENT_WITHIN_S
+    while True:
+        try:
+            client.submit_job(**job)
+            return
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise PoiseError(f"the cluster did not take the job: {error}") from None
+        time.sleep(1)
+
+
+def _check_places(spec: RunSpec) -> None:
+    """A job runs in a folder that Ray makes for it and throws away: nothing may be kept in or read from there."""
+    for stage in stages_of(spec):
+        places = {"store": stage.store, "data.root": getattr(getattr(stage, "data", None), "root", None)}
+        for name, place in places.items():
+            if place and "://" not in place and not Path(place).is_absolute():
+                raise UserError(
+                    f"{name}: {place} is a relative folder, and a job has no folder that lasts: write a folder that "
+                    f"every node of the cluster shares, such as --set {name}=/shared/{place}, or s3://bucket/prefix"
+                )
+
+
 async def _tail(client: JobSubmissionClient, job: str, write: Callable[[str], None]) -> None:
     async for chunk in client.tail_job_logs(job):
         write(chunk)
@@ -108,8 +141,14 @@ def _info(client: JobSubmissionClient, job: str) -> JobDetails:
 @contextmanager
 def _client(address: str) -> Iterator[JobSubmissionClient]:
     logging.getLogger("ray").setLevel(logging.WARNING)  # its notes on uploads are not what the caller asked for
+    if "RAY_AUTH_MODE" not in os.environ and (Path.home() / ".ray" / "auth_token").is_file():
+        os.environ["RAY_AUTH_MODE"] = "token"  # Ray writes the file by itself, and then its heads ask for it
     try:
         client = JobSubmissionClient(address)
+    except AuthenticationError:
+        raise UserError(
+            f"{address} asks for a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+        ) from None
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}") from None
     yield client

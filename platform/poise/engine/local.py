@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack
 
 import torch
@@ -10,6 +9,7 @@ import torch.distributed as dist
 
 from poise import kinds
 from poise.engine.session import claim, is_finished, located
+from poise.env import launched_rank
 from poise.errors import UserError
 from poise.observe.progress import Display
 from poise.observe.sinks import Sink
@@ -22,7 +22,7 @@ __all__ = ["run_local"]
 def run_local(spec: RunSpec, display: Display, sink: Sink) -> None:
     """Run `spec` to its end here, from where it stopped. A finished run is left as it is."""
     torch.set_num_threads(spec.workers.cpus)
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world_size, _ = launched_rank()
     device = _device(spec)
     context = Context(located(spec), rank, world_size, device, report=display.show, sink=sink)
     with ExitStack() as stack:
@@ -44,6 +44,6 @@ def _device(spec: RunSpec) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("workers.gpus is 1 and torch sees no GPU here; use --set workers.gpus=0")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device = torch.device("cuda", launched_rank()[2])
     torch.cuda.set_device(device)
     return device

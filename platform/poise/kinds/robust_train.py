@@ -113,11 +113,14 @@ def _attacks(threats: Threats, turn: Turn) -> Mapping[str, Attack]:
 
 
 def _validate(spec: RobustTrainSpec, model: nn.Module, images: ImageSet, context: Context) -> dict[str, float]:
-    return _evaluate(spec, model, images, context).summary()
+    """What picks the best checkpoint: robustness to the threats of training, those of the test may be others."""
+    return _evaluate(spec, spec.threats, model, images, context).summary()
 
 
-def _evaluate(spec: RobustTrainSpec, model: nn.Module, images: ImageSet, context: Context) -> Evaluation:
-    threats, seed = spec.evaluate.threats or spec.threats, derive_seed(spec.seed, "evaluate")
+def _evaluate(
+    spec: RobustTrainSpec, threats: Threats, model: nn.Module, images: ImageSet, context: Context
+) -> Evaluation:
+    seed = derive_seed(spec.seed, "evaluate")
     chosen = images.select(slice(spec.evaluate.examples))
     return robust_accuracy(model, chosen, threats, batch_size=spec.evaluate.batch_size, seed=seed, context=context)
 
@@ -127,12 +130,13 @@ def _measure(spec: RobustTrainSpec, data: Dataset, model: nn.Module, fitted: Fit
     if context.leads:
         epochs, steps = fitted.epochs, fitted.final_step
         context.report(Progress(spec.name, "evaluate", epochs, epochs, steps, steps))
+    threats = spec.evaluate.threats or spec.threats
     accuracy: dict[str, dict[str, float]] = {}
     for label, step in {"final": fitted.final_step, "best": fitted.best_step}.items():
         if label == "best" and step == fitted.final_step:
             accuracy["best"] = accuracy["final"]
         elif _restore(model, step, context):
-            evaluation = _evaluate(spec, model, data.test, context)
+            evaluation = _evaluate(spec, threats, model, data.test, context)
             accuracy[label] = evaluation.summary()
             context.together(partial(_keep_matrix, context, label, evaluation))
     context.together(partial(_keep_summary, spec, data, model, fitted, accuracy, context))

@@ -26,6 +26,9 @@ __all__ = ["Display", "Progress"]
 LINE_EVERY_S = 5.0
 DRAWN_PER_S = 2.0
 
+_HEADLINES = ("loss", "accuracy", "clean", "robust/union")
+"""The metrics of a plain line; the panel and the page have all of them."""
+
 _BLOCK, _SQUARE = "\u2501", "\u25a0"
 _PHASE_STYLES = ("cyan", "red", "blue", "green", "magenta")
 
@@ -128,7 +131,7 @@ def _plain(progress: Progress) -> str:
         f"[{progress.run}] {progress.stage}",
         *(f"{key} {value}" for key, value in _counters(progress)),
         " ".join(f"{phase} {share:.0%}" for phase, share in _shares(progress.phases).items()),
-        " ".join(f"{name} {_number(name, value)}" for name, value in progress.metrics.items()),
+        " ".join(f"{name} {_number(name, progress.metrics[name])}" for name in _HEADLINES if name in progress.metrics),
     ]
     return "  ".join(filter(None, parts))
 

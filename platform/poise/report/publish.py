@@ -18,7 +18,8 @@ def publish(runs: Sequence[Run], home: Run, output: Path | None = None) -> str:
     page = render([load_record(run) for run in runs], title=home.name).encode()
     if output is None:
         home.write(_PAGE, page)
-        return f"{home.url}/{_PAGE}"
+        here, place = f"{Path.cwd()}/", f"{home.url}/{_PAGE}"
+        return place.removeprefix(here)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_bytes(page)
     return str(output)

@@ -153,7 +153,9 @@ Objective = Annotated[At | Avg | Max | Adt, Field(discriminator="name")]
 class EvaluateSpec(Section):
     """How robustness is measured: projected gradient ascent under each threat, and their union."""
 
-    threats: Threats | None = Field(default=None, description="threats to evaluate under; default those of training")
+    threats: Threats | None = Field(
+        default=None, description="threats of the test; default, and always on the validation split, those of training"
+    )
     examples: int | None = Field(default=None, ge=1, description="examples to evaluate, from the first; default all")
     batch_size: int = Field(
         default=256, ge=1, le=65_536, description="examples attacked at once; the result does not hang on it"

@@ -1,0 +1,139 @@
+"""Everything that needs a Ray cluster: SIGKILL for a worker or a driver, engines compared, jobs.
+
+One file, so that tests that are run in parallel share one cluster. A run that something happened to ends in the same
+bits as one left in peace.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from poise.observe.environment import environment
+from poise.store.runs import open_run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def store_of(request: pytest.FixtureRequest, kind: str) -> str:
+    return str(
+        request.getfixturevalue("tmp_path") / "runs" if kind == "folder" else request.getfixturevalue("s3_store")
+    )
+
+
+def wait_for_a_random_step(job, draw: random.Random) -> None:
+    """Some commits, then some part of the time between two."""
+    job.until_committed(draw.randint(1, 4))
+    time.sleep(draw.uniform(0, 0.4))
+    assert job.process.poll() is None, "the run was over before it could be killed"
+
+
+def assert_nothing_was_lost_or_repeated(run) -> None:
+    """Each start goes on from the newest commit before it, and no step was committed twice."""
+    committed = 0
+    for event in run.events():
+        if event["event"] == "start":
+            assert event["step"] in (committed, committed + 10)  # + 10: killed between the commit and its event
+            committed = event["step"]
+        elif event["event"] == "commit":
+            assert event["step"] == committed + 10
+            committed = event["step"]
+    assert committed == 60
+    assert "damaged" not in {event["event"] for event in run.events()}
+
+
+@pytest.mark.parametrize("kind", ["folder", "s3"])
+def test_a_killed_worker(kind, request, head, desk, uninterrupted, assert_same):
+    draw = random.Random(f"worker {kind}")
+    job = desk.start("killed", store_of(request, kind), address=head.address)
+    wait_for_a_random_step(job, draw)
+    os.kill(draw.choice(job.worker_pids()), signal.SIGKILL)
+    assert job.wait() == 0, job.text()
+    assert [event["attempt"] for event in job.run.events() if event["event"] == "start"] == [0, 1]
+    assert "a worker died; attempt 2 goes on from the last commit" in job.text()
+    assert_nothing_was_lost_or_repeated(job.run)
+    assert_same(job.run, uninterrupted)
+
+
+@pytest.mark.parametrize("kind", ["folder", "s3"])
+def test_a_killed_driver(kind, request, desk, uninterrupted, assert_same):
+    """On a folder its private cluster dies with it; on S3 the cluster lives on, and so do its workers for a while."""
+    draw = random.Random(f"driver {kind}")
+    store, address = store_of(request, kind), None if kind == "folder" else request.getfixturevalue("head").address
+    job = desk.start("killed", store, address=address)
+    wait_for_a_random_step(job, draw)
+    job.kill()
+    assert job.run.manifest().status == "running"
+    desk.finish("killed", store, address=address)
+    assert len([event for event in job.run.events() if event["event"] == "start"]) == 2
+    assert_nothing_was_lost_or_repeated(job.run)
+    assert_same(job.run, uninterrupted)
+
+
+def test_two_processes_under_torchrun_are_two_ray_workers(desk, uninterrupted, assert_same, tmp_path):
+    spec = desk.spec("torchrun", str(tmp_path / "runs"))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, "-m", "poise", "run", str(spec), "--engine", "local"]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_same(open_run(str(tmp_path / "runs"), "torchrun"), uninterrupted)
+
+
+def test_a_finished_run_is_left_as_it_is(uninterrupted, tmp_path, poise):
+    store = str(Path(uninterrupted.url).parent)
+    before = uninterrupted.manifest()
+    spec = tmp_path / "again.yaml"
+    spec.write_bytes(uninterrupted.read("spec.yaml"))
+    started = time.monotonic()
+    done = poise("run", str(spec))
+    assert done.returncode == 0, done.stderr
+    assert "union" in done.stdout
+    assert time.monotonic() - started < 60
+    assert open_run(store, "whole").manifest() == before
+
+
+def test_a_spec_is_sent_as_a_job_followed_listed_and_stopped(head, desk, tmp_path, poise):
+    store = str(tmp_path / "runs")
+    done = poise("submit", str(desk.spec("sent", store, workers=1, steps=20)), "--address", head.dashboard)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "poise-sent: SUCCEEDED" in done.stdout
+    sent = open_run(store, "sent")
+    assert json.loads(sent.read("artifacts/summary.json"))["step"] == 20
+    assert json.loads(sent.read("environment.json"))["git"] == environment()["git"]
+    assert "poise-sent: SUCCEEDED" in poise("status", "poise-sent", "--address", head.dashboard).stdout
+    assert "union" in poise("logs", "poise-sent", "--address", head.dashboard).stdout
+
+    long = desk.spec("long", store, workers=1, steps=100_000)
+    assert poise("submit", str(long), "--address", head.dashboard, "--detach").returncode == 0
+    twice = poise("submit", str(long), "--address", head.dashboard)
+    assert twice.returncode == 2
+    assert "poise stop poise-long" in twice.stderr
+    stopped = poise("stop", "poise-long", "--address", head.dashboard)
+    assert stopped.returncode == 0, stopped.stderr
+
+
+def test_a_users_mistake_that_only_a_worker_can_see_ends_the_run_without_a_traceback(head, desk, tmp_path, poise):
+    spec = desk.spec("mistaken", str(tmp_path / "runs"), workers=1)
+    nowhere = ["--set", "data.name=mnist", "--set", f"data.root={tmp_path}/nowhere"]
+    done = poise("run", str(spec), "--address", head.address, *nowhere)
+    assert done.returncode == 2, done.stderr
+    assert "nowhere has no train-images-idx3-ubyte" in done.stderr
+    assert "Traceback" not in done.stderr
+    run = open_run(str(tmp_path / "runs"), "mistaken")
+    assert (run.manifest().status, "nowhere" in run.manifest().error) == ("failed", True)
+
+
+def test_mistakes_about_jobs_are_answered_without_a_traceback(head, desk, tmp_path, poise):
+    unknown = poise("status", "poise-none", "--address", head.dashboard)
+    assert (unknown.returncode, "knows no job poise-none" in unknown.stderr) == (2, True)
+    nobody = poise("status", "poise-none", "--address", "http://127.0.0.1:9")
+    assert (nobody.returncode, "no Ray cluster answers" in nobody.stderr) == (2, True)
+    assert "Traceback" not in unknown.stderr + nobody.stderr
