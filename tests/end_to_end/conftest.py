@@ -178,11 +178,10 @@ def head(s3_settings: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
     _wait_for(dashboard, process)
     yield Head(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}")
     process.terminate()
-    try:
-        process.wait(30)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(15)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:

@@ -67,11 +67,14 @@ def _context(errand: Errand, run: Run, rank: int, attempt: int) -> Context:
                 f"run {run.name}: another driver has taken it over; this one stops before its next commit"
             )
 
+    device = ray.train.torch.get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where NCCL puts what it sends
     return Context(
         run=run,
         rank=rank,
         world_size=ray.train.get_context().get_world_size(),
-        device=ray.train.torch.get_device(),
+        device=device,
         attempt=attempt,
         report=show,
         arrived=ray.train.report,
