@@ -110,7 +110,7 @@ def _facts(record: RunRecord) -> Iterator[tuple[str, str]]:
 def _figures(anchor: str, record: RunRecord) -> Iterator[Drawn | None]:
     rows, best = record.rows, record.summary.get("best_step")
     yield _draw(f"{anchor}-accuracy", "Accuracy", figures.accuracy_curves(rows, best),
-                "Solid: held-out validation images under the evaluation attack. Dotted: training batches under the "
+                "Solid: held-out validation images under the threats of training. Dotted: training batches under the "
                 "training attack. A widening gap is robust overfitting.")  # fmt: skip
     yield _draw(f"{anchor}-loss", "Loss", figures.loss_curves(rows),
                 "Mean over the steps of each log interval and over all workers.")  # fmt: skip
