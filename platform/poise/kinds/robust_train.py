@@ -131,14 +131,14 @@ def _measure(spec: RobustTrainSpec, data: Dataset, model: nn.Module, fitted: Fit
         epochs, steps = fitted.epochs, fitted.final_step
         context.report(Progress(spec.name, "evaluate", epochs, epochs, steps, steps))
     threats = spec.evaluate.threats or spec.threats
+    evaluations: dict[int, Evaluation] = {}
     accuracy: dict[str, dict[str, float]] = {}
     for label, step in {"final": fitted.final_step, "best": fitted.best_step}.items():
-        if label == "best" and step == fitted.final_step:
-            accuracy["best"] = accuracy["final"]
-        elif _restore(model, step, context):
-            evaluation = _evaluate(spec, threats, model, data.test, context)
-            accuracy[label] = evaluation.summary()
-            context.together(partial(_keep_matrix, context, label, evaluation))
+        if step not in evaluations and _restore(model, step, context):
+            evaluations[step] = _evaluate(spec, threats, model, data.test, context)
+        if step in evaluations:
+            accuracy[label] = evaluations[step].summary()
+            context.together(partial(_keep_matrix, context, label, evaluations[step]))
     context.together(partial(_keep_summary, spec, data, model, fitted, accuracy, context))
 
 

@@ -1,0 +1,71 @@
+"""What a driver does round a run: identity, claim, and how an end is recorded."""
+
+from __future__ import annotations
+
+import pytest
+
+from poise.engine.session import claim, identity, is_finished
+from poise.errors import RunBusyError, UserError
+from poise.kinds.specs import RobustTrainSpec
+from poise.store.runs import open_run
+
+
+def spec_of(**changes: object) -> RobustTrainSpec:
+    values = {
+        "kind": "robust.train",
+        "name": "one",
+        "model": {},
+        "data": {},
+        "threats": {"linf": {"eps": 0.1}},
+        "objective": {"name": "at"},
+        "train": {"epochs": 1},
+    }
+    return RobustTrainSpec.model_validate({**values, **changes})
+
+
+def test_where_and_on_how_many_workers_does_not_make_another_experiment():
+    same = [spec_of(), spec_of(workers={"count": 4}), spec_of(store="s3://bucket/runs")]
+    assert len({identity(spec) for spec in same}) == 1
+    assert identity(spec_of(seed=1)) != identity(spec_of())
+    assert identity(spec_of(train={"epochs": 2})) != identity(spec_of())
+
+
+def test_an_end_is_recorded_with_its_reason(tmp_path):
+    run = open_run(tmp_path, "one")
+    with pytest.raises(UserError), claim(run, spec_of()):
+        raise UserError("no such data set")
+    assert (run.manifest().status, run.manifest().error) == ("failed", "no such data set")
+    assert not is_finished(run, spec_of())
+    with claim(run, spec_of()):
+        assert run.manifest().status == "running"
+    assert is_finished(run, spec_of())
+
+
+def test_an_interrupt_is_no_failure_and_lets_go_of_the_run(tmp_path):
+    run = open_run(tmp_path, "one")
+    with pytest.raises(KeyboardInterrupt), claim(run, spec_of()):
+        raise KeyboardInterrupt
+    assert run.summary().status == "interrupted"
+    with claim(run, spec_of()):
+        pass
+
+
+def test_a_held_run_and_another_spec_are_refused(tmp_path):
+    run = open_run(tmp_path, "one")
+    with claim(run, spec_of()):
+        with pytest.raises(RunBusyError, match="held by process"), claim(run, spec_of()):
+            pass
+        assert run.manifest().status == "running"
+    with pytest.raises(UserError, match="another spec"):
+        is_finished(run, spec_of(seed=2))
+
+
+def test_a_driver_that_lost_its_lease_leaves_the_record_of_the_next_alone(tmp_path):
+    run = open_run(tmp_path, "one")
+    lease = claim(run, spec_of())
+    token = lease.__enter__().token
+    stored = run.storage.read("one/LOCK")
+    assert run.storage.swap("one/LOCK", stored.replace(token.encode(), b"somebody else"), stored)
+    assert not lease.__exit__(UserError, UserError("no such data set"), None)
+    assert run.manifest().status == "running"
+    assert run.events() == []
