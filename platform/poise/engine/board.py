@@ -5,7 +5,7 @@ Workers put progress, attempts and the errors that no restart can mend on it; th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -22,7 +22,6 @@ class BoardState:
     attempts: int = 0
     progress: Progress | None = None
     error: Exception | None = None
-    waiting: list[str] = field(default_factory=list)
 
 
 class _Board:
@@ -46,5 +45,5 @@ class _Board:
 
 
 def open_board() -> Any:
-    """Start a board on the node of the driver; it lives as long as the driver."""
+    """Start a board; it lives as long as the driver."""
     return ray.remote(num_cpus=0, max_concurrency=1)(_Board).remote()

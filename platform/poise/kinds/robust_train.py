@@ -139,6 +139,10 @@ def _measure(spec: RobustTrainSpec, data: Dataset, model: nn.Module, fitted: Fit
         if step in evaluations:
             accuracy[label] = evaluations[step].summary()
             context.together(partial(_keep_matrix, context, label, evaluations[step]))
+    if not accuracy:
+        raise DamagedError(
+            f"{context.run.url}: no checkpoint could be measured, all are damaged; run again to mend them"
+        )
     context.together(partial(_keep_summary, spec, data, model, fitted, accuracy, context))
 
 
