@@ -22,9 +22,9 @@ kind: robust.train
 name: {name}
 store: {store}
 workers: {{count: {count}}}
-model: {{name: cnn, width: 32}}
-data: {{name: digits, batch_size: 256}}
-threats: {{linf: {{eps: 0.15}}, l2: {{eps: 0.8}}}}
+model: {{name: cnn, width: 16}}
+data: {{name: digits, batch_size: 128}}
+threats: {{linf: {{eps: 0.15, steps: 5}}, l2: {{eps: 0.8, steps: 5}}}}
 objective: {{name: adt}}
 train:
   steps: {steps}
@@ -49,12 +49,12 @@ def measure(engine: str, count: int, steps: int, folder: Path, turn: int) -> flo
     rows = load_record(open_run(str(folder), name)).rows.to_pylist()
     seconds = [row for row in rows if row["split"] == "timing" and row["name"].startswith("seconds/")]
     steady = [row["value"] for row in seconds if row["step"] > steps // 5]
-    return (steps - steps // 5) * 256 / sum(steady)
+    return (steps - steps // 5) * 128 / sum(steady)
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        for count, steps in ((1, 600), (2, 900)):
+        for count, steps in ((1, 200), (2, 300)):
             pairs = [
                 (measure("local", count, steps, Path(scratch), turn), measure("ray", count, steps, Path(scratch), turn))
                 for turn in range(ROUNDS)
