@@ -6,31 +6,17 @@ import pytest
 
 from poise.engine.session import claim, identity, is_finished
 from poise.errors import RunBusyError, UserError
-from poise.kinds.specs import RobustTrainSpec
 from poise.store.runs import open_run
 
 
-def spec_of(**changes: object) -> RobustTrainSpec:
-    values = {
-        "kind": "robust.train",
-        "name": "one",
-        "model": {},
-        "data": {},
-        "threats": {"linf": {"eps": 0.1}},
-        "objective": {"name": "at"},
-        "train": {"epochs": 1},
-    }
-    return RobustTrainSpec.model_validate({**values, **changes})
-
-
-def test_where_and_on_how_many_workers_does_not_make_another_experiment():
+def test_where_and_on_how_many_workers_does_not_make_another_experiment(spec_of):
     same = [spec_of(), spec_of(workers={"count": 4}), spec_of(store="s3://bucket/runs")]
     assert len({identity(spec) for spec in same}) == 1
     assert identity(spec_of(seed=1)) != identity(spec_of())
     assert identity(spec_of(train={"epochs": 2})) != identity(spec_of())
 
 
-def test_an_end_is_recorded_with_its_reason(tmp_path):
+def test_an_end_is_recorded_with_its_reason(tmp_path, spec_of):
     run = open_run(tmp_path, "one")
     with pytest.raises(UserError), claim(run, spec_of()):
         raise UserError("no such data set")
@@ -41,7 +27,7 @@ def test_an_end_is_recorded_with_its_reason(tmp_path):
     assert is_finished(run, spec_of())
 
 
-def test_an_interrupt_is_no_failure_and_lets_go_of_the_run(tmp_path):
+def test_an_interrupt_is_no_failure_and_lets_go_of_the_run(tmp_path, spec_of):
     run = open_run(tmp_path, "one")
     with pytest.raises(KeyboardInterrupt), claim(run, spec_of()):
         raise KeyboardInterrupt
@@ -50,7 +36,7 @@ def test_an_interrupt_is_no_failure_and_lets_go_of_the_run(tmp_path):
         pass
 
 
-def test_a_held_run_and_another_spec_are_refused(tmp_path):
+def test_a_held_run_and_another_spec_are_refused(tmp_path, spec_of):
     run = open_run(tmp_path, "one")
     with claim(run, spec_of()):
         with pytest.raises(RunBusyError, match="held by process"), claim(run, spec_of()):
@@ -60,7 +46,7 @@ def test_a_held_run_and_another_spec_are_refused(tmp_path):
         is_finished(run, spec_of(seed=2))
 
 
-def test_a_driver_that_lost_its_lease_leaves_the_record_of_the_next_alone(tmp_path):
+def test_a_driver_that_lost_its_lease_leaves_the_record_of_the_next_alone(tmp_path, spec_of):
     run = open_run(tmp_path, "one")
     lease = claim(run, spec_of())
     token = lease.__enter__().token
