@@ -85,13 +85,12 @@ def check(spec: Path, assignments: Sequence[str]) -> None:
 
     A spec with mistakes is refused with all of them at once: file, line, key and what to write instead.
     """
-    from poise.kinds.cost import estimate
     from poise.spec import dump
 
     resolved = _load(spec, assignments)
     click.echo(dump(resolved), nl=False)
     click.echo()
-    for line in estimate(resolved):
+    for line in resolved.cost():
         click.echo(f"# {line}")
 
 
@@ -255,8 +254,7 @@ def runs_show(run: str) -> None:
     from poise.report.table import comparison, run_details
 
     opened = _open(run)
-    Console().print(run_details(opened))
-    Console().print(comparison([load_record(opened)]))
+    Console().print(run_details(opened), *comparison([load_record(opened)]))
 
 
 @runs.command("verify")
@@ -332,7 +330,8 @@ def _print_results(spec: RunSpec, stages: Sequence[RunSpec]) -> None:
     from poise.store.runs import open_run
 
     opened = [open_run(stage.store, stage.name) for stage in stages]
-    Console().print(comparison([load_record(one) for one in opened]))
+    for table in comparison([load_record(one) for one in opened]):
+        Console().print(table, end="\n\n")
     click.echo(f"page: {publish(opened, open_run(spec.store, spec.name))}")
 
 

@@ -13,8 +13,10 @@ COMMIT = "POISE_COMMIT"
 """Set by `poise submit` for its job, as JSON: the commit of the code that was sent, which has no repository there."""
 
 RAY_DEFAULTS = {
-    # A report waits for the controller to poll; at Ray's default of 2 s every commit would cost up to 2 s.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    # How soon the controller sees a dead worker or the end of a run; each poll interrupts every worker.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1.0",
+    # Ray starts workers at niceness 15: every other process of the machine would go before the training.
+    "RAY_worker_niceness": "0",
     # Prints of workers would appear twice.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     # Relative paths of a spec mean the same in a worker as where the spec was read.

@@ -11,12 +11,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 from poise.report.record import load_record
 from poise.store.runs import open_run
 
-ROUNDS = 3
+ROUNDS = 4
+WINDOW = 20
+"""Steps from one commit to the next: each is timed by itself."""
+STEPS = 25 * WINDOW
 SPEC = """\
 kind: robust.train
 name: {name}
@@ -35,37 +39,44 @@ evaluate: {{examples: 1}}
 """
 
 
-def measure(engine: str, count: int, steps: int, folder: Path, turn: int) -> float:
-    """Images per second from the first commit to the last: start-up and the final evaluation are left out."""
+def measure(engine: str, count: int, folder: Path, turn: int) -> float:
+    """Median images per second of the windows after the first: start-up and the final evaluation are left out."""
     name = f"{engine}-{count}-{turn}"
     spec = folder / f"{name}.yaml"
-    spec.write_text(SPEC.format(name=name, store=folder, count=count, steps=steps, every=steps // 5))
+    spec.write_text(SPEC.format(name=name, store=folder, count=count, steps=STEPS, every=WINDOW))
     python = [sys.executable]
     if engine == "local" and count > 1:
         python = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
     command = [*python, "-m", "poise", "run", str(spec), "--engine", engine]
     subprocess.run(command, check=True, capture_output=True, env=environment)
-    rows = load_record(open_run(str(folder), name)).rows.to_pylist()
-    seconds = [row for row in rows if row["split"] == "timing" and row["name"].startswith("seconds/")]
-    steady = [row["value"] for row in seconds if row["step"] > steps // 5]
-    return (steps - steps // 5) * 128 / sum(steady)
+    seconds: Counter[int] = Counter()
+    for row in load_record(open_run(str(folder), name)).rows.to_pylist():
+        if row["split"] == "timing" and row["name"].startswith("seconds/") and row["step"] > WINDOW:
+            seconds[row["step"]] += row["value"]
+    return WINDOW * 128 / statistics.median(seconds.values())
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        for count, steps in ((1, 200), (2, 300)):
-            pairs = [
-                (measure("local", count, steps, Path(scratch), turn), measure("ray", count, steps, Path(scratch), turn))
-                for turn in range(ROUNDS)
-            ]
-            ratios = [ray / local for local, ray in pairs]
-            local, ray = (statistics.median(column) for column in zip(*pairs, strict=True))
+        for count in (1, 2):
+            ratios = [_round(count, Path(scratch), turn) for turn in range(ROUNDS)]
             print(
-                f"  world size {count}  local {local:8.0f} images/s   ray {ray:8.0f} images/s   "
-                f"ratio {statistics.median(ratios):.3f} [{min(ratios):.3f}, {max(ratios):.3f}] over {ROUNDS} rounds",
+                f"  world size {count}  ray over local {statistics.median(ratios):.3f} "
+                f"[{min(ratios):.3f}, {max(ratios):.3f}], median of {ROUNDS} rounds",
                 flush=True,
             )
+
+
+def _round(count: int, folder: Path, turn: int) -> float:
+    """One run of each engine, in alternating order; the ratio of their rates."""
+    engines = ("local", "ray") if turn % 2 == 0 else ("ray", "local")
+    rates = {engine: measure(engine, count, folder, turn) for engine in engines}
+    local, ray = rates["local"], rates["ray"]
+    print(
+        f"    round {turn}: local {local:6.0f} images/s   ray {ray:6.0f} images/s   ratio {ray / local:.3f}", flush=True
+    )
+    return ray / local
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[2]
 def test_the_quickstart_prints_one_table_and_a_page(tmp_path, poise):
     done = poise(
         "run", "jobs/quickstart.yaml", "--engine", "local", "--set", f"store={tmp_path}/runs", "--set",
-        "workers.count=1", "--set", "common.train.epochs=2", "--set", "common.evaluate.examples=40", COLUMNS="100",
+        "workers.count=1", "--set", "common.digits.train.epochs=2", "--set", "common.digits.evaluate.examples=40",
+        COLUMNS="100",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for word in ("quickstart-at", "quickstart-adt", "clean", "union"):

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from poise import kinds
-from poise.kinds.cost import estimate
-from poise.kinds.specs import RobustTrainSpec
+from poise.kinds.specs.robust import RobustTrainSpec
 from poise.observe.rows import read_rows
 from poise.store.runs import Run, open_run
 from poise.train.context import Context
@@ -72,7 +71,7 @@ def test_the_weights_of_adt_sum_to_one_and_start_uniform_in_each_epoch(finished)
 
 
 def test_the_estimate_of_steps_and_bytes_holds(finished):
-    told = "\n".join(estimate(spec_of()))
+    told = "\n".join(spec_of().cost())
     commits = finished.checkpoints.commits()
     assert f"{commits[-1].step:,} optimizer steps" in told
     kib = float(re.search(r"([\d.]+) KiB per checkpoint", told)[1])

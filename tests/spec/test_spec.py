@@ -71,13 +71,13 @@ train: {epochs: 1}
 def test_common_is_laid_under_each_stage(write, valid):
     body = yaml.safe_load(valid)
     del body["name"], body["seed"]
-    stages = {"a": {"train": {"epochs": 7}}, "b": {"seed": 9}}
+    stages = {"a": {"use": "digits", "train": {"epochs": 7}}, "b": {"use": "digits", "seed": 9}}
     pipeline = {
         "kind": "pipeline",
         "name": "both",
         "seed": 3,
         "workers": {"count": 2},
-        "common": body,
+        "common": {"digits": body},
         "stages": stages,
     }
     spec = load(write(yaml.safe_dump(pipeline)), KINDS)
@@ -90,11 +90,12 @@ def test_common_is_laid_under_each_stage(write, valid):
 
 
 def test_a_mistake_in_common_is_found_where_it_was_written(write, valid):
-    text = "kind: pipeline\nname: p\ncommon:\n  kind: robust.train\n  train:\n    epoks: 3\nstages:\n  a: {}\n"
+    common = "common:\n  x:\n    kind: robust.train\n    train:\n      epoks: 3\n"
+    text = f"kind: pipeline\nname: p\n{common}stages:\n  a: {{use: x}}\n"
     with pytest.raises(SpecError) as caught:
         load(write(text), KINDS)
     unknown = [problem for problem in caught.value.problems if "unknown key" in problem.message]
-    assert [(problem.line, problem.path[-1]) for problem in unknown] == [(6, "epoks")]
+    assert [(problem.line, problem.path[-1]) for problem in unknown] == [(7, "epoks")]
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))

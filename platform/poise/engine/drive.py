@@ -10,7 +10,7 @@ from typing import Literal
 from poise.engine.session import claim, is_finished, located
 from poise.env import launched_rank
 from poise.errors import UserError
-from poise.kinds.specs import PipelineSpec
+from poise.kinds.specs.pipeline import PipelineSpec
 from poise.observe.progress import Display
 from poise.observe.sinks import Sink
 from poise.spec import RunSpec

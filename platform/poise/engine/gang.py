@@ -1,8 +1,8 @@
 """`--engine ray`: a Ray Train gang, restarted from the last commit when a worker dies.
 
-What is committed lives in Poise's own store: rank 0 commits it before `ray.train.report` lets any worker go on. Ray
-keeps no checkpoint of its own: its controller records one only when it polls, so a worker that dies in between would
-lose a step that was already reported.
+What is committed lives in Poise's own store: rank 0 commits it, and no worker goes on before it has. Nothing is sent
+through `ray.train.report`: Ray's controller records a report only when it polls, so a worker that dies in between would
+lose a step that was already reported, and every worker would wait for the poll.
 """
 
 from __future__ import annotations

@@ -77,7 +77,6 @@ def _context(errand: Errand, run: Run, rank: int, attempt: int) -> Context:
         device=device,
         attempt=attempt,
         report=show,
-        arrived=ray.train.report,
         guard=guard,
         sink=RaySink(),
     )

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from poise.kinds.specs import PipelineSpec, RobustTrainSpec
+from poise.kinds.specs.pipeline import PipelineSpec
+from poise.kinds.specs.robust import RobustTrainSpec
 from poise.spec import RunSpec
 
 if TYPE_CHECKING:
@@ -19,9 +20,10 @@ KINDS: Mapping[str, type[RunSpec]] = {
     "pipeline": PipelineSpec,
 }
 
-_HOMES = {"robust.train": "poise.kinds.robust_train"}
-
 
 def run(spec: RunSpec, context: Context) -> None:
-    """Run `spec` in this worker; every worker of the gang calls it. What it finds is in the store afterwards."""
-    import_module(_HOMES[spec.kind]).run(spec, context)
+    """Run `spec` in this worker; every worker of the gang calls it. What it finds is in the store afterwards.
+
+    `kind: a.b` is at home in `poise.kinds.a_b`.
+    """
+    import_module(f"poise.kinds.{spec.kind.replace('.', '_')}").run(spec, context)

@@ -20,7 +20,7 @@ from poise.data.batches import Batches, Dataset, load
 from poise.data.sets import ImageSet
 from poise.errors import DamagedError
 from poise.kinds.measure import described, robust_accuracy
-from poise.kinds.specs import RobustTrainSpec
+from poise.kinds.specs.robust import RobustTrainSpec
 from poise.models.build import build
 from poise.observe.events import event
 from poise.observe.progress import Progress

@@ -7,34 +7,23 @@ escaped by the template. Equal records give an equal page.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader
-from markupsafe import Markup
-from matplotlib.figure import Figure
 
 import poise
 from poise.report import figures
-from poise.report.curves import colour, curve, label, ordered, phase_seconds, wilson
+from poise.report.blocks import Drawn, draw
+from poise.report.curves import curve, phase_seconds
 from poise.report.record import RunRecord, is_alarm, load_record, when
+from poise.report.sections import SECTIONS, grouped
 
 __all__ = ["RunRecord", "load_record", "render"]
 
 TONES = {"finished": "good", "failed": "bad", "interrupted": "bad", "damaged": "bad"}
 EVENTS_SHOWN = 100
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A figure on its way into the page."""
-
-    title: str
-    svg: Markup
-    caption: str
 
 
 def render(records: Sequence[RunRecord], title: str) -> str:
@@ -43,24 +32,18 @@ def render(records: Sequence[RunRecord], title: str) -> str:
     template = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template(
         "page.html"
     )
-    finals = [(record.name, record.accuracy(), record.examples) for record in records]
     return template.render(
         title=title,
         version=poise.__version__,
         runs=[_run(index, record) for index, record in enumerate(records)],
-        results=_results(records),
-        attacks=_attacks(records),
-        bars=_draw("final", "Clean and robust test accuracy", figures.final_bars(finals),
-                   "Selected checkpoint of each run on the test images, with 95% Wilson intervals."),
-        phases=_draw("phases", "Where the time went", figures.phase_bars([(r.name, r.rows) for r in records]),
-                     "Seconds that rank 0 spent in each phase of its training steps, evaluation excluded."),
+        sections=[
+            {"title": section.title, "drawings": list(filter(None, section.drawings(group))),
+             "grids": [grid for grid in section.grids(group) if any(line.cells for line in grid.lines)]}
+            for section, group in grouped(records)
+        ],
+        phases=draw("phases", "Where the time went", figures.phase_bars([(r.name, r.rows) for r in records]),
+                    "Seconds that rank 0 spent in each phase of its training steps, evaluation excluded."),
     )  # fmt: skip
-
-
-def _draw(name: str, title: str, figure: Figure | None, caption: str) -> Drawn | None:
-    if figure is None:
-        return None
-    return Drawn(title, Markup(figures.to_svg(figure, name, f"{title}. {caption}")), caption)
 
 
 def _run(index: int, record: RunRecord) -> dict[str, Any]:
@@ -108,75 +91,15 @@ def _facts(record: RunRecord) -> Iterator[tuple[str, str]]:
 
 
 def _figures(anchor: str, record: RunRecord) -> Iterator[Drawn | None]:
-    rows, best = record.rows, record.summary.get("best_step")
-    yield _draw(f"{anchor}-accuracy", "Accuracy", figures.accuracy_curves(rows, best),
-                "Solid: held-out validation images under the threats of training. Dotted: training batches under the "
-                "training attack. A widening gap is robust overfitting.")  # fmt: skip
-    yield _draw(f"{anchor}-loss", "Loss", figures.loss_curves(rows),
-                "Mean over the steps of each log interval and over all workers.")  # fmt: skip
-    yield _draw(f"{anchor}-weights", "Adaptive weights", figures.weight_curves(rows),
-                "Weight of each threat in the training objective.")  # fmt: skip
-    yield _draw(f"{anchor}-lr", "Learning rate", figures.learning_rate(rows), "As the schedule set it.")
-    yield _draw(
-        f"{anchor}-speed",
-        "Speed",
-        figures.speed(rows),
-        "Training images per second of all workers since the attempt began.",
-    )
-
-
-def _results(records: Sequence[RunRecord]) -> dict[str, Any]:
-    measures = ordered(m for r in records for c in r.checkpoints for m in r.accuracy(c))
-    selected = [record.accuracy() for record in records]
-    top = {m: max((a[m] for a in selected if math.isfinite(a.get(m, math.nan))), default=math.nan) for m in measures}
-    return {
-        "measures": [{"label": label(m), "colour": _css(colour(m, measures))} for m in measures],
-        "rows": [_result(r, c, measures, top) for r in records for c in r.checkpoints],
-    }
-
-
-def _css(tone: str) -> str:
-    name = figures.VARIABLES[tone]
-    return f"var(--{name}, {tone})"
-
-
-def _result(record: RunRecord, checkpoint: str, measures: Sequence[str], top: Mapping[str, float]) -> dict[str, Any]:
-    accuracy, selected = record.accuracy(checkpoint), checkpoint == record.checkpoints[0]
-    cells = [_cell(accuracy.get(m, math.nan), record.examples) for m in measures]
-    for cell, measure in zip(cells, measures, strict=True):
-        cell["top"] = selected and accuracy.get(measure) == top[measure]
-    step = record.summary.get("best_step" if checkpoint == "best" else "step")
-    return {
-        "run": record.name,
-        "checkpoint": checkpoint + (f", step {step:,}" if step is not None else ""),
-        "selected": selected,
-        "cells": cells,
-        "examples": f"{record.examples:,}" if record.examples else "unknown",
-        "seed": record.summary.get("seed", "unknown"),
-    }
-
-
-def _cell(value: float, examples: int) -> dict[str, Any]:
-    if not math.isfinite(value):
-        return {"text": "\u2013", "interval": ""}
-    interval = ""
-    if examples > 0:
-        low, high = wilson(value, examples)
-        interval = f"{100 * low:.1f}\u2013{100 * high:.1f}"
-    return {"text": f"{100 * value:.1f}", "interval": interval}
-
-
-def _attacks(records: Sequence[RunRecord]) -> list[dict[str, str]]:
-    """One line per threat and wording: runs that were attacked alike share it, others stand apart."""
-    runs: dict[tuple[str, str], list[str]] = {}
-    for record in records:
-        for threat, text in (record.summary.get("attacks") or {}).items():
-            runs.setdefault((threat, str(text)), []).append(record.name)
-    order = ordered(threat for threat, _ in runs)
-    return [
-        {"label": label(threat), "text": text, "runs": "all" if len(names) == len(records) else ", ".join(names)}
-        for (threat, text), names in sorted(runs.items(), key=lambda item: order.index(item[0][0]))
-    ]
+    """What the kind of the run shows, then what every training has."""
+    if record.kind in SECTIONS:
+        yield from SECTIONS[record.kind].details(anchor, record)
+    rows = record.rows
+    yield draw(f"{anchor}-loss", "Loss", figures.loss_curves(rows),
+               "Mean over the steps of each log interval and over all workers.")  # fmt: skip
+    yield draw(f"{anchor}-lr", "Learning rate", figures.learning_rate(rows), "As the schedule set it.")
+    yield draw(f"{anchor}-speed", "Speed", figures.speed(rows),
+               "Training examples per second of all workers since the attempt began.")  # fmt: skip
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -2,50 +2,48 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from poise.report.curves import label, ordered, wilson
+from poise.report.blocks import Cell, Grid
 from poise.report.record import RunRecord, when
+from poise.report.sections import grouped
 from poise.store.runs import Run, RunSummary
 
 __all__ = ["comparison", "run_details", "run_list"]
 
 
-def comparison(records: Sequence[RunRecord]) -> Table:
-    """Test accuracy of the selected checkpoint of each run in percent, above its 95% Wilson interval."""
-    measures = ordered(measure for record in records for measure in record.accuracy())
+def comparison(records: Sequence[RunRecord]) -> Iterator[Table]:
+    """The results of runs beside each other, a table per grid of their kinds."""
+    for section, group in grouped(records):
+        for grid in section.grids(group):
+            if any(line.selected for line in grid.lines):
+                yield _table(grid)
+
+
+def _table(grid: Grid) -> Table:
     table = Table(
-        title="Test accuracy in percent, 95% intervals", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0), pad_edge=False, show_edge=False,
+        title=grid.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
+        pad_edge=False, show_edge=False,
     )  # fmt: skip
-    table.add_column("run", overflow="fold")
-    for measure in measures:
-        table.add_column(label(measure), justify="right", no_wrap=True)
-    for record in records:
-        accuracy = record.accuracy()
-        table.add_row(_head(record), *(_cell(accuracy.get(m, math.nan), record.examples) for m in measures))
+    table.add_column(grid.heading, overflow="fold")
+    for column in grid.columns:
+        table.add_column(column.label, justify="right", no_wrap=True)
+    for line in grid.lines:
+        if line.selected:
+            head = Text.assemble((line.head, "bold"), (f"\n{line.note}" if line.note else "", "dim"))
+            table.add_row(head, *map(_cell, line.cells))
     return table
 
 
-def _head(record: RunRecord) -> Text:
-    checkpoint = next(iter(record.checkpoints), "not evaluated")
-    images = f", n={record.examples:,}" if record.examples else ""
-    return Text.assemble((record.name, "bold"), (f"\n{checkpoint}{images}", "dim"))
-
-
-def _cell(value: float, examples: int) -> Text:
-    if not math.isfinite(value):
-        return Text("-", style="dim")
-    cell = Text(f"{100 * value:.1f}", style="bold")
-    if examples > 0:
-        low, high = wilson(value, examples)
-        cell.append(f"\n{100 * low:.1f}\u2013{100 * high:.1f}", style="not bold dim")
-    return cell
+def _cell(cell: Cell) -> Text:
+    text = Text(cell.text, style="bold")
+    if cell.below:
+        text.append(f"\n{cell.below}", style="not bold dim")
+    return text
 
 
 def run_list(runs: Sequence[RunSummary]) -> Table:

@@ -3,14 +3,16 @@
 from poise.spec.base import Section, mistake
 from poise.spec.load import dump, json_schema, load, parse, sha256
 from poise.spec.problems import Problem, SpecError
-from poise.spec.run import RunSpec, WorkersSpec
-from poise.spec.values import Name, Real
+from poise.spec.run import RunSpec, SamplerSpec, WorkersSpec
+from poise.spec.values import Name, Real, RunName
 
 __all__ = [
     "Name",
     "Problem",
     "Real",
+    "RunName",
     "RunSpec",
+    "SamplerSpec",
     "Section",
     "SpecError",
     "WorkersSpec",

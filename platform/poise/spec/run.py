@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -11,7 +11,7 @@ from poise.spec.base import Section
 from poise.spec.problems import Path
 from poise.spec.values import Name
 
-__all__ = ["RunSpec", "WorkersSpec"]
+__all__ = ["RunSpec", "SamplerSpec", "WorkersSpec"]
 
 _SECRET = re.compile(r"secret|token|password|passwd|credential|access_key|api_key", re.IGNORECASE)
 _PERSON_IN_URL = re.compile(r"^\w+://[^/]*@")
@@ -48,6 +48,18 @@ class WorkersSpec(Section):
         return self
 
 
+class SamplerSpec(Section):
+    """The pool of engines that sample from a language model."""
+
+    backend: Literal["vllm", "transformers"] = Field(
+        "vllm", description="what runs the model; without Ray, transformers"
+    )
+    engines: int = Field(1, ge=1, le=4096, description="engines that share the requests")
+    cpus: int = Field(1, ge=1, le=1024, description="CPU cores of each engine")
+    gpus: int = Field(0, ge=0, le=64, description="GPUs of each engine: 0 samples on the CPU")
+    memory: float = Field(1.0, gt=0, description="GiB for the key-value cache of each engine on a CPU")
+
+
 class RunSpec(Section):
     """The head of every spec."""
 
@@ -63,6 +75,10 @@ class RunSpec(Section):
     def expand(cls, tree: dict[str, Any]) -> tuple[dict[str, Any], dict[Path, Path]]:
         """The tree with its shorthands written out, and for each copied path the one that it was copied from."""
         return tree, {}
+
+    def cost(self) -> list[str]:
+        """Lines that say what the run will cost, told before it starts and without building anything."""
+        return []
 
     @field_validator("store")
     @classmethod

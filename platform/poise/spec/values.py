@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import core_schema
 
-__all__ = ["Name", "Real"]
+__all__ = ["Name", "Real", "RunName"]
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?"
 _PATTERN = re.compile(rf"\s*({_NUMBER})\s*(?:/\s*({_NUMBER})\s*)?")
@@ -85,4 +85,13 @@ def _safe_name(value: str) -> str:
     return value
 
 
+def _known_run(value: str) -> str:
+    if value.startswith("${"):
+        raise ValueError(f"{value} names no stage before this one")
+    return _safe_name(value)
+
+
 Name = Annotated[str, AfterValidator(_safe_name)]
+
+RunName = Annotated[str, AfterValidator(_known_run)]
+"""The name of another run of the same store, whose outputs are read."""

@@ -6,15 +6,20 @@ The loop is the same in one process, under `torchrun` and in a Ray Train worker;
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from poise.errors import PoiseError
+from poise.models.sampling import Sampler
 from poise.observe.progress import Progress
 from poise.observe.sinks import NullSink, Sink
+from poise.spec import SamplerSpec
 from poise.store.runs import Run
 
 __all__ = ["Context"]
@@ -28,12 +33,16 @@ def _free() -> None:
     return None
 
 
+def _no_sampler(spec: SamplerSpec, folder: Path) -> AbstractContextManager[Sampler]:
+    raise PoiseError("this engine has no sampler")
+
+
 @dataclass
 class Context:
     """Rank, device, store and reporting of one worker.
 
-    `report` receives progress on rank 0; `arrived` is called by every rank at each commit (a barrier of the engine);
-    `guard` raises when another driver has taken the run over; `attempt` counts restarts from 0.
+    `report` receives progress on rank 0; `guard` raises when another driver has taken the run over; `attempt` counts
+    restarts from 0. `sampler(spec, folder)` opens the sampler of the language model in a local folder; one rank does.
     """
 
     run: Run
@@ -42,7 +51,7 @@ class Context:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     attempt: int = 0
     report: Callable[[Progress], None] = _silent
-    arrived: Callable[[dict[str, int]], None] | None = None
+    sampler: Callable[[SamplerSpec, Path], AbstractContextManager[Sampler]] = _no_sampler
     guard: Callable[[], None] = _free
     sink: Sink = field(default_factory=NullSink)
 

@@ -176,8 +176,6 @@ class _Loop:
             rngs = self.context.gather(capture_rng(self.context.device))
             self.context.together(lambda: self._write(rngs))
             self.rows.clear()
-            if self.context.arrived is not None:
-                self.context.arrived({"step": self.state.step})
 
     def _write(self, rngs: list[dict[str, Tensor]]) -> None:
         """Rows first, then the checkpoint whose commit makes them count: a torn attempt writes the same rows again."""
