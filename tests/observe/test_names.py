@@ -13,7 +13,7 @@ def test_the_set_of_names_is_frozen() -> None:
     """Dashboards and alerts are written against these: a change here is a change to them."""
     assert {(m.name, m.kind, m.labels) for m in METRICS.values()} == {
         ("poise_steps_total", "counter", ("run",)),
-        ("poise_images_total", "counter", ("run",)),
+        ("poise_examples_total", "counter", ("run",)),
         ("poise_epoch", "gauge", ("run",)),
         ("poise_loss", "gauge", ("run",)),
         ("poise_accuracy", "gauge", ("run",)),

@@ -25,7 +25,7 @@ class Clock:
 
 def _progress(step: int = 10, **changes: object) -> Progress:
     base = Progress(
-        run="adt", stage="train", epoch=step / 100, epochs=4, step=step, steps=400, images_per_s=1234.5, eta_s=3725.0,
+        run="adt", stage="train", epoch=step / 100, epochs=4, step=step, steps=400, examples_per_s=1234.5, eta_s=3725.0,
         phases={"data": 1.0, "attack": 3.0}, metrics={"loss": 0.51234, "robust/linf": 0.25},
     )  # fmt: skip
     return dataclasses.replace(base, **changes)  # type: ignore[arg-type]

@@ -49,7 +49,7 @@ def test_series_are_found_by_split_and_name() -> None:
     rows.add(2, 0.2, "train", {"loss": 2.0, "weight/l1": 0.5, "weight/zebra": 0.1, "weight/linf": 0.4})
     rows.add(1, 0.1, "train", {"loss": 3.0})
     rows.add(2, 0.2, "validation", {"loss": 9.0})
-    rows.add(2, 0.2, "timing", {"seconds/data": 1.0, "seconds/attack": math.nan, "images_per_s": 7.0})
+    rows.add(2, 0.2, "timing", {"seconds/data": 1.0, "seconds/attack": math.nan, "examples_per_s": 7.0})
     rows.add(3, 0.3, "timing", {"seconds/data": 2.0})
     table = read_rows([rows.to_parquet()])
     found = curve(table, "train", "loss")

@@ -34,7 +34,7 @@ class Metric:
 
 _TABLE = (
     Metric("poise_steps_total", "counter", "Optimizer steps taken, repeated ones after a restart included."),
-    Metric("poise_images_total", "counter", "Training images consumed by all ranks."),
+    Metric("poise_examples_total", "counter", "Training examples consumed by all ranks."),
     Metric("poise_epoch", "gauge", "Epochs completed, with the fraction of the current one."),
     Metric("poise_loss", "gauge", "Training objective, mean since the last report."),
     Metric("poise_accuracy", "gauge", "Clean validation accuracy, 0 to 1."),

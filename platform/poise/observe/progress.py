@@ -38,7 +38,7 @@ class Progress:
     """The state of one run, JSON-able as it stands (`dataclasses.asdict`) and built back by `Progress(**values)`.
 
     `phases` are seconds or shares (only their proportions are shown), `metrics` the latest values by row name, `eta_s`
-    None while unknown, `attempt` counts restarts from 0.
+    None while unknown, `attempt` counts restarts from 0, `unit` is what an example is called.
     """
 
     run: str
@@ -47,11 +47,12 @@ class Progress:
     epochs: float
     step: int
     steps: int
-    images_per_s: float = 0.0
+    examples_per_s: float = 0.0
     eta_s: float | None = None
     phases: Mapping[str, float] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     attempt: int = 0
+    unit: str = "images"
 
 
 class Display:
@@ -140,7 +141,7 @@ def _counters(progress: Progress) -> list[tuple[str, str]]:
     counters = [
         ("epoch", f"{progress.epoch:.4g}/{progress.epochs:.4g}"),
         ("step", f"{progress.step:,}/{progress.steps:,}"),
-        ("images/s", f"{progress.images_per_s:,.0f}"),
+        (f"{progress.unit}/s", f"{progress.examples_per_s:,.0f}"),
         ("ETA", _duration(progress.eta_s)),
     ]
     return [*counters, ("attempt", str(progress.attempt + 1))] if progress.attempt else counters

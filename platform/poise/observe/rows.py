@@ -1,7 +1,7 @@
 """Metrics as Parquet rows in long format: (step, epoch, split, name, value).
 
 Names used by training: loss, accuracy, lr, grad_norm, loss/<threat>, clean, robust/<threat>, robust/average,
-robust/union, weight/<threat>. Timing rows: images_per_s, seconds/<phase>. Wall-clock numbers live in the split "timing"
+robust/union, weight/<threat>. Timing rows: examples_per_s, seconds/<phase>. Wall-clock numbers live in the split "timing"
 alone, so that the rows of two identical runs are equal bytes. pyarrow is imported at use: a spec is checked without it.
 """
 

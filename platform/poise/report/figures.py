@@ -194,8 +194,8 @@ def learning_rate(rows: pa.Table) -> Figure | None:
 
 
 def speed(rows: pa.Table) -> Figure | None:
-    """Training images per second over time; None without timings."""
-    return _single(rows, "timing", "images_per_s", "images per second")
+    """Training examples per second over time; None without timings."""
+    return _single(rows, "timing", "examples_per_s", "examples per second")
 
 
 @matplotlib.rc_context(STYLE)

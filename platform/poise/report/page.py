@@ -67,7 +67,7 @@ def _facts(record: RunRecord) -> Iterator[tuple[str, str]]:
     """What a reader asks first: what was run, how far it came, from which seed and commit, how fast."""
     summary, git = record.summary, record.environment.get("git") or {}
     steps = record.rows["step"].to_pylist()
-    rate = curve(record.rows, "timing", "images_per_s").values
+    rate = curve(record.rows, "timing", "examples_per_s").values
     seconds = sum(phase_seconds(record.rows).values())
     events = [event.get("event") for event in record.events]
     yield "kind", record.kind or "unknown"
@@ -79,7 +79,7 @@ def _facts(record: RunRecord) -> Iterator[tuple[str, str]]:
     if summary.get("parameters"):
         yield "parameters", f"{summary['parameters']:,}"
     if len(rate):
-        yield "speed", f"{np.nanmedian(rate):,.0f} images/s (median)"
+        yield "speed", f"{np.nanmedian(rate):,.0f} {summary.get('unit', 'images')}/s (median)"
     if seconds:
         yield "time in the loop", f"{seconds:,.1f} s"
     if "commit" in events:

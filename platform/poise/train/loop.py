@@ -72,7 +72,8 @@ class _Loop:
             context,
             steps=self.total,
             steps_per_epoch=self.steps_per_epoch,
-            images_per_step=spec.accumulate * task.examples_per_batch,
+            examples_per_step=spec.accumulate * task.examples_per_batch,
+            unit=task.unit,
         )
         self.timers = self.telemetry.timers
 
@@ -151,7 +152,7 @@ class _Loop:
         self.context.sink.observe("poise_evaluation_seconds", time.perf_counter() - started, run=self.context.run.name)
         self.rows.add(self.state.step, self._epoch(), "validation", metrics)
         self.telemetry.measured(metrics, held_out=True)
-        value = metrics[self.task.monitor]
+        value = metrics[self.task.monitor.removeprefix("-")] * (-1 if self.task.monitor.startswith("-") else 1)
         if self.state.best is not None and value <= self.state.best.value:
             return False
         self.state.best = Best(value, self.state.step)

@@ -17,10 +17,13 @@ __all__ = ["Telemetry"]
 class Telemetry:
     """Timers, rates and exports of one attempt at a run. Rank 0 publishes; every rank measures."""
 
-    def __init__(self, context: Context, *, steps: int, steps_per_epoch: int, images_per_step: int) -> None:
+    def __init__(
+        self, context: Context, *, steps: int, steps_per_epoch: int, examples_per_step: int, unit: str
+    ) -> None:
         self.timers = PhaseTimers()
         self._context, self._steps = context, steps
-        self._steps_per_epoch, self._images_per_step = steps_per_epoch, images_per_step
+        self._steps_per_epoch, self._examples_per_step = steps_per_epoch, examples_per_step
+        self._unit = unit
         self._since_commit: Counter[str] = Counter()
         self._latest: dict[str, float] = {}
         self._first = self._published = 0
@@ -41,7 +44,7 @@ class Telemetry:
             return
         sink, run, steps = self._context.sink, self._context.run.name, step - self._published
         sink.inc("poise_steps_total", steps, run=run)
-        sink.inc("poise_images_total", steps * self._images_per_step, run=run)
+        sink.inc("poise_examples_total", steps * self._examples_per_step, run=run)
         sink.set("poise_epoch", step / self._steps_per_epoch, run=run)
         for phase, seconds in phases.items():
             sink.observe("poise_phase_seconds", seconds / max(steps, 1), run=run, phase=phase)
@@ -66,11 +69,11 @@ class Telemetry:
         """The rate so far, and the seconds of each phase since this was last asked."""
         seconds, self._since_commit = self._since_commit, Counter()
         seconds.update(self.timers.take())
-        return {"images_per_s": self._rate(step), **{f"seconds/{phase}": value for phase, value in seconds.items()}}
+        return {"examples_per_s": self._rate(step), **{f"seconds/{phase}": value for phase, value in seconds.items()}}
 
     def _rate(self, step: int) -> float:
-        """Images per second of all ranks since the attempt began."""
-        return (step - self._first) * self._images_per_step / max(time.perf_counter() - self._started, 1e-9)
+        """Examples per second of all ranks since the attempt began."""
+        return (step - self._first) * self._examples_per_step / max(time.perf_counter() - self._started, 1e-9)
 
     def _progress(self, step: int, phases: Mapping[str, float]) -> Progress:
         rate = self._rate(step)
@@ -81,9 +84,10 @@ class Telemetry:
             epochs=self._steps / self._steps_per_epoch,
             step=step,
             steps=self._steps,
-            images_per_s=rate,
-            eta_s=(self._steps - step) * self._images_per_step / rate if rate else None,
+            examples_per_s=rate,
+            eta_s=(self._steps - step) * self._examples_per_step / rate if rate else None,
             phases=dict(phases),
             metrics=dict(self._latest),
             attempt=self._context.attempt,
+            unit=self._unit,
         )
