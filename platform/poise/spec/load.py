@@ -144,10 +144,9 @@ def _members(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _tag(member: type[BaseModel]) -> str | None:
-    field = member.model_fields.get("name")
-    if field is None or get_origin(field.annotation) is not Literal:
-        return None
-    return str(get_args(field.annotation)[0])
+    fields = (member.model_fields.get(key) for key in ("name", "kind"))
+    tags = [get_args(field.annotation)[0] for field in fields if field and get_origin(field.annotation) is Literal]
+    return str(tags[0]) if tags else None
 
 
 def _short(value: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from poise.kinds.specs.robust import RobustTrainSpec
+from poise.kinds.specs.stage import Job
 from poise.spec import Name, RunSpec, mistake
 from poise.spec.problems import Path
 
@@ -15,7 +15,7 @@ __all__ = ["PipelineSpec"]
 
 _REFERENCE = re.compile(r"\$\{([^}]*)\}")
 
-Stage = Annotated[RobustTrainSpec, Field(discriminator="kind")]
+Stage = Annotated[Job, Field(discriminator="kind")]
 
 
 class PipelineSpec(RunSpec):

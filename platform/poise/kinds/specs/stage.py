@@ -1,0 +1,10 @@
+"""The kinds that run by themselves: what a stage of a pipeline can be, and what a sweep can vary."""
+
+from __future__ import annotations
+
+from poise.kinds.specs.robust import RobustTrainSpec
+
+__all__ = ["Job"]
+
+Job = RobustTrainSpec
+"""The union of the specs of all kinds but `sweep` and `pipeline`; where it is used, `kind` tells which."""
