@@ -1,0 +1,1 @@
+"""Preferences, games between answers, and self-play towards their equilibria."""

@@ -1,0 +1,173 @@
+"""Games against closed forms, published rates, and the ways in which the methods are known to be got wrong."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from poise.align import games
+from poise.align.games import (
+    exploitability,
+    magnetic_mirror_descent,
+    mirror_step,
+    mpo,
+    nash_equilibrium,
+    nash_rs,
+    regularised_nash,
+)
+
+W = np.array([[0.5, 0.9, 0.3], [0.1, 0.5, 0.8], [0.7, 0.2, 0.5]])
+NASH = np.array([3, 2, 4]) / 9
+MAGNET, REF = np.array([0.6, 0.3, 0.1]), np.array([0.5, 0.3, 0.2])
+
+
+def divergence(p, q):
+    return float((p * np.log(p / q)).sum())
+
+
+def random_game(n, seed):
+    upper = np.triu(np.random.default_rng(seed).uniform(size=(n, n)), 1)
+    return upper + np.tril(1 - upper.T, -1) + 0.5 * np.eye(n)
+
+
+def test_the_linear_program_finds_the_equilibrium():
+    assert nash_equilibrium(W) == pytest.approx(NASH, abs=1e-12)
+    assert nash_equilibrium([[0.5, 1, 0], [0, 0.5, 1], [1, 0, 0.5]]) == pytest.approx([1 / 3] * 3, abs=1e-12)
+    assert exploitability(W, NASH) == pytest.approx(0, abs=1e-15)
+    assert exploitability(W, REF) == pytest.approx(max(W @ REF) - 0.5)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_an_equilibrium_of_any_game_cannot_be_exploited(seed):
+    game = random_game(2 + seed, seed)
+    p = nash_equilibrium(game)
+    assert p.sum() == pytest.approx(1)
+    assert (p >= 0).all()
+    assert abs(exploitability(game, p)) < 1e-9
+
+
+def test_a_cycle_of_three_has_the_closed_form():
+    for seed in range(5):
+        a, b, c = np.random.default_rng(seed).uniform(0.01, 0.49, size=3)
+        cycle = [[0.5, 0.5 + a, 0.5 - c], [0.5 - a, 0.5, 0.5 + b], [0.5 + c, 0.5 - b, 0.5]]
+        assert nash_equilibrium(cycle) == pytest.approx(np.array([b, c, a]) / (a + b + c), abs=1e-9)
+
+
+def test_multiplicative_weights_circle_and_only_their_average_converges():
+    p, total = REF, np.zeros(3)
+    for _ in range(5000):
+        p = p * np.exp(0.1 * W @ p)
+        p /= p.sum()
+        total += p
+    assert exploitability(W, p) == pytest.approx(0.162, abs=5e-4)
+    assert exploitability(W, total / 5000) == pytest.approx(0.0013, abs=5e-5)
+
+
+def test_mirror_descent_approaches_the_regularised_equilibrium_at_the_proven_rate():
+    goal = regularised_nash(W, MAGNET, 0.1)
+    assert goal == pytest.approx([0.591386, 0.092861, 0.315753], abs=1e-6)
+    assert exploitability(W, goal) == pytest.approx(0.0904, abs=5e-5)
+    p, distances = REF, [divergence(goal, REF)]
+    for _ in range(300):
+        p = magnetic_mirror_descent(W, MAGNET, alpha=0.1, eta=0.2, steps=1, start=p)
+        distances.append(divergence(goal, p))
+    ratios = np.array(distances[1:200]) / distances[:199]
+    assert (ratios <= 1 / (1 + 0.2 * 0.1) + 1e-9).all()
+    spread = np.diag(goal) - np.outer(goal, goal)
+    linearised = (np.eye(3) + 0.2 * W @ spread) / (1 + 0.2 * 0.1)
+    asymptotic = max(abs(np.linalg.eigvals(linearised - linearised.mean(0)))) ** 2
+    assert (distances[300] / distances[150]) ** (1 / 150) == pytest.approx(asymptotic, abs=3e-4)
+
+
+def test_a_mirror_step_is_the_argmax_that_it_claims_to_be():
+    gain = W @ REF
+
+    def value(q):
+        return q @ gain - 0.3 * divergence(q, MAGNET) - divergence(q, REF) / 0.5
+
+    best = mirror_step(REF, gain, MAGNET, 0.3, 0.5)
+    rivals = np.random.default_rng(0).dirichlet(50 * best, size=1000)
+    assert max(map(value, rivals)) <= value(best)
+
+
+@pytest.mark.parametrize(
+    ("period", "magnets", "expected"),
+    [(50, 1, 0.098), (50, 20, 0.029), (50, 50, 5e-4), (50, 200, 1.3e-12), (10, 2000, 0.0)],
+)
+def test_mpo_reaches_the_equilibrium_of_the_game_itself(period, magnets, expected):
+    policy = mpo(W, MAGNET, alpha=0.3, eta=0.5, period=period, magnets=magnets)
+    assert exploitability(W, policy) == pytest.approx(expected, rel=0.05, abs=1e-14)
+
+
+def test_mpo_with_a_magnet_that_is_always_the_policy_diverges():
+    assert exploitability(W, mpo(W, MAGNET, alpha=0.3, eta=0.5, period=1, magnets=2000)) == pytest.approx(
+        0.258, abs=5e-4
+    )
+    assert exploitability(W, mpo(W, MAGNET, alpha=0.3, eta=0.5, period=2, magnets=2500)) > 0.3
+
+
+@pytest.mark.parametrize(("magnets", "expected"), [(50, 0.388), (400, 0.300)])
+def test_mpo_against_the_magnet_instead_of_the_policy_circles(magnets, expected):
+    p = MAGNET
+    for _ in range(magnets):
+        magnet = p
+        for _ in range(50):
+            p = mirror_step(p, W @ magnet, magnet, 0.3, 0.5)
+    assert exploitability(W, p) == pytest.approx(expected, abs=5e-4)
+
+
+@pytest.mark.parametrize(("alpha", "expected"), [(0.3, 1.6e-4), (1.0, 0.074)])
+def test_the_exact_proximal_point_of_sixty_magnets(alpha, expected):
+    p = MAGNET
+    for _ in range(60):
+        p = regularised_nash(W, p, alpha)
+    assert exploitability(W, p) == pytest.approx(expected, rel=0.02)
+
+
+def test_nash_rs_ends_where_policy_and_opponents_are_the_regularised_equilibrium():
+    policy = nash_rs(W, REF, 0.5)
+    assert policy == pytest.approx([0.55518, 0.22309, 0.22173], abs=5e-6)
+    assert policy == pytest.approx(regularised_nash(W, REF, 0.5), abs=1e-13)
+    assert policy == pytest.approx(games.accepted(W, policy, REF, 0.5), abs=1e-13)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_nash_rs_and_mirror_descent_agree_on_any_game(seed):
+    game = random_game(6, seed)
+    ref = np.random.default_rng(seed).dirichlet(np.ones(6))
+    assert nash_rs(game, ref, 0.2) == pytest.approx(regularised_nash(game, ref, 0.2), abs=1e-12)
+
+
+def test_the_inverted_acceptance_is_told_from_the_right_one(monkeypatch):
+    right = nash_rs(W, REF, 0.15)
+
+    def inverted(P, p, ref, tau):
+        q = ref * (1 - np.exp(-(p @ P) / tau))
+        return q / q.sum()
+
+    monkeypatch.setattr(games, "accepted", inverted)
+    wrong = nash_rs(W, REF, 0.15)
+    assert wrong == pytest.approx([0.730, 0.096, 0.174], abs=5e-4)
+    assert np.abs(wrong - right).sum() > 0.1, "the test of the fixed point would not see it"
+
+
+def test_rejection_accepts_with_the_probabilities_claimed():
+    draw = np.random.default_rng(0)
+    proposals = draw.choice(3, size=200_000, p=REF)
+    losses = (NASH @ W)[proposals]
+    kept = proposals[draw.uniform(size=len(proposals)) <= np.exp(-losses / 0.5)]
+    counts, expected = np.bincount(kept), len(kept) * games.accepted(W, NASH, REF, 0.5)
+    assert ((counts - expected) ** 2 / expected).sum() < 13.8  # chi-square of 2 degrees of freedom at 0.001
+
+
+@pytest.mark.parametrize(
+    "P", [[[0.5, 0.6], [0.6, 0.5]], [[0.4]], [[0.5, 1.2], [-0.2, 0.5]], [0.5, 0.5], np.zeros((0, 0))]
+)
+def test_what_is_no_preference_matrix_is_refused(P):
+    with pytest.raises(ValueError, match="preference matrix"):
+        nash_equilibrium(P)
+
+
+def test_what_is_no_policy_is_refused():
+    with pytest.raises(ValueError, match="distribution"):
+        exploitability(W, [0.5, 0.5, 0.5])
