@@ -6,7 +6,8 @@ import sys
 from importlib.metadata import distributions
 from pathlib import Path
 
-LEFT_OUT = {"pip", "poise", "torch"}
+LEFT_OUT = {"pip", "poise", "torch", "torchaudio", "torchcodec", "torchvision"}
+"""The last three are declared by vllm, needed by nothing here, and have no build that fits a CPU build of torch."""
 
 
 def main(target: str, purpose: str, *others: str) -> None:
