@@ -41,8 +41,8 @@ class Task:
 
     `batch(i)` is the i-th batch of this rank, counted from 0 over the whole run: random access is what makes a resume
     exact. `step` is called under autocast with the (possibly distributed) model. `evaluate` is called by every rank and
-    returns the same numbers on each; `monitor` names the one that picks the best checkpoint, the larger the better, or the
-    smaller with a `-` before the name. `unit` is what an example is called.
+    returns the same numbers on each; `monitor` names the one that picks the best checkpoint: the larger the better,
+    or the smaller with a `-` before the name. `unit` is what an example is called.
     """
 
     model: nn.Module

@@ -1,0 +1,136 @@
+"""Losses of supervised fine-tuning: cross entropy and GEM (Li et al., Preserving diversity, arXiv 2408.16673).
+
+GEM lets an opponent q = softmax(z / beta), held fixed, say which tokens the model prefers to the one that was written:
+
+    L = sum_k q_k w_k (z_k - z_y)        dL/dz_k = q_k w_k - 1[k = y] sum_j q_j w_j
+
+with w = 1 (`linear`) or w_k = sigmoid(0.01 (z_k - z_y)), also fixed (`logsigmoid`). Linear GEM has the gradient of
+beta * CE(z / beta): its optimum is p_data^beta, renormalised. The value is not a likelihood: log cross entropy beside.
+
+Everywhere: logits (..., V), labels (...) that already stand at the position that predicts them, IGNORED where none is
+supervised. A loss is a sum over supervised tokens divided by `normalizer`, by default their number. Softmax is at least
+fp32. Without a supervised token a loss is a zero that still has a gradient, so that no rank waits for another.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+__all__ = ["IGNORED", "Variant", "cross_entropy", "entropy", "fused_linear_gem", "gem_loss"]
+
+Variant = Literal["linear", "logsigmoid"]
+
+IGNORED = -100
+SLOPE = 0.01
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, *, normalizer: float | None = None) -> Tensor:
+    """The mean of -log p(label) over supervised tokens (nats)."""
+    z, y = _supervised(logits, labels)
+    return nn.functional.cross_entropy(z, y, reduction="sum") / _count(y, normalizer)
+
+
+@torch.no_grad()
+def entropy(logits: Tensor, labels: Tensor, *, normalizer: float | None = None) -> Tensor:
+    """The mean entropy of the model's next token over supervised positions (nats); a measure, not a loss."""
+    z, y = _supervised(logits, labels)
+    log_p = z.log_softmax(-1)
+    return -(log_p.exp() * log_p).sum() / _count(y, normalizer)
+
+
+def gem_loss(
+    logits: Tensor, labels: Tensor, beta: float = 0.7, variant: Variant = "linear", *, normalizer: float | None = None
+) -> Tensor:
+    """The GEM loss (see the module). ValueError for beta <= 0 or an unknown variant."""
+    _check(beta, variant)
+    z, y = _supervised(logits, labels)
+    margins = z - z.gather(1, y[:, None])
+    return (_weights(z.detach(), margins.detach(), beta, variant) * margins).sum() / _count(y, normalizer)
+
+
+def fused_linear_gem(
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    beta: float = 0.7,
+    variant: Variant = "linear",
+    *,
+    normalizer: float | None = None,
+    rows: int = 2048,
+) -> Tensor:
+    """`gem_loss(hidden @ head.T, ...)` that never holds the logits of more than `rows` tokens.
+
+    hidden (..., d), head (V, d). The gradients are computed on the way forward, chunk by chunk; that of `head` is
+    summed in at least fp32.
+    """
+    _check(beta, variant)
+    chosen = labels != IGNORED
+    h, y = hidden[chosen], labels[chosen]
+    total: Tensor = _FusedLinearGem.apply(h, head, y, beta, variant, rows)  # type: ignore[no-untyped-call]
+    return total / _count(y, normalizer)
+
+
+class _FusedLinearGem(torch.autograd.Function):
+    """The sum over tokens: h (N, d), head (V, d), y (N,)."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, head: Tensor, y: Tensor, beta: float, variant: Variant, rows: int) -> Tensor:
+        total = torch.zeros((), dtype=_wide(head), device=h.device)
+        grad_h = torch.empty_like(h)
+        grad_head = torch.zeros_like(head, dtype=_wide(head)) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(h), rows):
+            part = slice(start, start + rows)
+            z = (h[part] @ head.T).to(_wide(head))
+            margins = z - z.gather(1, y[part, None])
+            weights = _weights(z, margins, beta, variant)
+            total += (weights * margins).sum()
+            grad = weights.scatter_add(1, y[part, None], -weights.sum(1, keepdim=True))
+            grad_h[part] = grad.to(head.dtype) @ head
+            if grad_head is not None:
+                grad_head += grad.T @ h[part].to(grad.dtype)
+        ctx.save_for_backward(grad_h, None if grad_head is None else grad_head.to(head.dtype))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        grad_h, grad_head = ctx.saved_tensors
+        return (
+            (scale * grad_h).to(grad_h.dtype),
+            None if grad_head is None else scale * grad_head,
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _weights(z: Tensor, margins: Tensor, beta: float, variant: Variant) -> Tensor:
+    """q_k w_k of each token (N, V)."""
+    q = (z / beta).softmax(-1)
+    return q if variant == "linear" else q * (SLOPE * margins).sigmoid()
+
+
+def _supervised(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows that have a label, (N, V) in at least fp32 and (N,)."""
+    chosen = labels != IGNORED
+    return logits[chosen].to(_wide(logits)), labels[chosen]
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _count(labels: Tensor, normalizer: float | None) -> float:
+    return max(1, len(labels)) if normalizer is None else normalizer
+
+
+def _check(beta: float, variant: str) -> None:
+    if not beta > 0:
+        raise ValueError(f"beta is a temperature above 0, not {beta}")
+    if variant not in ("linear", "logsigmoid"):
+        raise ValueError(f"a variant of GEM is linear or logsigmoid, not {variant!r}")

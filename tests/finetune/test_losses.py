@@ -1,0 +1,199 @@
+"""Losses against closed forms, autograd, and each other; fp64 where an identity is exact."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from poise.finetune.losses import IGNORED, cross_entropy, entropy, fused_linear_gem, gem_loss
+
+VARIANTS = ["linear", "logsigmoid"]
+
+
+def problem(n: int = 12, classes: int = 9, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Logits (n, V) in fp64 that need a gradient, labels of which the second and the last are ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = (3 * torch.randn(n, classes, generator=generator, dtype=torch.double)).requires_grad_()
+    labels = torch.randint(classes, (n,), generator=generator)
+    labels[[1, n - 1]] = IGNORED
+    return logits, labels
+
+
+def gradient(loss: Tensor, of: Tensor) -> Tensor:
+    return torch.autograd.grad(loss, of)[0]
+
+
+def close(one: Tensor, other: Tensor, atol: float = 1e-15) -> bool:
+    return torch.allclose(one, other, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.7, 1.0])
+def test_linear_gem_has_the_gradient_of_cross_entropy_at_a_temperature(beta):
+    logits, labels = problem()
+    found = gradient(gem_loss(logits, labels, beta), logits)
+    kept = labels != IGNORED
+    onehot = nn.functional.one_hot(labels[kept], logits.shape[1])
+    assert close(found[kept], ((logits / beta).softmax(-1)[kept] - onehot) / kept.sum())
+    assert not found[~kept].any()
+    assert close(found, gradient(beta * cross_entropy(logits / beta, labels), logits))
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.7])
+def test_logsigmoid_gem_has_the_gradient_of_its_formula(beta):
+    logits, labels = problem()
+    kept = labels != IGNORED
+    z, y = logits.detach()[kept], labels[kept]
+    weights = (z / beta).softmax(-1) * (0.01 * (z - z.gather(1, y[:, None]))).sigmoid()
+    onehot = nn.functional.one_hot(y, z.shape[1])
+    found = gradient(gem_loss(logits, labels, beta, "logsigmoid"), logits)[kept]
+    assert close(found, (weights - onehot * weights.sum(1, keepdim=True)) / kept.sum())
+    assert close(found.sum(1), torch.zeros(len(y), dtype=torch.double))
+
+
+def test_logsigmoid_with_no_slope_is_half_of_linear(monkeypatch):
+    monkeypatch.setattr("poise.finetune.losses.SLOPE", 0.0)
+    logits, labels = problem()
+    assert torch.equal(gem_loss(logits, labels, 0.7, "logsigmoid"), gem_loss(logits, labels, 0.7) / 2)
+
+
+def test_at_beta_one_the_gradient_is_that_of_cross_entropy_and_the_value_is_not():
+    logits, labels = problem()
+    gem, ce = gem_loss(logits, labels, 1.0), cross_entropy(logits, labels)
+    assert close(gradient(gem, logits), gradient(ce, logits))
+    assert close(gem, ce - entropy(logits, labels), 1e-14)
+
+
+def test_the_opponent_is_held_fixed():
+    """With its gradient let through, linear GEM at beta 1 would be CE - H, which is another loss."""
+    logits, labels = problem()
+    z, y = logits[labels != IGNORED], labels[labels != IGNORED]
+    leaking = (z.softmax(-1) * (z - z.gather(1, y[:, None]))).sum() / len(y)
+    assert close(leaking, gem_loss(logits, labels, 1.0), 1e-14)
+    assert not close(gradient(leaking, logits), gradient(gem_loss(logits, labels, 1.0), logits), 1e-3)
+
+
+def test_a_small_beta_is_the_perceptron():
+    logits, labels = problem()
+    labels[3] = logits[3].argmax()
+    kept = labels != IGNORED
+    found = gradient(gem_loss(logits, labels, 1e-3), logits)[kept] * kept.sum()
+    top, y = logits[kept].argmax(1), labels[kept]
+    assert close(found, (nn.functional.one_hot(top, 9) - nn.functional.one_hot(y, 9)).double(), 1e-12)
+    assert (top == y).any()  # and there the gradient is zero
+    assert (top != y).any()
+
+
+def tabular_optimum(variant: str, counts: Tensor) -> Tensor:
+    """The model that no full-batch step of GEM changes, found by descent over free logits."""
+    z = torch.zeros(len(counts), dtype=torch.double, requires_grad=True)
+    labels = torch.arange(len(counts)).repeat_interleave(counts)
+    for _ in range(1000):
+        loss = gem_loss(z.expand(len(labels), -1), labels, 0.7, variant)
+        z = (z - 2 * gradient(loss, z)).detach().requires_grad_()
+    return z.softmax(-1).detach()
+
+
+def test_the_tabular_optimum_is_the_power_of_the_data():
+    counts = torch.tensor([10, 6, 3, 1])
+    data = counts.double() / 20
+    found = tabular_optimum("linear", counts)
+    assert close(found, data**0.7 / (data**0.7).sum(), 1e-9)
+    assert close(found, torch.tensor([0.4293, 0.3002, 0.1848, 0.0857], dtype=torch.double), 5e-5)
+    assert float(-(found * found.log()).sum()) == pytest.approx(1.2468, abs=5e-5)
+    assert close(tabular_optimum("logsigmoid", counts), found, 2e-3)
+
+    def objective(f: Tensor) -> Tensor:
+        """KL(f || data) - (1 / beta - 1) H(f)."""
+        return (f * (f / data).log()).sum() + (1 / 0.7 - 1) * (f * f.log()).sum()
+
+    generator = torch.Generator().manual_seed(0)
+    noise = 0.05 * torch.randn(200, 4, generator=generator, dtype=torch.double)
+    assert all(objective(found) < objective((found.log() + shift).softmax(-1)) for shift in noise)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_partition_function_cancels(variant):
+    logits, labels = problem()
+    kept = labels != IGNORED
+    z, y = logits.detach()[kept], labels[kept]
+    log_p, margins = z.log_softmax(-1), z - z.gather(1, y[:, None])
+    w = 1 if variant == "linear" else (0.01 * margins).sigmoid()
+    told = ((z / 0.7).softmax(-1) * w * (log_p - log_p.gather(1, y[:, None]))).sum() / kept.sum()
+    assert close(told, gem_loss(logits, labels, 0.7, variant), 1e-14)
+    assert close(gem_loss(logits + 5, labels, 0.7, variant), told, 1e-14)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_it_is_never_above_zero_where_the_label_is_the_favourite(variant):
+    logits, _ = problem()
+    assert all(gem_loss(row[None], row.argmax()[None], 0.7, variant) <= 0 for row in logits)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("rows", [1, 3, 4096])
+def test_the_fused_loss_is_the_eager_one_in_value_and_in_both_gradients(variant, rows):
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(3, 4, 5, generator=generator, dtype=torch.double, requires_grad=True)
+    head = torch.randn(9, 5, generator=generator, dtype=torch.double, requires_grad=True)
+    labels = problem()[1].view(3, 4)
+    eager = gem_loss(hidden @ head.T, labels, 0.7, variant, normalizer=7)
+    fused = fused_linear_gem(hidden, head, labels, 0.7, variant, normalizer=7, rows=rows)
+    assert close(fused, eager, 1e-14)
+    wanted = torch.autograd.grad(3 * eager, (hidden, head))
+    assert all(close(*pair, 1e-14) for pair in zip(torch.autograd.grad(3 * fused, (hidden, head)), wanted, strict=True))
+
+
+def test_the_fused_loss_leaves_a_frozen_head_alone():
+    hidden, head = torch.randn(4, 5, requires_grad=True), torch.randn(9, 5)
+    fused_linear_gem(hidden, head, torch.tensor([1, 2, IGNORED, 4])).backward()
+    assert head.grad is None
+    assert hidden.grad[[0, 1, 3]].any()
+    assert not hidden.grad[2].any()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_16_bit_logits_are_reduced_in_fp32(variant):
+    logits, labels = problem(classes=2000)
+    half = logits.detach().bfloat16()
+    assert torch.equal(gem_loss(half, labels, 0.7, variant), gem_loss(half.float(), labels, 0.7, variant))
+    assert torch.equal(cross_entropy(half, labels), cross_entropy(half.float(), labels))
+    assert cross_entropy(half, labels).dtype == torch.float32
+
+
+@pytest.mark.parametrize("variant", [None, *VARIANTS])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_uneven_micro_batches_have_the_gradient_of_their_union(variant, ranks):
+    """Loss per part = its sum / n of the step: parts add up, ranks are averaged and multiplied back."""
+
+    def loss(logits: Tensor, labels: Tensor, normalizer: float | None = None) -> Tensor:
+        if variant is None:
+            return cross_entropy(logits, labels, normalizer=normalizer)
+        return gem_loss(logits, labels, 0.7, variant, normalizer=normalizer)
+
+    logits, labels = problem(n=16)
+    labels[4:8] = IGNORED  # the second of four parts has no supervised token at all
+    count = int((labels != IGNORED).sum())
+    parts = [loss(logits[i : i + 4], labels[i : i + 4], count / ranks) / ranks for i in range(0, 16, 4)]
+    assert close(gradient(torch.stack(parts).sum(), logits), gradient(loss(logits, labels), logits), 3e-16)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_part_without_supervised_tokens_is_a_zero_with_a_gradient(variant):
+    logits, labels = problem()
+    nothing = torch.full_like(labels, IGNORED)
+    for loss in (
+        gem_loss(logits, nothing, 0.7, variant, normalizer=5),
+        cross_entropy(logits, nothing, normalizer=5),
+        fused_linear_gem(logits, torch.ones(3, 9, dtype=torch.double), nothing, 0.7, variant, normalizer=5),
+    ):
+        assert loss == 0
+        assert not gradient(loss, logits).any()
+
+
+def test_nonsense_is_refused():
+    logits, labels = problem()
+    with pytest.raises(ValueError, match="above 0"):
+        gem_loss(logits, labels, 0.0)
+    with pytest.raises(ValueError, match="linear or logsigmoid"):
+        fused_linear_gem(logits, logits.detach(), labels, 0.7, "sigmoid")
