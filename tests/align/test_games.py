@@ -141,8 +141,8 @@ def test_nash_rs_and_mirror_descent_agree_on_any_game(seed):
 def test_the_inverted_acceptance_is_told_from_the_right_one(monkeypatch):
     right = nash_rs(W, REF, 0.15)
 
-    def inverted(P, p, ref, tau):
-        q = ref * (1 - np.exp(-(p @ P) / tau))
+    def inverted(game, p, ref, tau):
+        q = ref * (1 - np.exp(-(p @ game) / tau))
         return q / q.sum()
 
     monkeypatch.setattr(games, "accepted", inverted)
@@ -161,11 +161,11 @@ def test_rejection_accepts_with_the_probabilities_claimed():
 
 
 @pytest.mark.parametrize(
-    "P", [[[0.5, 0.6], [0.6, 0.5]], [[0.4]], [[0.5, 1.2], [-0.2, 0.5]], [0.5, 0.5], np.zeros((0, 0))]
+    "matrix", [[[0.5, 0.6], [0.6, 0.5]], [[0.4]], [[0.5, 1.2], [-0.2, 0.5]], [0.5, 0.5], np.zeros((0, 0))]
 )
-def test_what_is_no_preference_matrix_is_refused(P):
+def test_what_is_no_preference_matrix_is_refused(matrix):
     with pytest.raises(ValueError, match="preference matrix"):
-        nash_equilibrium(P)
+        nash_equilibrium(matrix)
 
 
 def test_what_is_no_policy_is_refused():

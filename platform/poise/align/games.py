@@ -1,3 +1,4 @@
+# ruff: noqa: N803 - P is the field's own name for a preference matrix
 """Preference games over n answers, solved exactly or by the tabular form of the self-play methods; numpy, float64.
 
 P is a preference matrix (n, n): P[i, j] = P(answer i is preferred to answer j), so P + P.T = 1. A policy is a
@@ -76,8 +77,8 @@ def magnetic_mirror_descent(
 ) -> Vector:
     """`steps` steps of MMD in self-play from `start` (the magnet by default); (n,).
 
-    With eta <= alpha / L^2, L = max|P - 1/2|, KL(p*||p_k) <= (1 + eta alpha)^-k KL(p*||p_0) for the equilibrium p* of the
-    game regularised towards the magnet (Sokota et al., ICLR 2023, theorem 3.4).
+    With eta <= alpha / L^2, L = max|P - 1/2|, KL(p*||p_k) <= (1 + eta alpha)^-k KL(p*||p_0) for the equilibrium p* of
+    the game regularised towards the magnet (Sokota et al., ICLR 2023, theorem 3.4).
     """
     matrix, centre = preferences(P), _policy(magnet)
     p = centre if start is None else _policy(start)
@@ -87,7 +88,7 @@ def magnetic_mirror_descent(
 
 
 def mpo(P: ArrayLike, start: ArrayLike, *, alpha: float, eta: float, period: int, magnets: int) -> Vector:
-    """Magnetic preference optimization: MMD whose magnet becomes the policy every `period` steps, `magnets` times; (n,).
+    """Magnetic preference optimization: MMD whose magnet becomes the policy after every `period` steps; (n,).
 
     It approaches the equilibrium of the game itself when each period comes near its regularised one; with period 1 the
     magnet is the policy, which is plain mirror descent and does not converge (2410.16714, lemma 3.3).
@@ -117,7 +118,7 @@ def nash_rs(P: ArrayLike, ref: ArrayLike, tau: float) -> Vector:
 
 
 def accepted(P: Vector, p: Vector, ref: Vector, tau: float) -> Vector:
-    """q = ref exp(-g / tau) / Z, g[k] = P(p > answer k): proposals of ref, kept with probability exp(-g / tau); (n,)."""
+    """ref exp(-g / tau) / Z, g[k] = P(p > answer k): proposals of ref, kept with probability exp(-g / tau); (n,)."""
     return np.asarray(softmax(np.log(ref) - (p @ P) / tau))
 
 
