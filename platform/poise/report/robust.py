@@ -20,7 +20,8 @@ def _grids(records: Sequence[RunRecord]) -> Iterator[Grid]:
     yield Grid(
         title="Test accuracy in percent, 95% intervals",
         caption="Test accuracy in percent, with 95% Wilson intervals below; robust columns are under attack, "
-        "\u201cunion\u201d counts an image only if it withstands every attack. Bold: highest of the selected checkpoints.",
+        "\u201cunion\u201d counts an image only if it withstands every attack. Bold: highest of the "
+        "selected checkpoints.",
         heading="run",
         columns=[Column(label(m), _css(colour(m, measures))) for m in measures],
         lines=[_line(r, c, measures, top) for r in records for c in r.checkpoints or [""]],
