@@ -32,15 +32,15 @@ ELSEWHERE = {
     "make run": "tests/test_guides.py::test_make_knows_every_target",
     "make test": "tests/test_guides.py::test_make_knows_every_target",
     "poise run jobs/quickstart.yaml": f"{RAY}::test_a_killed_driver",
-    "poise run jobs/quickstart.yaml --address 127.0.0.1:6379": "tests/end_to_end/conftest.py::uninterrupted",
+    "poise run jobs/digits.yaml --address 127.0.0.1:6379": "tests/end_to_end/conftest.py::uninterrupted",
     "ray start --head": CLUSTER,
     "ray stop": CLUSTER,
-    "poise submit jobs/quickstart.yaml --set store=$PWD/runs": JOBS,
-    "poise status poise-quickstart": JOBS,
-    "poise logs poise-quickstart --follow": JOBS,
-    "poise stop poise-quickstart": JOBS,
-    f"{LAUNCH} -m poise run jobs/quickstart.yaml --engine local": TORCHRUN,
-    f"{LAUNCH} -m poise run jobs/quickstart.yaml --engine local --set name=pair": TORCHRUN,
+    "poise submit jobs/digits.yaml --set store=$PWD/runs": JOBS,
+    "poise status poise-digits": JOBS,
+    "poise logs poise-digits --follow": JOBS,
+    "poise stop poise-digits": JOBS,
+    f"{LAUNCH} -m poise run jobs/digits.yaml --engine local": TORCHRUN,
+    f"{LAUNCH} -m poise run jobs/digits.yaml --engine local --set name=pair": TORCHRUN,
 }
 """Commands that start Ray, processes of their own or all tests, and what executes the same with another spec."""
 
@@ -51,7 +51,7 @@ TINY = {
     "steps: 20, restarts: 2": "steps: 1",
     "steps: 40, restarts: 2": "steps: 1",
 }
-"""What makes the quickstart of the scratch copy cheap; the commands themselves are executed as they are written."""
+"""What makes the digits of the scratch copy cheap; the commands themselves are executed as they are written."""
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,13 @@ def free_port() -> int:
 
 
 def project(folder: Path) -> Path:
-    """Make `folder` look like the project to a command, with a quickstart that takes seconds."""
+    """Make `folder` look like the project to a command, with a spec of digits that takes seconds."""
     shutil.copytree(ROOT / "jobs", folder / "jobs")
     (folder / ".venv").symlink_to(sys.prefix)
-    spec = folder / "jobs/quickstart.yaml"
+    spec = folder / "jobs/digits.yaml"
     text = spec.read_text()
     for slow, quick in TINY.items():
-        assert slow in text, f"the quickstart no longer says {slow!r}"
+        assert slow in text, f"the spec no longer says {slow!r}"
         text = text.replace(slow, quick)
     spec.write_text(text.replace("  evaluate:\n", "  evaluate:\n    examples: 20\n"))
     return folder
@@ -191,10 +191,10 @@ def test_every_guide_has_commands_and_the_ones_left_out_are_executed_elsewhere()
 def test_a_command_that_fails_is_caught(tmp_path):
     guide = tmp_path / "guide.md"
     guide.write_text(
-        "```sh\npoise check jobs/quickstart.yaml  # sound\npoise check jobs/none.yaml\npoise runs list\n```\n"
+        "```sh\npoise check jobs/digits.yaml  # sound\npoise check jobs/none.yaml\npoise runs list\n```\n"
     )
     assert [command.text.split()[-1] for command in commands(guide)] == [
-        "jobs/quickstart.yaml",
+        "jobs/digits.yaml",
         "jobs/none.yaml",
         "list",
     ]

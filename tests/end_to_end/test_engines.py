@@ -19,18 +19,18 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_quickstart_prints_one_table_and_a_page(tmp_path, poise):
+def test_a_pipeline_prints_one_table_and_a_page(tmp_path, poise):
     done = poise(
-        "run", "jobs/quickstart.yaml", "--engine", "local", "--set", f"store={tmp_path}/runs", "--set",
+        "run", "jobs/digits.yaml", "--engine", "local", "--set", f"store={tmp_path}/runs", "--set",
         "workers.count=1", "--set", "common.digits.train.epochs=2", "--set", "common.digits.evaluate.examples=40",
         COLUMNS="100",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    for word in ("quickstart-at", "quickstart-adt", "clean", "union"):
+    for word in ("digits-at", "digits-adt", "clean", "union"):
         assert word in done.stdout
     page = Path(done.stdout.split("page: ")[1].strip())
-    assert "quickstart-adt" in page.read_text()
-    verified = poise("runs", "verify", f"{tmp_path}/runs/quickstart-adt")
+    assert "digits-adt" in page.read_text()
+    verified = poise("runs", "verify", f"{tmp_path}/runs/digits-adt")
     assert "are sound" in verified.stdout, verified.stdout
     listed = poise("runs", "list", f"{tmp_path}/runs", COLUMNS="200").stdout
     assert listed.count("finished") == 3
