@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import io
 import json
-import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,7 +20,6 @@ from poise.errors import DamagedError
 from poise.kinds.measure import described, robust_accuracy
 from poise.kinds.specs.robust import RobustTrainSpec
 from poise.models.build import build
-from poise.observe.events import event
 from poise.observe.progress import Progress
 from poise.observe.rows import Rows
 from poise.robust.attacks import perturb
@@ -33,7 +30,7 @@ from poise.robust.threats import Threat
 from poise.spec.seeds import derive_seed
 from poise.train.context import Context
 from poise.train.loop import Fitted, fit
-from poise.train.state import load_weights
+from poise.train.restore import restore
 from poise.train.task import StepOutput, Task, TaskState, Turn
 
 __all__ = ["run"]
@@ -134,7 +131,7 @@ def _measure(spec: RobustTrainSpec, data: Dataset, model: nn.Module, fitted: Fit
     evaluations: dict[int, Evaluation] = {}
     accuracy: dict[str, dict[str, float]] = {}
     for label, step in {"final": fitted.final_step, "best": fitted.best_step}.items():
-        if step not in evaluations and _restore(model, step, context):
+        if step not in evaluations and restore(model, step, context):
             evaluations[step] = _evaluate(spec, threats, model, data.test, context)
         if step in evaluations:
             accuracy[label] = evaluations[step].summary()
@@ -144,22 +141,6 @@ def _measure(spec: RobustTrainSpec, data: Dataset, model: nn.Module, fitted: Fit
             f"{context.run.url}: no checkpoint could be measured, all are damaged; run again to mend them"
         )
     context.together(partial(_keep_summary, spec, data, model, fitted, accuracy, context))
-
-
-def _restore(model: nn.Module, step: int, context: Context) -> bool:
-    """Load the weights that were committed at `step`; False, and said in the events, when they are damaged."""
-    checkpoints = context.run.checkpoints
-    with tempfile.TemporaryDirectory(prefix="poise-") as scratch:
-        folder, damage = Path(scratch) / "checkpoint", None
-        try:
-            checkpoints.fetch(checkpoints.at(step), folder)
-        except DamagedError as error:
-            damage = str(error)
-        if damages := [found for found in context.gather(damage) if found]:
-            context.together(lambda: context.run.append_events([event("damaged", what=damages[0])]))
-            return False
-        load_weights(model, folder, context.device)
-    return True
 
 
 def _keep_matrix(context: Context, label: str, evaluation: Evaluation) -> None:

@@ -1,10 +1,16 @@
-"""The exact state of a training run, and its form on disk: safetensors for tensors, JSON for the rest, no pickle."""
+"""The exact state of a training run, and its form on disk: safetensors for tensors, JSON for the rest, no pickle.
+
+Weights that are tied are stored once. Frozen weights are not stored: their SHA-256 is, and has to be that of the frozen
+weights which a restarted run comes with, so that a checkpoint of a low-rank tuning has the size of its adapters.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +52,16 @@ class TrainState:
     step: int = 0
     best: Best | None = None
 
+    @cached_property
+    def frozen(self) -> str:
+        """The SHA-256 of the weights that no step changes."""
+        digest = hashlib.sha256()
+        for name in _frozen(self.model):
+            tensor = self.model.get_parameter(name).detach().cpu().contiguous()
+            digest.update(name.encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
 
 def save_state(state: TrainState, rngs: list[dict[str, Tensor]], folder: Path) -> None:
     """Write `state` and the generators of every rank into an empty folder."""
@@ -53,7 +69,8 @@ def save_state(state: TrainState, rngs: list[dict[str, Tensor]], folder: Path) -
     moments, scalars = _split(optimizer["state"])
     best = None if state.best is None else {"value": state.best.value, "step": state.best.step}
     rest = {"step": state.step, "best": best, "groups": optimizer["param_groups"], "scalars": scalars}
-    save_file(_plain(state.model.state_dict()), folder / MODEL)
+    rest["frozen"] = state.frozen
+    save_file(_plain(_stored(state.model)), folder / MODEL)
     save_file(_plain(moments), folder / OPTIMIZER)
     save_file(_plain(state.task), folder / TASK)
     save_file({f"{rank}/{name}": value for rank, rng in enumerate(rngs) for name, value in rng.items()}, folder / RNG)
@@ -63,6 +80,8 @@ def save_state(state: TrainState, rngs: list[dict[str, Tensor]], folder: Path) -
 def load_state(state: TrainState, folder: Path, device: torch.device) -> None:
     """Fill `state` from a folder written by `save_state`, in place."""
     rest = json.loads((folder / REST).read_text())
+    if rest["frozen"] != state.frozen:
+        raise UserError("the frozen weights are not those that the run was started with: give it its first base model")
     load_weights(state.model, folder, device)
     state.optimizer.load_state_dict(
         {"state": _join(load_file(folder / OPTIMIZER, str(device)), rest["scalars"]), "param_groups": rest["groups"]}
@@ -74,8 +93,11 @@ def load_state(state: TrainState, folder: Path, device: torch.device) -> None:
 
 def load_weights(model: nn.Module, folder: Path, device: torch.device) -> None:
     """Load the weights of a checkpoint into `model`. Raises UserError when they belong to another architecture."""
+    stored, own = load_file(folder / MODEL, str(device)), model.state_dict()
+    kept = {name: own[name] for name in _frozen(model)}
+    tied = {name: stored[first] for name, first in _tied(own).items() if first in stored}
     try:
-        model.load_state_dict(load_file(folder / MODEL, str(device)))
+        model.load_state_dict({**kept, **tied, **stored})
     except RuntimeError as error:
         detail = str(error).splitlines()[-1].strip()
         raise UserError(f"the checkpoint holds another model than the spec describes: {detail}") from None
@@ -121,6 +143,26 @@ def seed_rng(seed: int, rank: int, step: int = 0) -> None:
     random.seed(value)
     np.random.seed(value % 2**32)
     torch.manual_seed(value)
+
+
+def _stored(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint holds of a model: everything but frozen weights and further names of tied ones."""
+    tensors = model.state_dict()
+    left_out = {*_frozen(model), *_tied(tensors)}
+    return {name: tensor for name, tensor in tensors.items() if name not in left_out}
+
+
+def _frozen(model: nn.Module) -> list[str]:
+    """The names, tied ones too, of weights that take no gradient, in a fixed order."""
+    named = model.named_parameters(remove_duplicate=False)
+    return sorted(name for name, parameter in named if not parameter.requires_grad)
+
+
+def _tied(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """For each further name of a tensor, its first."""
+    first: dict[tuple[int, torch.Size], str] = {}
+    places = {name: (tensor.data_ptr(), tensor.shape) for name, tensor in tensors.items() if tensor.numel()}
+    return {name: first[place] for name, place in places.items() if first.setdefault(place, name) != name}
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
