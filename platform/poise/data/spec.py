@@ -1,14 +1,27 @@
-"""Which images a run trains on, and how many there are, without reading them."""
+"""Which images, texts and questions a run reads, and how many there are, without reading them."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from poise.spec import Section
+from poise.spec import Real, Section, mistake
 
-__all__ = ["DataSpec", "Sizes", "known_sizes", "num_validation"]
+__all__ = [
+    "DataSpec",
+    "JsonlQuestions",
+    "JsonlText",
+    "ParquetText",
+    "QuestionsSpec",
+    "Sizes",
+    "TextSpec",
+    "WorldQuestions",
+    "WorldSpec",
+    "WorldText",
+    "known_sizes",
+    "num_validation",
+]
 
 
 class DataSpec(Section):
@@ -78,6 +91,94 @@ def known_sizes(spec: DataSpec) -> Sizes | None:
     return Sizes(max(total - validation, 0), validation, test, shape, classes)
 
 
-def num_validation(spec: DataSpec, total: int) -> int:
+def num_validation(spec: DataSpec | JsonlText | ParquetText, total: int) -> int:
     """How many of `total` training examples are held out."""
     return min(1000, total // 10) if spec.validation is None else spec.validation
+
+
+class WorldSpec(Section):
+    """A generated world of facts: questions about entities, each with a known distribution of answers."""
+
+    seed: int = Field(0, ge=0, lt=2**63, description="which world; runs that share a model name the same one")
+    entities: int = Field(16, ge=2, le=500, description="things that are asked about")
+    relations: int = Field(8, ge=2, le=16, description="what is asked of each thing, such as its capital")
+    answers: int = Field(12, ge=4, le=500, description="names that answer the questions of one relation")
+    certain: Annotated[Real, Field(ge=0, le=1)] = Field(
+        Real("1/2"), description="share of the questions that have one answer"
+    )
+    ambiguous: Annotated[Real, Field(ge=0, le=1)] = Field(
+        Real("3/8"), description="share with two to four answers; the rest of the questions is long-tailed"
+    )
+    tail: int = Field(8, ge=2, le=500, description="answers of a long-tailed question, in Zipf's proportions")
+    pretrain: int = Field(64, ge=1, le=100_000, description="examples of each question in the split pretrain")
+    tune: int = Field(4, ge=1, le=100_000, description="examples of each question in the split tune")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> WorldSpec:
+        if self.certain.exact + self.ambiguous.exact > 1:
+            raise mistake("ambiguous", f"the shares {self.certain} and {self.ambiguous} are more than 1 together")
+        if self.tail > self.answers:
+            raise mistake("tail", f"a tail of {self.tail} is longer than the {self.answers} answers of a relation")
+        return self
+
+    @property
+    def num_questions(self) -> int:
+        """Every relation is asked of every entity."""
+        return self.entities * self.relations
+
+
+class WorldText(Section):
+    """Questions of a generated world with answers drawn from their true distributions."""
+
+    name: Literal["world"]
+    split: Literal["pretrain", "tune"] = Field("pretrain", description="many examples of each question, or a few")
+    world: WorldSpec = Field(WorldSpec(), description="the world")
+
+
+class _TextFiles(Section):
+    path: str = Field(min_length=1, description="file, or folder of such files, here or on s3://")
+    prompt: str = Field("prompt", description="field with the text before the answer")
+    completion: str = Field("completion", description="field with the answer, which alone is learned")
+    validation: int | None = Field(
+        None, ge=0, description="examples held out by a seeded permutation (default: a tenth, at most 1000)"
+    )
+    max_tokens: int = Field(512, ge=2, le=1_000_000, description="longest prompt and completion together, in tokens")
+    too_long: Literal["error", "cut"] = Field("error", description="refuse longer examples, or drop what is beyond")
+
+
+class JsonlText(_TextFiles):
+    """Prompts and completions in JSON lines."""
+
+    name: Literal["jsonl"]
+
+
+class ParquetText(_TextFiles):
+    """Prompts and completions in Parquet columns."""
+
+    name: Literal["parquet"]
+
+
+TextSpec = Annotated[WorldText | JsonlText | ParquetText, Field(discriminator="name")]
+
+
+class WorldQuestions(Section):
+    """Questions of a generated world."""
+
+    name: Literal["world"]
+    split: Literal["evaluate", "prefer"] = Field(
+        "evaluate", description="every question, or the ambiguous ones with three answers or more"
+    )
+    world: WorldSpec = Field(WorldSpec(), description="the world")
+
+
+class JsonlQuestions(Section):
+    """Questions in JSON lines, with the answers that count as correct."""
+
+    name: Literal["jsonl"]
+    path: str = Field(min_length=1, description="file, or folder of such files, here or on s3://")
+    question: str = Field("question", description="field with the question")
+    answers: str = Field("answer", description="field with the list of accepted answers")
+    limit: int | None = Field(None, ge=1, description="use only the first so many questions")
+
+
+QuestionsSpec = Annotated[WorldQuestions | JsonlQuestions, Field(discriminator="name")]

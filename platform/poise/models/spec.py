@@ -5,13 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from poise.errors import UserError
 from poise.models.plans import RESIDUAL, SMALLEST_SIDE, VGG, WIDTH, Architecture, ResidualPlan, Shape
-from poise.spec import Section
+from poise.spec import RunName, Section, mistake
 
-__all__ = ["Architecture", "ModelSpec", "Shape", "check_shape", "num_parameters", "state_bytes"]
+__all__ = [
+    "Architecture",
+    "LanguageModelSpec",
+    "ModelSpec",
+    "Shape",
+    "check_shape",
+    "num_llama_parameters",
+    "num_parameters",
+    "state_bytes",
+]
 
 
 class ModelSpec(Section):
@@ -103,3 +112,34 @@ def _cnn(width: int, shape: Shape, classes: int) -> Iterator[_Size]:
     yield _Size((16 * width + 1) * 2 * width)
     yield _Size((2 * width * (height // 4) * (side // 4) + 1) * 4 * width)
     yield _Size((4 * width + 1) * classes)
+
+
+class LanguageModelSpec(Section):
+    """A language model: what another run has left, a folder, or a new Llama; one of `run`, `folder` and `name`."""
+
+    run: RunName | None = Field(None, description="run of the same store whose final model is opened")
+    folder: str | None = Field(None, min_length=1, description="folder or s3://bucket/prefix as transformers saves it")
+    name: Literal["llama"] | None = Field(None, description="architecture of a new model with random weights")
+    hidden: int = Field(64, ge=32, le=16384, description="width of a new model, a multiple of heads")
+    layers: int = Field(2, ge=1, le=200, description="layers of a new model")
+    heads: int = Field(2, ge=1, le=256, description="attention heads of a new model, of 32, 64 or 128 channels each")
+    context: int = Field(256, ge=16, le=1_000_000, description="longest sequence of a new model, in tokens")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> LanguageModelSpec:
+        sources = [key for key in ("run", "folder", "name") if getattr(self, key) is not None]
+        if len(sources) != 1:
+            raise ValueError("a language model is one of run: RUN, folder: FOLDER or name: llama")
+        sizes = ("hidden", "layers", "heads", "context")
+        chosen = [key for key in sizes if getattr(self, key) != type(self).model_fields[key].default]
+        if self.name is None and chosen:
+            raise mistake(chosen[0], f"only a new model has a size to choose; that of a {sources[0]} is known")
+        if self.hidden not in (width * self.heads for width in (32, 64, 128)):
+            raise mistake("hidden", f"{self.hidden} is not {self.heads} heads of 32, 64 or 128 channels each")
+        return self
+
+
+def num_llama_parameters(spec: LanguageModelSpec, vocabulary: int) -> int:
+    """Trainable numbers of a new model with so many tokens, in closed form: embedding and head are not tied."""
+    layer = 4 * spec.hidden**2 + 3 * spec.hidden * (4 * spec.hidden) + 2 * spec.hidden
+    return 2 * vocabulary * spec.hidden + spec.layers * layer + spec.hidden

@@ -1,0 +1,87 @@
+"""Rows of JSON lines or of Parquet, from a file or a folder, here or on S3; each row knows where it stands."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from poise.errors import UserError
+from poise.store.storage import open_storage
+
+__all__ = ["Row", "read_rows"]
+
+_Suffix = Literal[".jsonl", ".parquet"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """The values of one row; `where` names its file and line for people, `id` is its file and number."""
+
+    where: str
+    id: str
+    values: dict[str, Any]
+
+    def text(self, key: str) -> str:
+        """A value that has to be text; UserError that says where it is not."""
+        if key not in self.values:
+            raise UserError(f"{self.where}: there is no {key!r}, only {', '.join(sorted(self.values)) or 'nothing'}")
+        value = self.values[key]
+        if not isinstance(value, str):
+            raise UserError(f"{self.where}: {key!r} is {type(value).__name__}, not text")
+        return value
+
+
+def read_rows(path: str, suffix: _Suffix, limit: int | None = None) -> list[Row]:
+    """The first `limit` rows of a file, or of every file with this suffix below a folder in the order of their names.
+
+    Raises:
+        UserError: nothing to read, or a row that is none; it names file and line.
+        StoreError: a folder or a bucket that cannot be read.
+    """
+    read = _json_lines if suffix == ".jsonl" else _parquet
+    rows = list(islice((row for where, name, data in _files(path, suffix) for row in read(where, name, data)), limit))
+    if not rows:
+        raise UserError(f"{path} has no row to read")
+    return rows
+
+
+def _files(path: str, suffix: _Suffix) -> Iterator[tuple[str, str, bytes]]:
+    """Address, name and bytes of each file."""
+    folder, _, file = path.rpartition("/") if path.endswith(suffix) else (path, "", "")
+    storage = open_storage(folder or ("/" if path.startswith("/") else "."))
+    names = [
+        entry.key for entry in storage.list(file) if entry.key == file or (not file and entry.key.endswith(suffix))
+    ]
+    if not names:
+        raise UserError(f"{path} is no file *{suffix} and no folder that holds one")
+    for name in names:
+        yield f"{storage.url}/{name}", name, storage.read(name)
+
+
+def _json_lines(where: str, name: str, data: bytes) -> Iterator[Row]:
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{where}:{number}: this line is no JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise UserError(f"{where}:{number}: this line is {type(values).__name__}, not an object")
+        yield Row(f"{where}:{number}", f"{name}:{number}", values)
+
+
+def _parquet(where: str, name: str, data: bytes) -> Iterator[Row]:
+    try:
+        rows = pq.read_table(io.BytesIO(data)).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{where} is no Parquet file: {error}") from error
+    for number, values in enumerate(rows, 1):
+        yield Row(f"{where}:{number}", f"{name}:{number}", values)

@@ -1,0 +1,200 @@
+"""Prompts and completions in tokens: from a world or from files, and in batches that any step can be read from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from poise.data.examples import TextExample, encode
+from poise.data.rows import read_rows
+from poise.data.spec import TextSpec, WorldText, num_validation
+from poise.data.worlds import make_world
+from poise.errors import UserError
+from poise.spec.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+__all__ = [
+    "IGNORED",
+    "TextBatch",
+    "TextBatches",
+    "TextData",
+    "TextExample",
+    "load_text",
+    "text_batch",
+    "text_tokenizer",
+]
+
+IGNORED = -100
+"""The label of a position that is not learned."""
+
+
+@dataclass(frozen=True)
+class TextData:
+    """What is trained on, and what is held out."""
+
+    train: list[TextExample]
+    validation: list[TextExample]
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """A batch of b sequences padded on the right to the T of the longest of the whole batch, all ranks counted.
+
+    ids: (b, T) int64. labels: (b, T) int64, the next token of each position (shifted already: compare with the logits
+    of the same position), IGNORED where the next token belongs to a prompt or there is none. mask: (b, T) int64, 0 on
+    padding.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    mask: Tensor
+
+
+def text_tokenizer(spec: TextSpec) -> Tokenizer:
+    """The tokenizer of a model that is trained from scratch on this text: that of its world.
+
+    Raises:
+        UserError: text from files, which has no vocabulary of its own.
+    """
+    if not isinstance(spec, WorldText):
+        raise UserError("a new model has no tokenizer for text from files: name a `run` or `folder` with a model")
+    return make_world(spec.world).tokenizer()
+
+
+def load_text(spec: TextSpec, tokenizer: Tokenizer, seed: int) -> TextData:
+    """Read a data set in tokens of a model; `seed` draws the samples of a world, or what is held out of files.
+
+    Raises:
+        UserError: files that are missing or hold something else, an example that is too long or has nothing to learn
+            (all with file and line), or a world that the tokenizer has no words for.
+    """
+    if isinstance(spec, WorldText):
+        world = make_world(spec.world, seed)
+        return TextData(_known(world.texts(spec.split), tokenizer), _known(world.texts("validation"), tokenizer))
+    rows = read_rows(spec.path, ".jsonl" if spec.name == "jsonl" else ".parquet")
+    pairs = [(row.text(spec.prompt), row.text(spec.completion)) for row in rows]
+    examples = [
+        _fitted(example, row.where, spec.max_tokens, cut=spec.too_long == "cut")
+        for row, (_, completion), example in zip(rows, pairs, encode(pairs, tokenizer), strict=True)
+        if _has_text(completion, row.where)
+    ]
+    held_out = num_validation(spec, len(examples))
+    if held_out >= len(examples):
+        raise UserError(f"data.validation: {held_out} held out of {len(examples)} examples leaves none to train on")
+    order = _permutation(len(examples), derive_seed(seed, "validation")).tolist()
+    validation, train = sorted(order[:held_out]), sorted(order[held_out:])
+    return TextData([examples[row] for row in train], [examples[row] for row in validation])
+
+
+class TextBatches:
+    """The training stream, with random access: `batch(i)` is a pure function of the arguments and of i.
+
+    An epoch is one seeded permutation of the examples, cut into `batches_per_epoch` global batches; the remainder that
+    fills no batch is dropped, another one each epoch. Ranks take equal slices of what a single worker would see.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[TextExample],
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """`batch_size` counts all ranks.
+
+        Raises:
+            UserError: fewer examples than one batch, or a batch that the ranks cannot share equally.
+        """
+        if len(examples) < batch_size:
+            raise UserError(f"batch_size: {batch_size} is more than the {len(examples)} training examples")
+        if batch_size % world_size:
+            raise UserError(f"batch_size: {batch_size} examples cannot be shared equally by {world_size} workers")
+        self.batches_per_epoch = len(examples) // batch_size
+        self._corpus, self._device = _Corpus(examples), torch.device(device)
+        self._batch_size, self._seed = batch_size, seed
+        share = batch_size // world_size
+        self._slice = slice(rank * share, (rank + 1) * share)
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+
+    def batch(self, index: int) -> TextBatch:
+        """This rank's share of global batch `index`, from 0 over all epochs."""
+        rows = self._rows(index)
+        found = self._corpus.batch(rows[self._slice], int(self._corpus.lengths[rows].max()))
+        return TextBatch(*(part.to(self._device) for part in (found.ids, found.labels, found.mask)))
+
+    def supervised(self, index: int) -> int:
+        """How many tokens are learned in global batch `index`, all ranks counted."""
+        return int(self._corpus.supervised[self._rows(index)].sum())
+
+    def _rows(self, index: int) -> Tensor:
+        epoch, offset = divmod(index, self.batches_per_epoch)
+        if epoch != self._epoch:
+            order = _permutation(self._corpus.lengths.numel(), derive_seed(self._seed, "order", epoch))
+            self._epoch, self._order = epoch, order
+        return self._order[offset * self._batch_size : (offset + 1) * self._batch_size]
+
+
+def text_batch(examples: Sequence[TextExample]) -> TextBatch:
+    """All these examples as one batch, in their order, on the CPU."""
+    corpus = _Corpus(examples)
+    return corpus.batch(torch.arange(len(examples)), int(corpus.lengths.max()))
+
+
+class _Corpus:
+    """Examples end to end in one tensor, so that a batch of any size is one gather."""
+
+    def __init__(self, examples: Sequence[TextExample]) -> None:
+        self.tokens = torch.tensor([token for example in examples for token in (*example.prompt, *example.completion)])
+        prompts = torch.tensor([len(example.prompt) for example in examples])
+        self.supervised = torch.tensor([len(example.completion) for example in examples])
+        sizes = prompts + self.supervised
+        self.starts, self.lengths, self.first = sizes.cumsum(0) - sizes, sizes - 1, prompts - 1
+
+    def batch(self, rows: Tensor, width: int) -> TextBatch:
+        """The examples at `rows`, each without its last token, beside themselves without their first one."""
+        column = torch.arange(width)
+        inside = column < self.lengths[rows][:, None]
+        places = torch.where(inside, self.starts[rows][:, None] + column, 0)
+        ids = torch.where(inside, self.tokens[places], 0)
+        learned = inside & (column >= self.first[rows][:, None])
+        labels = torch.where(learned, self.tokens[places + 1], IGNORED)
+        return TextBatch(ids, labels, inside.long())
+
+
+def _known(pairs: list[tuple[str, str]], tokenizer: Tokenizer) -> list[TextExample]:
+    """Texts of a world in tokens, none of them the unknown word."""
+    examples, unknown = encode(pairs, tokenizer), tokenizer.unk_token_id
+    for example, texts in zip(examples, pairs, strict=True):
+        if unknown is not None and unknown in (*example.prompt, *example.completion):
+            raise UserError(f"the model has no tokens for {' '.join(texts)!r}: it was trained on another world")
+    return examples
+
+
+def _has_text(completion: str, where: str) -> bool:
+    if not completion.strip():
+        raise UserError(f"{where}: the completion is empty; there is nothing to learn")
+    return True
+
+
+def _fitted(example: TextExample, where: str, most: int, *, cut: bool) -> TextExample:
+    size = len(example.prompt) + len(example.completion)
+    if size <= most:
+        return example
+    if not cut:
+        raise UserError(f"{where}: {size} tokens are more than data.max_tokens {most}; raise it or set too_long: cut")
+    room = most - len(example.prompt)
+    if room < 1:
+        raise UserError(f"{where}: the prompt alone fills data.max_tokens {most}; nothing to learn would be left")
+    return TextExample(example.prompt, example.completion[:room])
+
+
+def _permutation(n: int, seed: int) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,173 @@
+"""Language models: opened from a run, from a folder or from S3, made anew, exported, and scored.
+
+A model at rest is a plain folder as transformers saves it, which vLLM loads too: config.json, generation_config.json,
+model.safetensors (shared tensors once), tokenizer.json and tokenizer_config.json.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from poise.errors import UserError
+from poise.models.spec import LanguageModelSpec
+from poise.store.runs import open_run
+from poise.store.storage import Storage, open_storage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+__all__ = [
+    "MODEL_FOLDER",
+    "answer_logprobs",
+    "export",
+    "fetch_folder",
+    "new_llama",
+    "open_folder",
+    "open_language_model",
+]
+
+MODEL_FOLDER = "artifacts/model"
+"""Where a run keeps its final model."""
+
+
+def open_language_model(
+    spec: LanguageModelSpec, store: str, seed: int, tokenizer: Tokenizer | None = None
+) -> tuple[nn.Module, Tokenizer]:
+    """The model in float32 on the CPU, in training mode, and its tokenizer.
+
+    A new model takes the `tokenizer` that is given (its vocabulary is what it reads) and draws its weights by `seed`;
+    any other has its own.
+
+    Raises:
+        UserError: no such run, or a folder that holds no language model.
+    """
+    if spec.name is not None:
+        if tokenizer is None:
+            raise ValueError("a new model needs a tokenizer")
+        return new_llama(spec, tokenizer, seed), tokenizer
+    with tempfile.TemporaryDirectory(prefix="poise-") as scratch:
+        return open_folder(fetch_folder(spec, store, Path(scratch) / "model"))
+
+
+def open_folder(folder: Path) -> tuple[nn.Module, Tokenizer]:
+    """The model of a local folder in float32 on the CPU, in training mode, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder} holds no language model that transformers can open: {error}") from error
+    return model.train(), tokenizer
+
+
+def fetch_folder(spec: LanguageModelSpec, store: str, into: Path) -> Path:
+    """A local folder with the model of another run, of a folder or of S3; a local folder is used where it is.
+
+    Raises:
+        UserError: a new model, no such run, or nothing there that is a model.
+    """
+    if spec.run is not None:
+        run = open_run(store, spec.run, must_exist=True)
+        return _download(run.storage, run.key(f"{MODEL_FOLDER}/"), into, f"run {spec.run!r} has left no model")
+    if spec.folder is None:
+        raise UserError("model: a new model is in no folder; name a `run` or a `folder`")
+    if not spec.folder.startswith("s3://"):
+        return _checked(Path(spec.folder).expanduser().absolute(), "it holds no model")
+    return _download(open_storage(spec.folder), "", into, "it holds no model")
+
+
+def new_llama(spec: LanguageModelSpec, tokenizer: Tokenizer, seed: int) -> nn.Module:
+    """A Llama with random weights, a function of `seed` alone; the global random state is left as it was.
+
+    Embedding and head are not tied: every tensor has one name, in checkpoints as in the export.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=spec.hidden,
+        intermediate_size=4 * spec.hidden,
+        num_hidden_layers=spec.layers,
+        num_attention_heads=spec.heads,
+        num_key_value_heads=spec.heads,
+        max_position_embeddings=spec.context,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model: nn.Module = LlamaForCausalLM(config).float().train()
+    return model
+
+
+def export(model: nn.Module, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write a transformers model and its tokenizer into a folder, as plain files that transformers and vLLM load."""
+    model.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
+    tokenizer.save_pretrained(folder)
+
+
+@torch.no_grad()
+def answer_logprobs(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[Sequence[int]]],
+    batch_size: int = 512,
+) -> list[Tensor]:
+    """log p(answer | prompt) in nats of every answer to every prompt, exact: the sum over the tokens of the answer.
+
+    Args:
+        model: in transformers' calling convention; it is put into evaluation mode meanwhile.
+        prompts: token ids of each.
+        answers: for each prompt the token ids of its answers, EOS included.
+        batch_size: sequences that are evaluated at once.
+
+    Returns:
+        One float32 tensor (number of answers,) for each prompt, on the CPU.
+    """
+    pairs = [(prompt, answer) for prompt, given in zip(prompts, answers, strict=True) for answer in given]
+    training = model.training
+    model.eval()
+    try:
+        parts = [_scores(model, pairs[start : start + batch_size]) for start in range(0, len(pairs), batch_size)]
+    finally:
+        model.train(training)
+    return list(torch.split(torch.cat(parts), [len(given) for given in answers]))
+
+
+def _scores(model: nn.Module, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tensor:
+    """(len(pairs),): padded on the right, where causal attention makes it invisible."""
+    device = next(model.parameters()).device
+    rows = [torch.tensor([*prompt, *answer]) for prompt, answer in pairs]
+    tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+    begin = torch.tensor([len(prompt) for prompt, _ in pairs], device=device)[:, None]
+    end = torch.tensor([len(row) for row in rows], device=device)[:, None]
+    column = torch.arange(tokens.shape[1], device=device)
+    mask = column < end
+    logits = model(input_ids=tokens, attention_mask=mask.long(), use_cache=False).logits[:, :-1].float()
+    chosen: Tensor = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+    return torch.where((mask & (column >= begin))[:, 1:], chosen, 0).sum(1).cpu()
+
+
+def _download(storage: Storage, prefix: str, into: Path, missing: str) -> Path:
+    """The plain files directly under a prefix."""
+    for entry in storage.list(prefix):
+        name = entry.key.removeprefix(prefix)
+        if "/" not in name:
+            storage.download(entry.key, into / name)
+    return _checked(into, f"{storage.url}: {missing}")
+
+
+def _checked(folder: Path, missing: str) -> Path:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder if folder.is_dir() else missing}: {missing} (no config.json)")
+    return folder
