@@ -130,6 +130,15 @@ def test_avg_is_the_mean_and_max_the_worst_of_each_example() -> None:
     assert worst.metrics["loss/l2"].item() == pytest.approx(9 / 4)
 
 
+def test_avg_with_weights_is_their_sum_and_equal_ones_are_the_mean() -> None:
+    losses = {"linf": [1.0, 5.0], "l2": [3.0, 1.0], "l1": [2.0, 2.5]}
+    weighted = _run(avg, losses, {}, Avg(weights={"l1": "1/2", "linf": "1/2", "l2": 0}), n=2)
+    assert weighted.loss.item() == pytest.approx((3.0 + 2.25) / 2)
+    assert [weighted.metrics[f"weight/{norm}"].item() for norm in NORMS] == [0.5, 0.0, 0.5]
+    thirds = _run(avg, losses, {}, Avg(weights=dict.fromkeys(NORMS, "1/3")), n=2)
+    assert thirds.loss.item() == pytest.approx(_run(avg, losses, {}, Avg(), n=2).loss.item())
+
+
 def test_weights_follow_the_mean_over_ranks() -> None:
     """Two ranks with different losses hold the same weights once `mean` has averaged."""
     options, everywhere = Adt(lag=0), torch.tensor([4.0, 2.0, 1.0], dtype=torch.double)

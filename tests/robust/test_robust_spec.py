@@ -130,3 +130,12 @@ def test_evaluation_defaults_to_all_examples_and_the_training_threats() -> None:
 def test_a_spec_is_read_without_torch() -> None:
     code = "import sys, poise.robust, poise.robust.spec; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": "platform"}, check=False).returncode == 0
+
+
+def test_weights_of_avg_sum_to_one_and_name_the_threats() -> None:
+    sixths = Avg.model_validate({"weights": {"linf": "1/6", "l2": "1/3", "l1": 0.5}})
+    check(sixths, THREATS)
+    with pytest.raises(ValidationError, match="sum to 1, not"):
+        Avg.model_validate({"weights": {"linf": 0.4, "l2": 0.5}})
+    with pytest.raises(ValueError, match="name the same norms"):
+        check(Avg.model_validate({"weights": {"linf": 0.5, "l2": 0.5}}), THREATS)

@@ -90,10 +90,13 @@ def avg(
     first_in_epoch: bool = False,
     mean: Callable[[Tensor], Tensor] = _identity,
 ) -> Outcome:
-    """(1/P) sum_p l_p, one step on the joint mean (Tramer and Boneh, 2019)."""
+    """(1/P) sum_p l_p, one step on the joint mean (Tramer and Boneh, 2019); with `options.weights`, sum_p w_p l_p."""
     losses, correct = _losses(model, x, y, attacks)
-    weights = torch.full((len(losses),), 1 / len(losses), device=x.device)
-    return _outcome(losses.mean(1).mean(), losses, correct, tuple(attacks), weights, state)
+    each = losses.mean(1)
+    shares: dict[str, float] = {norm: float(weight) for norm, weight in (options.weights or {}).items()}
+    weights = torch.tensor([shares.get(norm, 1 / len(each)) for norm in attacks], device=x.device)
+    loss = (weights * each).sum() if shares else each.mean()
+    return _outcome(loss, losses, correct, tuple(attacks), weights, state)
 
 
 def max(

@@ -8,6 +8,7 @@ alpha = 0.05 is a step of length 1 here.)
 from __future__ import annotations
 
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
@@ -119,6 +120,16 @@ class Avg(Section):
     """Adversarial training on the mean of the threats."""
 
     name: Literal["avg"] = Field(default="avg", description="mean of the adversarial losses of all threats")
+    weights: dict[Norm, Annotated[Real, Field(ge=0, le=1)]] | None = Field(
+        default=None, description="weight of each threat in the mean, by norm, summing to 1; default equal"
+    )
+
+    @model_validator(mode="after")
+    def _sums_to_one(self) -> Avg:
+        total = Fraction(sum(weight.exact for weight in self.weights.values())) if self.weights else Fraction(1)
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"weights sum to 1, not {float(total):.6g}; fractions such as 1/3 are exact")
+        return self
 
 
 class Max(Section):
@@ -168,6 +179,11 @@ def check(objective: At | Avg | Max | Adt, threats: Threats) -> None:
         raise ValueError(
             f"objective `at` trains on exactly one threat and {len(threats)} are given ({', '.join(threats.keys())}): "
             "keep one, or use `avg`, `max` or `adt`"
+        )
+    if isinstance(objective, Avg) and objective.weights and set(objective.weights) != set(threats.keys()):
+        raise ValueError(
+            f"weights are given for {', '.join(objective.weights)} and threats for {', '.join(threats.keys())}: "
+            "name the same norms"
         )
     if isinstance(objective, Adt) and objective.weighting == "official_slip" and len(threats) != len(NORMS):
         raise ValueError("weighting `official_slip` is defined for the three threats linf, l2 and l1: give all three")
