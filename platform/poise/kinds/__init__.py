@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from poise.kinds.specs.finetune import FinetuneSftSpec
 from poise.kinds.specs.pipeline import PipelineSpec
 from poise.kinds.specs.robust import RobustTrainSpec
+from poise.kinds.specs.sweep import SweepSpec
 from poise.spec import RunSpec
 
 if TYPE_CHECKING:
@@ -17,6 +19,8 @@ __all__ = ["KINDS", "run"]
 
 KINDS: Mapping[str, type[RunSpec]] = {
     "robust.train": RobustTrainSpec,
+    "finetune.sft": FinetuneSftSpec,
+    "sweep": SweepSpec,
     "pipeline": PipelineSpec,
 }
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from poise.kinds.specs.stage import Job
+from poise.kinds.specs.sweep import SweepSpec
 from poise.spec import Name, RunSpec, mistake
 from poise.spec.problems import Path
 
@@ -15,7 +16,7 @@ __all__ = ["PipelineSpec"]
 
 _REFERENCE = re.compile(r"\$\{([^}]*)\}")
 
-Stage = Annotated[Job, Field(discriminator="kind")]
+Stage = Annotated[Job | SweepSpec, Field(discriminator="kind")]
 
 
 class PipelineSpec(RunSpec):
@@ -45,6 +46,8 @@ class PipelineSpec(RunSpec):
                 shared, body = common[use], {key: value for key, value in body.items() if key != "use"}
                 copies[("stages", stage)] = ("common", use)
             full[stage] = _resolved(_overlay({**head, "name": f"{tree.get('name')}-{stage}"}, shared, body), names)
+            if full[stage].get("kind") == "sweep":
+                full[stage], _ = SweepSpec.expand(full[stage])
             names[stage] = str(full[stage]["name"])
         return {**{key: value for key, value in tree.items() if key != "common"}, "stages": full}, copies
 
