@@ -1,0 +1,1 @@
+"""What a language model's confidence is worth: self-consistency by meaning, calibration errors, their intervals."""

@@ -1,0 +1,185 @@
+"""How far confidence is from accuracy: the family of calibration errors, and scores that go with them.
+
+Everywhere `conf` [N] are confidences in [0, 1] and `correct` [N] grades in [0, 1]; N = 0 gives NaN. All errors are
+biased upwards by the noise of the grades: `noise_floor` says what a calibrated model would show, `debiased_ece` removes
+most of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import nan, pi
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.fft import dct, idct
+from scipy.stats import rankdata
+
+__all__ = [
+    "Bins",
+    "Edges",
+    "auroc",
+    "brier",
+    "classwise_ece",
+    "debiased_ece",
+    "ece",
+    "noise_floor",
+    "reliability",
+    "smooth_ece",
+]
+
+Array = NDArray[np.float64]
+
+Edges = Literal["integer", "linspace", "mass"]
+"""integer: equal width with exact edges, right for multiples of 1/n; linspace: equal width with floating-point edges,
+which misplace .3, .6 and .7, as most code has them; mass: edges at quantiles, equal values never parted."""
+
+_CELLS = 1024
+
+
+@dataclass(frozen=True)
+class Bins:
+    """The bins that hold anything: [low, high), the last one closed; its examples and their means; all [B]."""
+
+    low: Array
+    high: Array
+    count: Array
+    confidence: Array
+    accuracy: Array
+
+
+def reliability(conf: ArrayLike, correct: ArrayLike, bins: int = 10, edges: Edges = "integer") -> Bins:
+    """What a reliability diagram shows; bins without examples are left out."""
+    c, y = _pair(conf, correct)
+    limits, index = _binned(c, bins, edges)
+    count = np.bincount(index, minlength=len(limits) - 1)
+    full = count > 0
+    confidence, accuracy = (np.bincount(index, values, len(count))[full] / count[full] for values in (c, y))
+    return Bins(limits[:-1][full], limits[1:][full], count[full].astype(float), confidence, accuracy)
+
+
+def ece(conf: ArrayLike, correct: ArrayLike, bins: int = 10, edges: Edges = "integer") -> float:
+    """Expected calibration error in L1: sum_b (n_b / N) |mean confidence - mean grade|, over bins [low, high).
+
+    Source: Naeini et al., AAAI 2015; Guo et al., ICML 2017.
+    """
+    b = reliability(conf, correct, bins, edges)
+    return float(b.count @ np.abs(b.confidence - b.accuracy) / b.count.sum()) if len(b.count) else nan
+
+
+def debiased_ece(conf: ArrayLike, correct: ArrayLike, bins: int = 10, edges: Edges = "integer") -> float:
+    """L2 calibration error without the variance of grades: sqrt max(0, sum_b n_b/N [(c - y)^2 - y(1 - y)/(n_b - 1)]).
+
+    A bin with a single example adds nothing. ValueError for grades other than 0 and 1. Source: Kumar, Liang and Ma,
+    Verified uncertainty calibration, NeurIPS 2019.
+    """
+    b = reliability(conf, _binary(correct), bins, edges)
+    if not len(b.count):
+        return nan
+    noise = b.accuracy * (1 - b.accuracy) / np.maximum(b.count - 1, 1)
+    parts = np.where(b.count > 1, (b.confidence - b.accuracy) ** 2 - noise, 0.0)
+    return float(np.sqrt(max(0.0, b.count @ parts / b.count.sum())))
+
+
+def smooth_ece(conf: ArrayLike, correct: ArrayLike, *, ends: Literal["half", "full"] = "half") -> float:
+    """smECE: mean magnitude of the residual y - c after a reflected Gaussian blur that is as wide as the result.
+
+    The width is the smallest multiple of 1/1024 that is not below the result. Reflection at 0 and 1 makes the blur a
+    damping of the k-th cosine by exp(-(pi k width)^2 / 2). The authors' package relplot gives confidences of exactly 0
+    or 1 half a weight, so that a spike at 1 counts half: ends="half" agrees with it to 1e-3, ends="full" is the
+    definition of the paper. Source: Blasiok and Nakkiran, Smooth ECE, ICLR 2024.
+    """
+    c, y = _pair(conf, correct)
+    if not len(c):
+        return nan
+    weight = np.where((c == 0) | (c == 1), 0.5 if ends == "half" else 1.0, 1.0)
+    spectrum = dct(_spread(c, weight * (y - c) / weight.sum()))
+    damping = (pi * np.arange(_CELLS)) ** 2 / 2
+
+    def error(width: float) -> float:
+        return float(np.abs(idct(spectrum * np.exp(-damping * width**2))).sum())
+
+    low, high = 0.0, 1.0
+    for _ in range(10):
+        width = (low + high) / 2
+        low, high = (width, high) if width < error(width) else (low, width)
+    return error(high)
+
+
+def brier(conf: ArrayLike, correct: ArrayLike) -> float:
+    """mean (c - y)^2. Source: Brier, Monthly Weather Review 1950."""
+    c, y = _pair(conf, correct)
+    return float(np.mean((c - y) ** 2)) if len(c) else nan
+
+
+def auroc(conf: ArrayLike, correct: ArrayLike) -> float:
+    """The chance that a correct example has more confidence than a wrong one, ties counted half.
+
+    NaN where all or none are correct; ValueError for grades other than 0 and 1.
+    """
+    c, y = _pair(conf, _binary(correct))
+    right = int(y.sum())
+    wrong = len(y) - right
+    if not right or not wrong:
+        return nan
+    return float((rankdata(c)[y == 1].sum() - right * (right + 1) / 2) / (right * wrong))
+
+
+def classwise_ece(probabilities: ArrayLike, labels: ArrayLike, bins: int = 10, edges: Edges = "integer") -> float:
+    """Mean over K classes of the ECE of each class: `probabilities` [N, K] against labels [N] in 0..K-1.
+
+    For a label set that all questions share. Source: Kull et al., NeurIPS 2019.
+    """
+    p, y = np.asarray(probabilities, dtype=float), np.asarray(labels)
+    if p.ndim != 2 or y.shape != p.shape[:1] or (len(y) and not 0 <= y.min() <= y.max() < p.shape[1]):
+        raise ValueError(f"needs probabilities [N, K] and labels [N] in 0..K-1, not {p.shape} and {y.shape}")
+    return float(np.mean([ece(p[:, k], y == k, bins, edges) for k in range(p.shape[1])]))
+
+
+def noise_floor(conf: ArrayLike, bins: int = 10, edges: Edges = "integer", *, reps: int = 200, seed: int = 0) -> float:
+    """The mean ECE of a calibrated model with these confidences: grades are drawn with probability `conf`."""
+    c = np.asarray(conf, dtype=float)
+    draws = np.random.default_rng(seed).random((reps, len(c))) < c
+    return float(np.mean([ece(c, y, bins, edges) for y in draws]))
+
+
+def _pair(conf: ArrayLike, correct: ArrayLike) -> tuple[Array, Array]:
+    c, y = np.asarray(conf, dtype=float), np.asarray(correct, dtype=float)
+    if c.ndim != 1 or c.shape != y.shape:
+        raise ValueError(f"needs as many grades as confidences, not {c.shape} and {y.shape}")
+    if not all(((values >= 0) & (values <= 1)).all() for values in (c, y)):
+        raise ValueError("confidences and grades lie between 0 and 1")
+    return c, y
+
+
+def _binary(correct: ArrayLike) -> Array:
+    y = np.asarray(correct, dtype=float)
+    if not np.isin(y, (0, 1)).all():
+        raise ValueError("this measure needs grades that are 0 or 1")
+    return y
+
+
+def _binned(c: Array, bins: int, edges: Edges) -> tuple[Array, NDArray[np.int64]]:
+    """Limits of the bins [B + 1] and the bin of each confidence [N]."""
+    if bins < 1 or edges not in ("integer", "linspace", "mass"):
+        raise ValueError(f"needs at least one bin with edges integer, linspace or mass, not {bins}, {edges!r}")
+    limits = np.linspace(0.0, 1.0, bins + 1)
+    if edges == "integer":
+        return limits, np.minimum(np.floor(c * bins + 1e-12), bins - 1).astype(np.int64)
+    if edges == "mass" and len(c):
+        limits = np.unique(np.quantile(c, limits))
+    if len(limits) == 1:  # all confidences are equal
+        limits = np.repeat(limits, 2)
+    return limits, (np.searchsorted(limits, c, side="right") - 1).clip(0, len(limits) - 2).astype(np.int64)
+
+
+def _spread(c: Array, mass: Array) -> Array:
+    """`mass` at the places `c` on a grid of cells, each shared by the two nearest centres in keeping its mean place."""
+    place = np.clip(c * _CELLS - 0.5, 0, _CELLS - 1)
+    below = np.minimum(place.astype(np.int64), _CELLS - 2)
+    above = place - below
+    cells = np.zeros(_CELLS)
+    np.add.at(cells, below, mass * (1 - above))
+    np.add.at(cells, below + 1, mass * above)
+    return cells

@@ -1,0 +1,153 @@
+r"""Confidence of a language model from repeated answers alone: Sem1, and Sem2, which is not biased by its own choice.
+
+n answers to a question fall into classes of equal meaning with counts c_k. Sem1 is max_k c_k / n: the class is chosen
+and scored on the same answers, so it is too large. Sem2 halves the answers: the modal class z_S of s = floor(n/2)
+answers is scored by its share of the other m = n - s. Its mean over all halvings is computed here in exact integers:
+
+    Sem2 = E_S (c_z - t_z) / m,   z = z_S,   t_k = answers of class k in S,   P(t) = prod_k C(c_k, t_k) / C(n, s)
+
+E Sem2 is the probability that the model gives to z_S, for every s, m >= 1; 0 <= Sem2 <= Sem1 for every question.
+Source: semantic calibration error (arXiv 2605.08432) and the sampling protocol of its release.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from functools import lru_cache
+from math import comb, log, nan
+from typing import Literal
+
+import numpy as np
+
+__all__ = ["Ties", "entropy", "graded_over_splits", "margin", "sem1", "sem2_exact", "sem2_splits"]
+
+Ties = Literal["uniform", "lowest"]
+"""Which of several modal classes a split deploys: each with equal chance, or the one of the lowest index."""
+
+_Ways = dict[tuple[int, int], int]
+"""Ways to choose answers, by how many were chosen and how many classes tie with the marked one."""
+
+
+def sem1(counts: Sequence[int]) -> float:
+    """The share of the largest of the classes with `counts` [K]; ValueError without any answer."""
+    return max(_checked(counts)) / sum(counts)
+
+
+def margin(counts: Sequence[int]) -> float:
+    """The difference of the two largest shares, 1 with a single class; ValueError without any answer."""
+    first, second, *_ = sorted((*_checked(counts), 0), reverse=True)
+    return (first - second) / sum(counts)
+
+
+def entropy(counts: Sequence[int]) -> float:
+    """Discrete semantic entropy -sum_k p_k ln p_k of the shares (nats). Source: Farquhar et al., Nature 630 (2024)."""
+    n = sum(_checked(counts))
+    return sum(count / n * log(n / count) for count in counts if count)
+
+
+def sem2_exact(counts: Sequence[int], ties: Ties = "uniform", *, s: int | None = None) -> float:
+    """Sem2 averaged over all C(n, s) splits of answers with `counts` [K]; NaN for fewer than two answers.
+
+    `s` answers choose the class (default: half, rounded down). With ties="lowest" the order of the classes counts: have
+    them in order of first occurrence, never as a judge listed them. ValueError for counts, s or ties of no sense.
+    """
+    classes = _checked(counts)
+    if sum(classes) < 2:
+        return nan
+    order = classes if ties == "lowest" else tuple(sorted(classes))
+    return _sem2(order, ties, _size(classes, s))
+
+
+def graded_over_splits(
+    counts: Sequence[int], grades: Sequence[int], ties: Ties = "uniform", *, s: int | None = None
+) -> float:
+    """sum_k P(z_S = k) grade_k: how often the class that a split deploys is correct. `grades` [K] are 0 or 1.
+
+    The label whose expectation Sem2 estimates question by question; NaN for fewer than two answers.
+    """
+    classes = _checked(counts)
+    if len(grades) != len(classes):
+        raise ValueError(f"{len(classes)} classes need as many grades, not {len(grades)}")
+    if sum(classes) < 2:
+        return nan
+    return float(_mean_over_splits(classes, _size(classes, s), ties, lambda k, t: int(grades[k])))
+
+
+def sem2_splits(assignments: Sequence[int], R: int = 10, seed: int = 0) -> float:  # noqa: N803
+    """Sem2 averaged over `R` drawn splits of the class indices `assignments` [n], as the release draws them.
+
+    `numpy.random.default_rng(seed)` anew for each question, one permutation per split, ties to the lowest index. Its
+    noise (about .03 for n = 50, R = 10) rivals what is measured: kept for parity. NaN for fewer than two answers.
+    """
+    labels = np.asarray(assignments, dtype=np.int64)
+    if R < 1 or (len(labels) and labels.min() < 0):
+        raise ValueError(f"needs at least one split and class indices from 0, not R={R}, {assignments!r}")
+    if len(labels) < 2:
+        return nan
+    generator = np.random.default_rng(seed)
+    shares = []
+    for _ in range(R):
+        chosen, scored = np.split(labels[generator.permutation(len(labels))], [len(labels) // 2])
+        shares.append(np.mean(scored == np.bincount(chosen).argmax()))
+    return float(np.mean(shares))
+
+
+def _checked(counts: Sequence[int]) -> tuple[int, ...]:
+    classes = tuple(int(count) for count in counts)
+    if not any(classes) or min(classes) < 0:
+        raise ValueError(f"counts of answers are not negative and not all zero, got {list(counts)}")
+    return classes
+
+
+def _size(counts: tuple[int, ...], s: int | None) -> int:
+    n = sum(counts)
+    size = n // 2 if s is None else s
+    if not 1 <= size < n:
+        raise ValueError(f"a split of {n} answers chooses by 1 to {n - 1} of them, not {size}")
+    return size
+
+
+@lru_cache(maxsize=65536)
+def _sem2(counts: tuple[int, ...], ties: Ties, s: int) -> float:
+    return float(_mean_over_splits(counts, s, ties, lambda k, t: counts[k] - t) / (sum(counts) - s))
+
+
+def _mean_over_splits(counts: tuple[int, ...], s: int, ties: Ties, value: Callable[[int, int], int]) -> Fraction:
+    """E_S value(z_S, answers of z_S in S), summed over how many answers t win."""
+    if ties not in ("uniform", "lowest"):
+        raise ValueError(f"ties are 'uniform' or 'lowest', not {ties!r}")
+    total = Fraction(0)
+    for t in range(1, min(max(counts), s) + 1):
+        total += sum(Fraction(ways, 1 + tied) for (_, tied), ways in _winning(counts, s, t, ties, value).items())
+    return total / comb(sum(counts), s)
+
+
+def _winning(counts: tuple[int, ...], s: int, t: int, ties: Ties, value: Callable[[int, int], int]) -> _Ways:
+    """Ways to choose s answers such that one class, the marked one, has t and wins, each weighted by the mark's value.
+
+    A product over the classes: before the mark and after it a class may have no more than t, and with lowest ties less
+    than t before it. Uniform ties are counted, since each of 1 + ties tied classes is marked in turn.
+    """
+    unmarked, marked = _Ways({(0, 0): 1}), _Ways()
+    for k, count in enumerate(counts):
+        others = [(u, int(ties == "uniform" and u == t), comb(count, u)) for u in range(min(count, t) + 1)]
+        mark = [(t, 0, comb(count, t) * value(k, t))]
+        marked = _sum(_times(marked, others, s), _times(unmarked, mark, s))
+        unmarked = _times(unmarked, others if ties == "uniform" else others[:t], s)
+    return {(size, tied): ways for (size, tied), ways in marked.items() if size == s}
+
+
+def _times(ways: _Ways, factor: list[tuple[int, int, int]], s: int) -> _Ways:
+    """The product of two polynomials, without what exceeds degree s."""
+    product = _Ways()
+    for (size, tied), many in ways.items():
+        for u, tie, few in factor:
+            if size + u <= s:
+                key = (size + u, tied + tie)
+                product[key] = product.get(key, 0) + many * few
+    return product
+
+
+def _sum(left: _Ways, right: _Ways) -> _Ways:
+    return {key: left.get(key, 0) + right.get(key, 0) for key in left | right}
