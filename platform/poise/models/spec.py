@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
 from poise.errors import UserError
 from poise.models.plans import RESIDUAL, SMALLEST_SIDE, VGG, WIDTH, Architecture, ResidualPlan, Shape
-from poise.spec import RunName, Section, mistake
+from poise.spec import Real, RunName, Section, mistake
 
 __all__ = [
     "Architecture",
+    "DecodingSpec",
     "LanguageModelSpec",
     "ModelSpec",
     "Shape",
@@ -112,6 +113,16 @@ def _cnn(width: int, shape: Shape, classes: int) -> Iterator[_Size]:
     yield _Size((16 * width + 1) * 2 * width)
     yield _Size((2 * width * (height // 4) * (side // 4) + 1) * 4 * width)
     yield _Size((4 * width + 1) * classes)
+
+
+class DecodingSpec(Section):
+    """How tokens are drawn from a language model."""
+
+    max_tokens: int = Field(64, ge=1, le=1_000_000, description="longest response, in tokens")
+    temperature: Annotated[Real, Field(ge=0, le=100)] = Field(Real(1), description="of the softmax; 0 is greedy")
+    top_p: Annotated[Real, Field(gt=0, le=1)] = Field(
+        Real(1), description="draw only among the likeliest tokens that have this probability together"
+    )
 
 
 class LanguageModelSpec(Section):

@@ -26,8 +26,10 @@ from poise.report.curves import COLOURS, INK, SPARE, colour, curve, label, names
 
 __all__ = [
     "accuracy_curves",
+    "canvas",
     "final_bars",
     "learning_rate",
+    "legend",
     "loss_curves",
     "phase_bars",
     "speed",
@@ -69,7 +71,7 @@ STYLE = {
 }
 
 
-def _axes(width: float, height: float, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+def canvas(width: float, height: float, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     """An empty figure of `width` x `height` inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
@@ -77,7 +79,7 @@ def _axes(width: float, height: float, xlabel: str, ylabel: str) -> tuple[Figure
     return figure, axes
 
 
-def _legend(axes: Axes, handles: Sequence[Line2D] | None = None) -> None:
+def legend(axes: Axes, handles: Sequence[Line2D] | None = None) -> None:
     """One row above the plot, where it hides no data."""
     handles = axes.get_lines() if handles is None else handles
     axes.legend(
@@ -106,7 +108,7 @@ def _several(threats: list[str]) -> list[str]:
 @matplotlib.rc_context(STYLE)
 def loss_curves(rows: pa.Table) -> Figure | None:
     """Training objective, its parts per threat and the validation loss; None without any."""
-    figure, axes = _axes(HALF, 2.9, "epoch", "loss (nats)")
+    figure, axes = canvas(HALF, 2.9, "epoch", "loss (nats)")
     threats = _several(names(rows, "train", "loss/"))
     drawn = [_plot(axes, rows, "train", f"loss/{t}", color=colour(t, threats), lw=1.1, label=label(t)) for t in threats]
     drawn += [
@@ -115,7 +117,7 @@ def loss_curves(rows: pa.Table) -> Figure | None:
     ]
     if not any(drawn):
         return None
-    _legend(axes)
+    legend(axes)
     return figure
 
 
@@ -125,7 +127,7 @@ def accuracy_curves(rows: pa.Table, best_step: int | None = None) -> Figure | No
 
     None without any accuracy in the rows.
     """
-    figure, axes = _axes(WIDE, 3.8, "epoch", "accuracy (%)")
+    figure, axes = canvas(WIDE, 3.8, "epoch", "accuracy (%)")
     measures: dict[str, list[str]] = {}
     for split, style in (("validation", "-"), ("train", (0, (1, 1.4)))):
         found = _accuracies(rows, split)
@@ -171,7 +173,7 @@ def _accuracy_legend(axes: Axes, measures: Mapping[str, Sequence[str]]) -> None:
         handles.append(Line2D([], [], color=MUTED, lw=1.9, label="validation"))
     if "train" in splits:
         handles.append(Line2D([], [], color=MUTED, lw=1.2, ls=(0, (1, 1.4)), label="training batches"))
-    _legend(axes, handles)
+    legend(axes, handles)
 
 
 @matplotlib.rc_context(STYLE)
@@ -180,11 +182,11 @@ def weight_curves(rows: pa.Table) -> Figure | None:
     threats = _several(names(rows, "train", "weight/"))
     if not threats:
         return None
-    figure, axes = _axes(HALF, 2.9, "epoch", "weight in the objective")
+    figure, axes = canvas(HALF, 2.9, "epoch", "weight in the objective")
     for threat in threats:
         _plot(axes, rows, "train", f"weight/{threat}", color=colour(threat, threats), label=label(threat))
     axes.set_ylim(bottom=0)
-    _legend(axes)
+    legend(axes)
     return figure
 
 
@@ -200,7 +202,7 @@ def speed(rows: pa.Table) -> Figure | None:
 
 @matplotlib.rc_context(STYLE)
 def _single(rows: pa.Table, split: str, name: str, ylabel: str) -> Figure | None:
-    figure, axes = _axes(HALF, 2.5, "epoch", ylabel)
+    figure, axes = canvas(HALF, 2.5, "epoch", ylabel)
     if not _plot(axes, rows, split, name, color=INK):
         return None
     axes.set_ylim(bottom=0)
@@ -213,7 +215,7 @@ def phase_bars(runs: Sequence[tuple[str, pa.Table]]) -> Figure | None:
     timed = [(name, seconds) for name, rows in runs if sum((seconds := phase_seconds(rows)).values()) > 0]
     if not timed:
         return None
-    figure, axes = _axes(WIDE, 0.85 + 0.42 * len(timed), "time in the loop of one worker (s)", "")
+    figure, axes = canvas(WIDE, 0.85 + 0.42 * len(timed), "time in the loop of one worker (s)", "")
     axes.grid(axis="y", visible=False)
     phases = [p for p in PHASES if any(p in s for _, s in timed)]
     phases += sorted({p for _, s in timed for p in s} - set(phases))
@@ -223,7 +225,7 @@ def phase_bars(runs: Sequence[tuple[str, pa.Table]]) -> Figure | None:
     axes.set_yticks(range(len(timed)), [_short(name) for name, _ in timed], color=INK)
     axes.set_ylim(len(timed) - 0.45, -0.55)
     axes.set_xlim(0, 1.01 * longest)
-    _legend(axes, [_swatch(_phase_colour(p), p.replace("_", " and ")) for p in phases])
+    legend(axes, [_swatch(_phase_colour(p), p.replace("_", " and ")) for p in phases])
     return figure
 
 
@@ -254,7 +256,7 @@ def final_bars(runs: Sequence[tuple[str, Mapping[str, float], int]]) -> Figure |
     runs = [run for run in runs if any(math.isfinite(v) for v in run[1].values())]
     if not runs:
         return None
-    figure, axes = _axes(WIDE, 3.5, "", "test accuracy (%)")
+    figure, axes = canvas(WIDE, 3.5, "", "test accuracy (%)")
     axes.grid(axis="x", visible=False)
     measures = ordered(m.removeprefix("robust/") for _, accuracy, _ in runs for m in accuracy)
     width = 0.8 / len(runs)
@@ -270,7 +272,7 @@ def final_bars(runs: Sequence[tuple[str, Mapping[str, float], int]]) -> Figure |
     axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
     if len(runs) > 1:
-        _legend(axes, [_swatch(INK, _short(run[0]), _shade(i, len(runs))) for i, run in enumerate(runs)])
+        legend(axes, [_swatch(INK, _short(run[0]), _shade(i, len(runs))) for i, run in enumerate(runs)])
     return figure
 
 
