@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -11,9 +14,10 @@ from poise import kinds
 from poise.engine.session import claim, is_finished, located
 from poise.env import launched_rank
 from poise.errors import UserError
+from poise.models.sampling import Sampler
 from poise.observe.progress import Display
 from poise.observe.sinks import Sink
-from poise.spec import RunSpec
+from poise.spec import RunSpec, SamplerSpec
 from poise.train.context import Context
 
 __all__ = ["run_local"]
@@ -24,7 +28,9 @@ def run_local(spec: RunSpec, display: Display, sink: Sink) -> None:
     torch.set_num_threads(spec.workers.cpus)
     rank, world_size, _ = launched_rank()
     device = _device(spec)
-    context = Context(located(spec), rank, world_size, device, report=display.show, sink=sink)
+    context = Context(
+        located(spec), rank, world_size, device, report=display.show, sampler=partial(_sampler, device), sink=sink
+    )
     with ExitStack() as stack:
         if world_size > 1:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -37,6 +43,18 @@ def run_local(spec: RunSpec, display: Display, sink: Sink) -> None:
 
         context.together(claim_here)
         kinds.run(spec, context)
+
+
+@contextmanager
+def _sampler(device: torch.device, spec: SamplerSpec, folder: Path) -> Iterator[Sampler]:
+    if spec.backend == "vllm":
+        raise UserError(
+            "vLLM engines run beside the workers of a Ray cluster: use --engine ray, or "
+            "--set sampler.backend=transformers to sample in this process"
+        )
+    from poise.models.transformers_sampler import TransformersSampler
+
+    yield TransformersSampler(folder, device)
 
 
 def _device(spec: RunSpec) -> torch.device:

@@ -14,8 +14,11 @@ import torch
 
 from poise import kinds
 from poise.engine.metrics import RaySink
+from poise.engine.pool import SamplerPool
 from poise.errors import PoiseError, RunBusyError
+from poise.observe.events import event
 from poise.observe.progress import Progress
+from poise.spec import SamplerSpec
 from poise.store.lease import Lease
 from poise.store.runs import Run, open_run
 from poise.train.context import Context
@@ -67,6 +70,14 @@ def _context(errand: Errand, run: Run, rank: int, attempt: int) -> Context:
                 f"run {run.name}: another driver has taken it over; this one stops before its next commit"
             )
 
+    def sampler(spec: SamplerSpec, folder: Path) -> SamplerPool:
+        return SamplerPool(spec, folder, on_restart=restarted)
+
+    def restarted(why: str) -> None:
+        sink.inc("poise_sampler_restarts_total", run=run.name)
+        run.append_events([event("sampler_restart", why=why)])
+
+    sink = RaySink()
     device = ray.train.torch.get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where NCCL puts what it sends
@@ -77,6 +88,7 @@ def _context(errand: Errand, run: Run, rank: int, attempt: int) -> Context:
         device=device,
         attempt=attempt,
         report=show,
+        sampler=sampler,
         guard=guard,
-        sink=RaySink(),
+        sink=sink,
     )

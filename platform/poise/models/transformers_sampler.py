@@ -1,0 +1,130 @@
+"""The sampler for machines without vLLM: transformers, in this process, in float32.
+
+Invariant: a sample is drawn by inverting the distribution function at numbers of its own generator, seeded by the
+request's seed plus the sample's index. Which samples share a batch changes only the rounding of the model's logits.
+Legend: B samples, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from poise.models.folder import check_newer, read_folder
+from poise.models.sampling import Decoding, Request, Sample
+
+__all__ = ["TransformersSampler"]
+
+
+class TransformersSampler:
+    """The language model of a local folder; `poise.models.sampling.Sampler` says what it does."""
+
+    def __init__(self, folder: Path, device: torch.device | str = "cpu", *, batch_size: int = 64) -> None:
+        """UserError when the folder holds no language model."""
+        from transformers import AutoModelForCausalLM
+
+        self._folder = read_folder(folder)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
+        )
+        self._model = model.to(device).eval()
+        self._device = torch.device(device)
+        self._batch_size = batch_size
+        self._version = 0
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    @torch.inference_mode()
+    def generate(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Sample]]:
+        self._folder.check_room((request.prompt for request in requests), decoding.max_tokens)
+        rows = [(request, index) for request in requests for index in range(request.n)]
+        drawn: dict[tuple[Request, int], Sample] = {}
+        for batch in _alike([len(request.prompt) for request, _ in rows], self._batch_size):
+            chosen = [rows[place] for place in batch]
+            drawn |= dict(zip(chosen, self._draw(chosen, decoding), strict=True))
+        return [[drawn[request, index] for index in range(request.n)] for request in requests]
+
+    @torch.inference_mode()
+    def score(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[list[float]]:
+        pairs = list(zip(prompts, responses, strict=True))
+        self._folder.check_room(prompts, 0)
+        self._folder.check_room([[*prompt, *response] for prompt, response in pairs], 0)
+        scores: list[list[float]] = [[] for _ in pairs]
+        for batch in _alike([len(prompt) + len(response) for prompt, response in pairs], self._batch_size):
+            ids = torch.tensor([[*pairs[place][0], *pairs[place][1]] for place in batch], device=self._device)
+            logprobs_BT = _logprobs(self._model(input_ids=ids).logits[:, :-1], ids[:, 1:])
+            for place, row in zip(batch, logprobs_BT.tolist(), strict=True):
+                scores[place] = row[len(pairs[place][0]) - 1 :]
+        return scores
+
+    @torch.no_grad()
+    def update_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
+        check_newer(version, self._version)
+        new = self._folder.checked(weights)
+        served = self._model.state_dict()
+        for name, value in new.items():
+            served[name].copy_(value)
+        self._version = version
+
+    def _draw(self, rows: Sequence[tuple[Request, int]], decoding: Decoding) -> Iterator[Sample]:
+        """The samples of rows whose prompts are equally long."""
+        noise_BT = torch.stack([_uniform(request.seed + index, decoding.max_tokens) for request, index in rows])
+        ids = torch.tensor([request.prompt for request, _ in rows], device=self._device)
+        stop = torch.tensor(sorted(self._folder.stop), device=self._device)
+        ended = torch.zeros(len(rows), dtype=torch.bool, device=self._device)
+        tokens, logprobs, cache = [], [], None
+        for position in range(decoding.max_tokens):
+            output = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache, logits_B1V = output.past_key_values, output.logits
+            ids = _choose(logits_B1V[:, 0], decoding, noise_BT[:, position].to(self._device))[:, None]
+            tokens.append(ids)
+            logprobs.append(_logprobs(logits_B1V, ids))
+            ended |= torch.isin(ids[:, 0], stop)
+            if ended.all():
+                break
+        drawn = zip(rows, torch.cat(tokens, 1).tolist(), torch.cat(logprobs, 1).tolist(), strict=True)
+        for (request, index), row, row_logprobs in drawn:
+            yield self._sample(request, index, row, row_logprobs)
+
+    def _sample(self, request: Request, index: int, tokens: list[int], logprobs: list[float]) -> Sample:
+        """The row up to its first stop token."""
+        end = next((place + 1 for place, token in enumerate(tokens) if token in self._folder.stop), None)
+        finish: Literal["stop", "length"] = "length" if end is None else "stop"
+        return Sample(request.id, index, tuple(tokens[:end]), tuple(logprobs[:end]), finish, self._version)
+
+
+def _alike(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Places of equal length, in batches: nothing is padded, so no row depends on how long another is."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    for _, group in groupby(order, key=lengths.__getitem__):
+        places = list(group)
+        for start in range(0, len(places), batch_size):
+            yield places[start : start + batch_size]
+
+
+def _uniform(seed: int, count: int) -> Tensor:
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """[B, T] of logits [B, T, V] and tokens [B, T]."""
+    return logits.float().log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+
+
+def _choose(logits: Tensor, decoding: Decoding, noise: Tensor) -> Tensor:
+    """Tokens [B] of logits [B, V]: greedy, or where the nucleus' distribution function first exceeds the noise [B]."""
+    if decoding.temperature == 0:
+        return logits.argmax(-1)
+    unsorted = (logits.double() / decoding.temperature).softmax(-1)
+    probabilities, order = unsorted.sort(stable=True, dim=-1, descending=True)
+    before = probabilities.cumsum(-1) - probabilities
+    cumulative = probabilities.where(before < decoding.top_p, 0.0).cumsum(-1)
+    place = torch.searchsorted(cumulative, (noise * cumulative[:, -1])[:, None], right=True)
+    return order.gather(-1, place.clamp(max=order.shape[-1] - 1)).squeeze(-1)
