@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from poise.spec.base import Section
+from poise.spec.base import Section, mistake
 from poise.spec.problems import Path
 from poise.spec.values import Name
 
@@ -46,6 +46,12 @@ class WorkersSpec(Section):
         if self.min_count is not None and self.min_count > self.count:
             raise ValueError(f"min_count {self.min_count} is above count {self.count}")
         return self
+
+    def check_shares(self, path: str, batch_size: int) -> None:
+        """Raise a mistake at `path` unless a batch divides by every number of workers that there may be."""
+        for count in range(self.min_count or self.count, self.count + 1):
+            if batch_size % count:
+                raise mistake(path, f"{batch_size} does not divide by {count} workers")
 
 
 class SamplerSpec(Section):

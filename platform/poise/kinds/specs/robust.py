@@ -33,9 +33,7 @@ class RobustTrainSpec(RunSpec):
             check(self.objective, self.threats)
         except ValueError as error:
             raise mistake("threats", str(error)) from None
-        for count in range(self.workers.min_count or self.workers.count, self.workers.count + 1):
-            if self.data.batch_size % count:
-                raise mistake("data.batch_size", f"{self.data.batch_size} does not divide by {count} workers")
+        self.workers.check_shares("data.batch_size", self.data.batch_size)
         return self
 
     def cost(self) -> list[str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from poise.kinds.specs.finetune import FinetuneSftSpec
 from poise.kinds.specs.robust import RobustTrainSpec
 
 __all__ = ["Job"]
 
-Job = RobustTrainSpec
+Job = RobustTrainSpec | FinetuneSftSpec
 """The union of the specs of all kinds but `sweep` and `pipeline`; where it is used, `kind` tells which."""

@@ -1,0 +1,182 @@
+"""`kind: finetune.sft`: supervised training of a language model on prompts and completions.
+
+text -> model -> train.loop [logits -> cross entropy or GEM over the tokens of the step] -> cross entropy and entropy
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from poise.data.spec import WorldText
+from poise.data.text import IGNORED, TextBatch, TextBatches, TextData, load_text, text_batch, text_tokenizer
+from poise.errors import UserError
+from poise.finetune.losses import cross_entropy, entropy, gem_loss
+from poise.finetune.spec import Gem, Lora, LossSpec, TuningSpec
+from poise.kinds.language import Truth, held_out, keep_model
+from poise.kinds.specs.finetune import FinetuneSftSpec
+from poise.models.language import open_language_model
+from poise.spec.problems import nearest
+from poise.spec.seeds import derive_seed
+from poise.train.context import Context
+from poise.train.loop import Fitted, fit
+from poise.train.restore import restore
+from poise.train.task import StepOutput, Task, TaskState, Turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+__all__ = ["run"]
+
+
+class _Batch(NamedTuple):
+    """A micro-batch of this rank, and what its sum over tokens is divided by."""
+
+    text: TextBatch
+    normalizer: float
+
+
+def run(spec: FinetuneSftSpec, context: Context) -> None:
+    """Train, then measure the model that is left on held-out examples and, in a world, against the truth."""
+    new = text_tokenizer(spec.data) if spec.model.name else None
+    model, tokenizer = open_language_model(spec.model, spec.store, derive_seed(spec.seed, "model"), new)
+    data = load_text(spec.data, tokenizer, spec.seed)
+    truth = Truth(spec.data.world, tokenizer) if isinstance(spec.data, WorldText) else None
+    batches = TextBatches(data.train, spec.batch_size, spec.seed, context.rank, context.world_size, context.device)
+    model = _tuned(model, spec.tuning, derive_seed(spec.seed, "lora")).to(context.device)
+    fitted = fit(_task(spec, model, batches, data, truth, context), spec.train, context)
+    selected = "best" if spec.export == "best" and restore(model, fitted.best_step, context) else "final"
+    sizes = {"parameters": _numel(model), "trainable": _numel(model, trainable=True)}
+    model = model.merge_and_unload() if isinstance(spec.tuning, Lora) else model  # type: ignore[operator]
+    measured = _measure(model, data, truth, context)
+    context.together(partial(keep_model, model, tokenizer, context))
+    told = _told(spec, fitted, selected) | sizes | {"measured": measured} | _tokens(spec, data, batches, fitted)
+    told |= {"floor": truth.floor if truth else None, "preview": _preview(data, tokenizer)}
+    context.together(lambda: context.run.write("artifacts/summary.json", json.dumps(told, indent=1).encode()))
+
+
+def _tuned(model: nn.Module, tuning: TuningSpec, seed: int) -> nn.Module:
+    """The model with the weights frozen that are not to move, and adapters whose start is drawn by `seed`."""
+    if not isinstance(tuning, Lora):
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    leaves = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if unknown := sorted(set(tuning.targets or ()) - leaves):
+        raise UserError(f"tuning.targets: the model has no linear layer {unknown[0]!r}; {nearest(unknown[0], leaves)}")
+    config = LoraConfig(
+        r=tuning.rank,
+        lora_alpha=cast("int", float(tuning.alpha)),
+        lora_dropout=float(tuning.dropout),
+        target_modules=tuning.targets or "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return cast("nn.Module", get_peft_model(cast("Any", model), config))
+
+
+def _task(
+    spec: FinetuneSftSpec, model: nn.Module, batches: TextBatches, data: TextData, truth: Truth | None, context: Context
+) -> Task:
+    return Task(
+        model=model,
+        batch=_batch(batches, spec.train.accumulate, context.world_size),
+        step=_step(spec.loss),
+        batches_per_epoch=batches.batches_per_epoch,
+        examples_per_batch=spec.batch_size,
+        seed=spec.seed,
+        evaluate=partial(_measure, model, data, truth, context) if data.validation else None,
+        monitor="-ce",
+        unit="examples",
+    )
+
+
+def _batch(batches: TextBatches, accumulate: int, world_size: int) -> Callable[[int], _Batch]:
+    """Micro-batches whose losses, as the loop averages them, are the mean over all tokens of their optimizer step.
+
+    The loop divides by `accumulate` and DDP by the ranks, so a sum is divided by n / (accumulate * ranks). Every rank
+    counts the tokens of all: nothing is communicated.
+    """
+
+    def batch(index: int) -> _Batch:
+        first = index - index % accumulate
+        tokens = sum(batches.supervised(part) for part in range(first, first + accumulate))
+        if not tokens:
+            raise UserError(f"data: the batches {first} to {first + accumulate - 1} have no token to learn")
+        return _Batch(batches.batch(index), tokens / (accumulate * world_size))
+
+    return batch
+
+
+def _step(loss: LossSpec) -> Callable[[nn.Module, _Batch, TaskState, Turn], StepOutput]:
+    """One step: the loss, and beside it cross entropy and the entropy of the model where it answers."""
+
+    def step(model: nn.Module, batch: _Batch, state: TaskState, turn: Turn) -> StepOutput:
+        text, n = batch
+        logits = model(input_ids=text.ids, attention_mask=text.mask, use_cache=False).logits
+        value = _loss(loss, logits, text.labels, n)
+        with torch.no_grad():
+            metrics = {
+                "ce": cross_entropy(logits, text.labels, normalizer=n),
+                "entropy": entropy(logits, text.labels, normalizer=n),
+            }
+        return StepOutput(value, metrics, state)
+
+    return step
+
+
+def _loss(spec: LossSpec, logits: Tensor, labels: Tensor, normalizer: float) -> Tensor:
+    if isinstance(spec, Gem):
+        return gem_loss(logits, labels, float(spec.beta), spec.variant, normalizer=normalizer)
+    return cross_entropy(logits, labels, normalizer=normalizer)
+
+
+def _measure(model: nn.Module, data: TextData, truth: Truth | None, context: Context) -> dict[str, float]:
+    return held_out(model, data.validation, context) | (truth.measure(model, context) if truth else {})
+
+
+def _told(spec: FinetuneSftSpec, fitted: Fitted, selected: str) -> dict[str, Any]:
+    loss, tuning = spec.loss, spec.tuning
+    return {
+        "run": spec.name,
+        "kind": spec.kind,
+        "seed": spec.seed,
+        "objective": f"gem ({loss.variant}, beta {loss.beta})" if isinstance(loss, Gem) else loss.name,
+        "tuning": f"lora (rank {tuning.rank})" if isinstance(tuning, Lora) else tuning.name,
+        "step": fitted.final_step,
+        "best_step": fitted.best_step,
+        "selected": selected,
+        "unit": "examples",
+    }
+
+
+def _tokens(spec: FinetuneSftSpec, data: TextData, batches: TextBatches, fitted: Fitted) -> dict[str, Any]:
+    """Counts of the training set, and of the tokens that the whole run has learned from, repeated ones too."""
+    learned = sum(len(example.completion) for example in data.train)
+    whole = learned + sum(len(example.prompt) for example in data.train)
+    seen = sum(map(batches.supervised, range(fitted.final_step * spec.train.accumulate)))
+    return {
+        "tokens": {"examples": len(data.train), "all": whole, "supervised": learned, "learned_from": seen},
+        "supervised_share": learned / whole,
+        "tokens_per_answer": learned / len(data.train),
+    }
+
+
+def _preview(data: TextData, tokenizer: Tokenizer) -> list[list[str | None]]:
+    """The first training example as the model sees it: each token, and the one to be said next where it is learned."""
+    batch = text_batch(data.train[:1])
+
+    def word(token: int) -> str | None:
+        return None if token == IGNORED else str(tokenizer.convert_ids_to_tokens(token))
+
+    return [[word(at), word(after)] for at, after in zip(batch.ids[0].tolist(), batch.labels[0].tolist(), strict=True)]
+
+
+def _numel(model: nn.Module, *, trainable: bool = False) -> int:
+    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad or not trainable)

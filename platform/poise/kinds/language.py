@@ -1,0 +1,84 @@
+"""What the kinds that train a language model share: how it is measured, and how it is left for other runs."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from poise.data.examples import TextExample, encode_completion, encode_prompt
+from poise.data.spec import WorldSpec
+from poise.data.text import IGNORED, text_batch
+from poise.data.worlds import make_world
+from poise.finetune.losses import cross_entropy, entropy
+from poise.models.language import MODEL_FOLDER, answer_logprobs, export
+from poise.observe.events import event
+from poise.train.context import Context
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+__all__ = ["Truth", "held_out", "keep_model"]
+
+EVALUATED_AT_ONCE = 256
+
+
+class Truth:
+    """A world as a measure: the exact loss of a model against the true answers, without the noise of samples."""
+
+    def __init__(self, spec: WorldSpec, tokenizer: Tokenizer) -> None:
+        self.world = make_world(spec)
+        questions = self.world.questions("evaluate")
+        self.prompts = [encode_prompt(tokenizer, question.prompt) for question in questions]
+        self.answers = [
+            [encode_completion(tokenizer, name) for name in self.world.candidates[question.id]]
+            for question in questions
+        ]
+        self.floor = self.world.entropy("evaluate")
+
+    def measure(self, model: nn.Module, context: Context) -> dict[str, float]:
+        """Nats per answer, and the probability of anything that is no answer. Each rank scores its share."""
+        mine = slice(context.rank, None, context.world_size)
+        shares = context.gather(answer_logprobs(model, self.prompts[mine], self.answers[mine]))
+        scores = [shares[row % context.world_size][row // context.world_size] for row in range(len(self.prompts))]
+        found = self.world.divergence("evaluate", scores)
+        return {
+            "answer_ce": found.cross_entropy,
+            "excess": found.excess,
+            "answer_entropy": found.entropy,
+            "outside": found.outside,
+        }
+
+
+@torch.no_grad()
+def held_out(model: nn.Module, examples: Sequence[TextExample], context: Context) -> dict[str, float]:
+    """Cross entropy of the completions and entropy of the model where it answers, nats per token; {} of no example."""
+    if not examples:
+        return {}
+    mine, training = examples[context.rank :: context.world_size], model.training
+    model.eval()
+    total = torch.zeros(3, dtype=torch.float64)
+    for start in range(0, len(mine), EVALUATED_AT_ONCE):
+        batch = text_batch(mine[start : start + EVALUATED_AT_ONCE])
+        ids, mask, labels = (part.to(context.device) for part in (batch.ids, batch.mask, batch.labels))
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        sums = [measure(logits, labels, normalizer=1) for measure in (cross_entropy, entropy)]
+        total += torch.stack([*sums, (labels != IGNORED).sum()]).double().cpu()
+    model.train(training)
+    ce, spread, tokens = torch.stack(context.gather(total)).sum(0).tolist()
+    return {"ce": ce / tokens, "entropy": spread / tokens}
+
+
+def keep_model(model: nn.Module, tokenizer: Tokenizer, context: Context) -> None:
+    """Write the model of this run into the store, as plain files under artifacts/model/; one rank calls it."""
+    context.guard()
+    with tempfile.TemporaryDirectory(prefix="poise-") as scratch:
+        export(model, tokenizer, Path(scratch))
+        names = sorted(path.name for path in Path(scratch).iterdir())
+        for name in names:
+            context.run.storage.upload(Path(scratch) / name, context.run.key(f"{MODEL_FOLDER}/{name}"))
+    context.run.append_events([event("model", files=names)])
