@@ -1,0 +1,202 @@
+"""The code that acts on language models, on one whose policy is known exactly, against the games it must solve.
+
+An inverted acceptance, a magnet that never lags, mismatched KL coefficients, a length normalisation or a forgotten
+token each end in another policy; so the fixed points are tested, and that the known slips miss them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from poise.align.games import exploitability, mpo, nash_equilibrium, nash_rs, regularised_nash
+from poise.align.methods import (
+    Anchor,
+    mpo_advantage,
+    nash_rs_advantage,
+    pack,
+    response_logits,
+    selfplay_loss,
+    token_logprobs,
+)
+
+W = np.array([[0.5, 0.9, 0.3], [0.1, 0.5, 0.8], [0.7, 0.2, 0.5]])
+REF, MAGNET = np.array([0.5, 0.3, 0.2]), np.array([0.6, 0.3, 0.1])
+
+
+def game_of(n: int, seed: int) -> np.ndarray:
+    upper = np.triu(np.random.default_rng(seed).uniform(size=(n, n)), 1)
+    return upper + np.tril(1 - upper.T, -1) + 0.5 * np.eye(n)
+
+
+def distance(p: np.ndarray, q: np.ndarray) -> float:
+    """Total variation."""
+    return float(0.5 * np.abs(p - q).sum())
+
+
+@pytest.fixture
+def play_mpo(self_play):
+    def play(toy, game, *, iterations, period, alpha, eta, lr=0.05):
+        play = self_play(toy, game, lr=lr)
+        for iteration in range(iterations):
+            if iteration and iteration % period == 0:
+                play.replace_magnet()
+            play.iterate(mpo_advantage, toy.policy(), {"magnet": alpha, "previous": 1 / eta}, inner_steps=5)
+        return toy.policy()
+
+    return play
+
+
+@pytest.fixture
+def play_nash_rs(self_play):
+    def play(toy, game, *, iterations, tau, kl, lr=0.03, advantage=nash_rs_advantage):
+        play = self_play(toy, game, lr=lr)
+        for _ in range(iterations):
+            play.iterate(partial(advantage, tau=tau), play.reference, {"magnet": kl}, inner_steps=2)
+        return toy.policy()
+
+    return play
+
+
+def test_mpo_reaches_the_equilibrium_of_the_game(play_mpo, make_toy):
+    policy = play_mpo(make_toy(policy=MAGNET), W, iterations=200, period=20, alpha=0.1, eta=1)
+    assert exploitability(W, mpo(W, MAGNET, alpha=0.1, eta=1, period=20, magnets=10)) < 1e-3
+    assert exploitability(W, policy) < 3e-3
+    assert distance(policy, nash_equilibrium(W)) < 0.01
+
+
+def test_mpo_with_a_magnet_that_never_lags_does_not(play_mpo, make_toy):
+    policy = play_mpo(make_toy(policy=MAGNET), W, iterations=200, period=1, alpha=0.1, eta=1)
+    assert exploitability(W, policy) > 0.1
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_mpo_between_magnets_reaches_the_regularised_equilibrium_of_whole_responses(seed, play_mpo, make_toy):
+    toy, game = make_toy(seed=seed), game_of(15, seed)
+    goal = regularised_nash(game, toy.policy(), 0.2)
+    assert distance(toy.policy(), goal) > 0.1
+    assert distance(play_mpo(toy, game, iterations=100, period=1000, alpha=0.2, eta=0.5), goal) < 0.005
+
+
+def test_mpo_on_responses_of_one_to_three_tokens_reaches_the_equilibrium(play_mpo, make_toy):
+    toy, game = make_toy(seed=0), game_of(15, 1)
+    before = exploitability(game, toy.policy())
+    after = exploitability(game, play_mpo(toy, game, iterations=200, period=20, alpha=0.1, eta=1))
+    assert before > 0.2
+    assert after < 0.03
+
+
+def test_nash_rs_reaches_the_published_fixed_point(play_nash_rs, make_toy):
+    policy = play_nash_rs(make_toy(policy=REF), W, iterations=150, tau=0.5, kl=0.5)
+    assert policy == pytest.approx([0.55518, 0.22309, 0.22173], abs=0.004)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_nash_rs_reaches_the_fixed_point_of_whole_responses(seed, play_nash_rs, make_toy):
+    toy, game = make_toy(seed=seed), game_of(15, seed)
+    goal = nash_rs(game, toy.policy(), 0.2)
+    assert distance(toy.policy(), goal) > 0.1
+    assert distance(play_nash_rs(toy, game, iterations=200, tau=0.2, kl=0.2), goal) < 0.01
+
+
+def test_nash_rs_with_the_acceptance_inverted_misses_it(play_nash_rs, make_toy):
+    """Keeping a proposal with probability 1 - exp(-g / tau) trains close to a best response to the reference."""
+
+    def inverted(preference, tau):
+        weights = 1 - (-preference.mean(1, keepdim=True) / tau).exp()
+        reward = (preference * weights).sum(-1) / weights.sum(-1)
+        return reward - reward.mean()
+
+    policy = play_nash_rs(make_toy(policy=REF), W, iterations=150, tau=0.15, kl=0.15, advantage=inverted)
+    assert policy == pytest.approx([0.730, 0.096, 0.174], abs=0.01)
+    assert distance(policy, nash_rs(W, REF, 0.15)) > 0.05, "the test of the fixed point would not see it"
+
+
+def test_nash_rs_with_two_different_coefficients_misses_it(play_nash_rs, make_toy):
+    policy = play_nash_rs(make_toy(policy=REF), W, iterations=150, tau=0.5, kl=0.05)
+    assert distance(policy, nash_rs(W, REF, 0.5)) > 0.1
+
+
+def test_the_advantage_of_mpo_is_unbiased():
+    """Over every draw of two rollouts and two opponents of three answers, weighed by its probability."""
+    policy = np.array([0.2, 0.5, 0.3])
+    total = np.zeros(3)
+    for drawn in itertools.product(range(3), repeat=4):
+        rollouts, opponents = list(drawn[:2]), list(drawn[2:])
+        advantage = mpo_advantage(torch.tensor(W[np.ix_(rollouts, opponents)])[None])[0].numpy()
+        total[rollouts[0]] += policy[list(drawn)].prod() * advantage[0]
+    assert total / policy == pytest.approx(W @ policy - 0.5, abs=1e-12)
+
+
+def test_the_weights_of_nash_rs_are_those_of_rejection():
+    """With every answer once among the proposals of a uniform reference, the reward is that against `accepted`."""
+    rollouts = np.array([0, 0, 1, 2, 2, 2, 2, 1, 0, 1])
+    advantage = nash_rs_advantage(torch.tensor(W[rollouts])[None], 0.15)[0].numpy()
+    for g in range(len(rollouts)):
+        rest = np.delete(rollouts, g)
+        weights = np.exp(-W[rest].mean(0) / 0.15)
+        reward = W @ (weights / weights.sum())
+        assert advantage[g] == pytest.approx(reward[rollouts[g]] - reward[rest].mean(), abs=1e-12)
+
+
+def test_the_advantage_of_nash_rs_has_a_baseline_that_adds_no_bias():
+    """Given the other rollouts, the advantages of a rollout differ as its rewards do."""
+    rest = [0, 2, 2]
+    found = [nash_rs_advantage(torch.tensor(W[[g, *rest]])[None], 0.3)[0, 0].item() for g in range(3)]
+    weights = np.exp(-W[rest].mean(0) / 0.3)
+    reward = W @ (weights / weights.sum())
+    assert np.diff(found) == pytest.approx(np.diff(reward), abs=1e-12)
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_the_loss_has_the_gradient_of_the_objective_over_whole_responses(fresh, make_toy):
+    """Sampled responses, weighed by the policy that they come from, against the exact objective, differentiated."""
+    old, magnet = make_toy(seed=3), make_toy(seed=4)
+    new = make_toy(seed=3 if fresh else 5)
+    batch, worth = new.batch, torch.linspace(-1, 1, len(new.responses))
+    previous, other = response_logits(old, batch).detach(), response_logits(magnet, batch).detach()
+    anchors = {"magnet": Anchor(0.3, other), "previous": Anchor(2.0, previous)}
+    outcome = selfplay_loss(response_logits(new, batch), previous, anchors, batch, worth)
+    (found,) = torch.autograd.grad((torch.tensor(old.policy()) * outcome.loss).sum(), new.table)
+
+    def logp(toy):
+        return token_logprobs(response_logits(toy, batch), batch).sum(-1)
+
+    mine = logp(new)
+    objective = -worth + 0.3 * (mine - logp(magnet).detach()) + 2.0 * (mine - logp(old).detach())
+    (exact,) = torch.autograd.grad((mine.exp() * objective).sum(), new.table)
+    assert torch.allclose(found.float(), exact, atol=1e-6)
+
+
+def test_the_gradient_of_the_divergence_is_that_of_the_reverse_kl():
+    batch = pack([(0,)], [(1,)], torch.device("cpu"))
+    logits = torch.tensor([[1.0, 0.2, -0.5]], requires_grad=True)
+    held = {"magnet": Anchor(1.0, torch.tensor([[0.0, 0.5, 0.3]]))}
+    every = [batch._replace(ids=torch.tensor([[0, token]])) for token in range(3)]
+    losses = [selfplay_loss(logits, logits.detach(), held, one, torch.zeros(1)).loss for one in every]
+    (gradient,) = torch.autograd.grad(losses[0].sum(), logits)
+    assert gradient[0].tolist() == pytest.approx([0.3524, -0.1909, -0.1615], abs=5e-5)
+    assert len({loss.item() for loss in losses}) == 1, "the divergence hangs on the token that was drawn"
+
+
+def test_what_follows_a_response_does_not_count():
+    batch = pack([(0, 1), (0,)], [(3, 2), (1,)], torch.device("cpu"))
+    assert batch.ids.tolist() == [[0, 1, 3, 2], [0, 1, 0, 0]]
+    assert batch.attention.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch.mask.tolist() == [[False, True, True], [True, False, False]]
+    logits = torch.randn(2, 4, 5)
+    chosen = token_logprobs(response_logits(lambda ids, attention: logits, batch), batch)
+    expected = logits.log_softmax(-1)
+    assert chosen.sum(-1).tolist() == pytest.approx(
+        [(expected[0, 1, 3] + expected[0, 2, 2]).item(), expected[1, 0, 1].item()], abs=1e-6
+    )
+
+
+@pytest.mark.parametrize(("prompts", "responses"), [([()], [(1,)]), ([(1,)], [()])])
+def test_an_empty_prompt_or_response_is_refused(prompts, responses):
+    with pytest.raises(ValueError, match="at least one token"):
+        pack(prompts, responses, torch.device("cpu"))
