@@ -1,0 +1,64 @@
+"""Margins of a classifier, and how far its data lies from the origin with and without an adversary."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from poise.robust.threats import Threat
+
+__all__ = ["Radius", "clean_margins", "data_radius", "margin_percentile", "on_grid"]
+
+Radius = Literal["paper", "l2", "box"]
+_ORDERS = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
+
+
+def clean_margins(logits: Tensor, y: Tensor) -> Tensor:
+    """The logit of the label minus the largest other one: logits (N, K), labels (N,) to float64 (N,)."""
+    logits = logits.double()
+    own = logits.gather(1, y.unsqueeze(1)).squeeze(1)
+    return own - logits.scatter(1, y.unsqueeze(1), -torch.inf).amax(1)
+
+
+def margin_percentile(margins: Tensor, percent: float) -> float:
+    """The percentile of margins (N,), linearly interpolated; NaN where it is not above 0 and every bound is undefined.
+
+    Source: papers/bounds.md, 1.8.
+    """
+    value = float(np.percentile(margins.cpu().numpy(), percent))
+    return value if value > 0 else math.nan
+
+
+def on_grid(margin: float) -> tuple[float, float]:
+    """The largest power of 2 that is at most `margin`, and its share of delta.
+
+    A margin that was chosen after training pays for a union over all that could have been: the k-th power of 2, counted
+    from 1 outwards, has the share 1 / (k (k + 1)), and all shares sum to 1 (papers/bounds.md, 1.9).
+    """
+    exponent = math.floor(math.log2(margin))
+    k = 2 * exponent if exponent > 0 else 1 - 2 * exponent
+    return 2.0**exponent, 1 / (k * (k + 1))
+
+
+def data_radius(x: Tensor, threat: Threat, radius: Radius = "box", *, shift: Tensor | float = 0.0) -> float:
+    """The largest 2-norm of x' - shift over images x (N, ...) in [0, 1] and what `threat` makes of them.
+
+    `paper`: max{1, D^(1/2 - 1/p)} (max ||x - shift||_p + eps), as printed. `l2`: max ||x - shift||_2 + max{1, ...} eps.
+    `box`: the smaller of `l2` and the farthest corner of [x - eps, x + eps] in [0, 1], per image. Each is an upper
+    bound, each at most the one before; with eps 0 the last two are exact. Source: papers/bounds.md, 1.7.
+    """
+    flat = (x.double() - torch.as_tensor(shift, dtype=torch.float64, device=x.device)).flatten(1)
+    order = _ORDERS[threat.norm]
+    stretch: float = max(1.0, flat.shape[1] ** (0.5 - 1 / order))
+    if radius == "paper":
+        return stretch * (float(torch.linalg.vector_norm(flat, ord=order, dim=1).max()) + threat.eps)
+    lengths = torch.linalg.vector_norm(flat, dim=1) + stretch * threat.eps
+    if radius == "box":
+        ends = ((x.double() + side * threat.eps).clamp(0, 1) - x.double() for side in (-1, 1))
+        farthest = torch.stack([(flat + end.flatten(1)).abs() for end in ends]).amax(0)
+        lengths = torch.minimum(lengths, torch.linalg.vector_norm(farthest, dim=1))
+    return float(lengths.max())

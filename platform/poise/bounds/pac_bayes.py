@@ -1,0 +1,53 @@
+"""The PAC-Bayes bound by spectral norms for networks under attack (arXiv 2310.06182; papers/bounds.md, 3)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from poise.bounds.complexity import log10_sum
+
+__all__ = ["PacBayes", "spectral_pac_bayes"]
+
+
+@dataclass(frozen=True)
+class PacBayes:
+    """Base-10 logarithms: `shape`, the theorem without its constant; `divergence`, the explicit bound on KL; `gap`, the
+    explicit bound on the robust risk minus the robust margin loss, None where that loss is 1 and says nothing.
+    """
+
+    shape: float
+    divergence: float
+    gap: float | None
+
+
+def spectral_pac_bayes(
+    complexity: float,
+    *,
+    product: float,
+    depth: int,
+    width: int,
+    radius: float,
+    margin: float,
+    samples: int,
+    delta: float,
+) -> PacBayes:
+    """The bound for a ReLU network without biases, with probability 1 - delta over `samples` training examples.
+
+        KL <= (42^2 e^2 / 2) L^2 h ln(4 h L) radius^2 Phi / margin^2
+        gap <= 4 sqrt((KL + ln(6 N G / delta)) / (N - 1)),  G = L N^(1 / 2L)
+
+    `complexity`: log10 Phi; `product`: log10 of the product of spectral norms; `depth` L, `width` h; `radius`: largest
+    2-norm of an input that the adversary can make; `margin` is fixed before the data is seen, see `margins.on_grid`.
+    """
+    if not (radius > 0 and margin > 0 and samples > 1 and 0 < delta < 1):
+        raise ValueError(f"no bound for radius {radius}, margin {margin}, {samples} samples, delta {delta}")
+    common = complexity + 2 * math.log10(radius * depth / margin) + math.log10(width)
+    statistics = math.log(depth * samples / delta) / (margin**2 * samples)
+    shape = 0.5 * log10_sum([common + math.log10(math.log(depth * width) / samples), math.log10(statistics)])
+    divergence = common + math.log10(42**2 * math.e**2 / 2 * math.log(4 * width * depth))
+    grid = math.log(depth) + math.log(samples) / (2 * depth)
+    union = math.log(6 * samples / delta) + grid
+    gap = math.log10(4) + 0.5 * (log10_sum([divergence, math.log10(union)]) - math.log10(samples - 1))
+    useless = math.log10(margin) >= math.log10(2 * radius) + product
+    return PacBayes(shape, divergence, None if useless else gap)
