@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from poise.kinds.specs.calibrate import CalibrateMeasureSpec
 from poise.kinds.specs.finetune import FinetuneSftSpec
 from poise.kinds.specs.pipeline import PipelineSpec
 from poise.kinds.specs.robust import RobustTrainSpec
@@ -20,6 +21,7 @@ __all__ = ["KINDS", "run"]
 KINDS: Mapping[str, type[RunSpec]] = {
     "robust.train": RobustTrainSpec,
     "finetune.sft": FinetuneSftSpec,
+    "calibrate.measure": CalibrateMeasureSpec,
     "sweep": SweepSpec,
     "pipeline": PipelineSpec,
 }

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from poise.kinds.specs.calibrate import CalibrateMeasureSpec
 from poise.kinds.specs.finetune import FinetuneSftSpec
 from poise.kinds.specs.robust import RobustTrainSpec
 
 __all__ = ["Job"]
 
-Job = RobustTrainSpec | FinetuneSftSpec
+Job = RobustTrainSpec | FinetuneSftSpec | CalibrateMeasureSpec
 """The union of the specs of all kinds but `sweep` and `pipeline`; where it is used, `kind` tells which."""

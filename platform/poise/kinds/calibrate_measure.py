@@ -1,0 +1,107 @@
+"""`kind: calibrate.measure`: ask a language model each question many times; is it as often right as it is confident?
+
+questions -> samples, in committed shards -> answers -> classes of equal meaning, graded -> a row per question -> errors
+
+Everything after the samples is a pure function of them: measuring again draws nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from poise.data.examples import Question, encode_prompt
+from poise.data.questions import load_questions
+from poise.errors import UserError
+from poise.kinds.confidence import SCHEMA, Asked, asked, described, summarised
+from poise.kinds.sampling import sample_all
+from poise.kinds.specs.calibrate import CalibrateMeasureSpec
+from poise.models.language import fetch_folder
+from poise.models.sampling import Decoding, Request, Sample
+from poise.observe.rows import Rows
+from poise.spec.seeds import derive_seed
+from poise.train.context import Context
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+__all__ = ["run"]
+
+
+def run(spec: CalibrateMeasureSpec, context: Context) -> None:
+    """Sample, measure, and leave `artifacts/questions.parquet` and `artifacts/summary.json`."""
+    context.together(partial(_measure, spec, context))
+
+
+def _measure(spec: CalibrateMeasureSpec, context: Context) -> None:
+    questions = load_questions(spec.questions, spec.seed)
+    if not questions:
+        raise UserError("questions: there is none to ask")
+    with tempfile.TemporaryDirectory(prefix="poise-") as scratch:
+        folder = fetch_folder(spec.model, spec.store, Path(scratch) / "model")
+        tokenizer = _tokenizer(folder)
+        with context.sampler(spec.sampler, folder) as sampler:
+            samples = sample_all(context, sampler, _requests(spec, questions, tokenizer), _decoding(spec))
+    rows = [_asked(spec, question, drawn, tokenizer) for question, drawn in zip(questions, samples, strict=True)]
+    _keep(spec, rows, sum(len(sample.tokens) for drawn in samples for sample in drawn), context)
+
+
+def _tokenizer(folder: Path) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return tokenizer
+
+
+def _requests(spec: CalibrateMeasureSpec, questions: Sequence[Question], tokenizer: Tokenizer) -> list[Request]:
+    """One request per question; their seeds lie as far apart as each draws samples."""
+    first = derive_seed(spec.seed, "samples") % 2**40
+    return [
+        Request(
+            question.id,
+            encode_prompt(tokenizer, spec.prompt.replace("{question}", question.prompt)),
+            spec.samples,
+            first + index * spec.samples,
+        )
+        for index, question in enumerate(questions)
+    ]
+
+
+def _decoding(spec: CalibrateMeasureSpec) -> Decoding:
+    return Decoding(spec.decoding.max_tokens, float(spec.decoding.temperature), float(spec.decoding.top_p))
+
+
+def _asked(spec: CalibrateMeasureSpec, question: Question, samples: Sequence[Sample], tokenizer: Tokenizer) -> Asked:
+    texts = [_text(sample, tokenizer) for sample in samples]
+    exact = _decoding(spec) == Decoding(spec.decoding.max_tokens)  # the model's own distribution is what was drawn from
+    return asked(question, samples, texts, spec.answer, exact=exact)
+
+
+def _text(sample: Sample, tokenizer: Tokenizer) -> str:
+    """What was said before the stop token."""
+    said = sample.tokens[:-1] if sample.finish == "stop" else sample.tokens
+    return str(tokenizer.decode(list(said), skip_special_tokens=True))
+
+
+def _keep(spec: CalibrateMeasureSpec, rows: Sequence[Asked], tokens: int, context: Context) -> None:
+    """Write the row of each question, and what they say together."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows], SCHEMA), sink, compression="zstd")
+    told = summarised(rows, bins=spec.bins, reps=spec.bootstrap)
+    head = {"run": spec.name, "kind": spec.kind, "seed": spec.seed, "examples": len(rows), "tokens": tokens}
+    head["protocol"] = described(spec)
+    metrics = Rows()
+    known = {name: found[0] for name, found in told["metrics"].items() if found[0] is not None}
+    metrics.add(0, 0.0, "test", known)
+    context.guard()
+    context.run.write("artifacts/questions.parquet", bytes(sink.getvalue()))
+    context.run.write("metrics/test.parquet", metrics.to_parquet())
+    context.run.write("artifacts/summary.json", json.dumps({**head, **told}, indent=1, allow_nan=False).encode())

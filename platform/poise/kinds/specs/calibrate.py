@@ -1,0 +1,55 @@
+"""`kind: calibrate.measure`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from poise.data.spec import QuestionsSpec, WorldQuestions
+from poise.models.spec import DecodingSpec, LanguageModelSpec
+from poise.spec import RunSpec, SamplerSpec, mistake
+
+__all__ = ["CalibrateMeasureSpec"]
+
+
+class CalibrateMeasureSpec(RunSpec):
+    """How well the confidence of a language model, the agreement of its own answers, tells whether it is right."""
+
+    kind: Literal["calibrate.measure"]
+    model: LanguageModelSpec = Field(description="what is measured: a `run` or a `folder`")
+    questions: QuestionsSpec = Field(description="what is asked, and what counts as correct")
+    samples: int = Field(50, ge=2, le=10_000, description="answers to each question")
+    prompt: str = Field("{question}", description="text that the model continues; {question} stands for the question")
+    answer: Literal["whole", "line"] = Field(
+        "whole", description="what counts of a response: all of it, or what follows its last `Answer:`"
+    )
+    decoding: DecodingSpec = Field(DecodingSpec(), description="how the answers are drawn")
+    sampler: SamplerSpec = Field(SamplerSpec(), description="what draws them")
+    bins: int = Field(10, ge=1, le=1000, description="bins of equal width of the calibration errors")
+    bootstrap: int = Field(1000, ge=1, le=100_000, description="resamples of the questions behind each interval")
+
+    @model_validator(mode="after")
+    def _fits(self) -> CalibrateMeasureSpec:
+        if self.model.name is not None:
+            raise mistake("model.name", "a new model knows nothing that could be measured; name a `run` or `folder`")
+        if "{question}" not in self.prompt:
+            raise mistake("prompt", "the question is asked nowhere: write {question} where it belongs")
+        if not self.decoding.temperature:
+            raise mistake("decoding.temperature", "at 0 all answers to a question agree, whatever the model believes")
+        if self.workers.count > 1:
+            raise mistake("workers.count", "one worker asks all questions; for speed, set sampler.engines")
+        return self
+
+    def cost(self) -> list[str]:
+        """Answers and tokens, where the questions are known before they are read."""
+        engines = f"{self.sampler.engines} {self.sampler.backend} engines of {self.sampler.cpus} CPU"
+        engines += f" and {self.sampler.gpus} GPU"
+        if not isinstance(self.questions, WorldQuestions) or self.questions.split != "evaluate":
+            return [f"{self.samples} answers to each question, of at most {self.decoding.max_tokens} tokens", engines]
+        asked = self.questions.world.num_questions
+        answers = asked * self.samples
+        return [
+            f"{asked:,} questions, {answers:,} answers, at most {answers * self.decoding.max_tokens:,} tokens",
+            engines,
+        ]
