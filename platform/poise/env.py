@@ -23,6 +23,10 @@ RAY_DEFAULTS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     # Nothing about a run leaves the cluster.
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Tune keeps to itself: no table in the terminal, no files beside those of the store, and Ctrl-C ends the driver.
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
 }
 """Set for Ray unless the user has set them."""
 

@@ -1,4 +1,4 @@
-"""From a spec to its runs: one run, or the stages of a pipeline in order, on the engine that was asked for."""
+"""From a spec to its runs: one run, the trials of a sweep, the stages of a pipeline in order, on an engine."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from importlib.util import find_spec
 from typing import Literal
 
 from poise.engine.session import claim, is_finished, located
+from poise.engine.sweep import Execute, in_turn, run_sweep
 from poise.env import launched_rank
 from poise.errors import UserError
 from poise.kinds.specs.pipeline import PipelineSpec
+from poise.kinds.specs.sweep import SweepSpec
 from poise.observe.progress import Display
 from poise.observe.sinks import Sink
 from poise.spec import RunSpec
@@ -45,11 +47,23 @@ def _opened(engine: Engine, address: str | None, spec: RunSpec) -> Iterator[_Run
     if engine == "local":
         from poise.engine.local import run_local
 
-        yield run_local
+        yield _runner(run_local, in_turn)
         return
     if find_spec("ray") is None:
         raise UserError("ray is not installed here; use --engine local, or install poise with its dependencies")
     from poise.engine.gang import cluster, run_gang
+    from poise.engine.trials import by_tune
 
-    with cluster(address, stages_of(spec)):
-        yield run_gang
+    bases = [stage.base if isinstance(stage, SweepSpec) else stage for stage in stages_of(spec)]
+    with cluster(address, bases):
+        yield _runner(run_gang, by_tune)
+
+
+def _runner(run_one: _RunOne, execute: Execute) -> _RunOne:
+    def run(spec: RunSpec, display: Display, sink: Sink) -> None:
+        if isinstance(spec, SweepSpec):
+            run_sweep(spec, display, sink, execute)
+        else:
+            run_one(spec, display, sink)
+
+    return run

@@ -12,7 +12,7 @@ from typing import Any
 from poise.errors import PoiseError
 from poise.observe.environment import environment
 from poise.observe.events import event
-from poise.spec import RunSpec, WorkersSpec, dump
+from poise.spec import RunSpec, dump
 from poise.store.lease import Lease
 from poise.store.runs import Run, open_run
 
@@ -34,9 +34,18 @@ def is_finished(run: Run, spec: RunSpec) -> bool:
 
 
 def identity(spec: RunSpec) -> str:
-    """What makes two specs the same experiment: everything but where its runs are kept and how many workers do it."""
-    same = spec.model_copy(update={"store": "", "workers": WorkersSpec()})
-    return hashlib.sha256(dump(same).encode()).hexdigest()
+    """What makes two specs the same experiment: everything but where its runs are kept and how many workers do it.
+
+    The same goes for the specs inside: the stages of a pipeline, the base of a sweep.
+    """
+    return hashlib.sha256(json.dumps(_without_place(spec.model_dump(mode="json"))).encode()).hexdigest()
+
+
+def _without_place(tree: Any) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    left_out = ("store", "workers", "concurrent") if "kind" in tree else ()
+    return {key: _without_place(value) for key, value in tree.items() if key not in left_out}
 
 
 def absolute_store(spec: RunSpec) -> str:

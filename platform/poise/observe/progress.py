@@ -38,7 +38,8 @@ class Progress:
     """The state of one run, JSON-able as it stands (`dataclasses.asdict`) and built back by `Progress(**values)`.
 
     `phases` are seconds or shares (only their proportions are shown), `metrics` the latest values by row name, `eta_s`
-    None while unknown, `attempt` counts restarts from 0, `unit` is what an example is called.
+    None while unknown, `attempt` counts restarts from 0, `unit` is what an example is called. With 0
+    `epochs` the steps are counts of `unit`.
     """
 
     run: str
@@ -92,6 +93,10 @@ class Display:
         if self._live is None and self._due(progress):
             self._line(progress)
 
+    def remove(self, run: str) -> None:
+        """Show a run no more: it has ended, and others take its place."""
+        self._latest.pop(run, None)
+
     def note(self, text: str) -> None:
         """Print `text`, as it is, on a line of its own above the panel."""
         if self._live:
@@ -138,6 +143,8 @@ def _plain(progress: Progress) -> str:
 
 
 def _counters(progress: Progress) -> list[tuple[str, str]]:
+    if not progress.epochs:  # it counts something else than training
+        return [(progress.unit, f"{progress.step:,}/{progress.steps:,}")]
     counters = [
         ("epoch", f"{progress.epoch:.4g}/{progress.epochs:.4g}"),
         ("step", f"{progress.step:,}/{progress.steps:,}"),

@@ -25,7 +25,8 @@ from poise.store.storage import Storage, open_storage
 
 __all__ = ["Run", "RunManifest", "RunSummary", "Status", "list_runs", "open_run"]
 
-Status = Literal["running", "finished", "failed"]
+Status = Literal["running", "finished", "failed", "stopped"]
+"""`stopped` is a trial that its sweep has given up before its end."""
 
 _NAME: TypeAdapter[str] = TypeAdapter(Name)
 _MANIFEST, _SPEC, _EVENTS = "manifest.json", "spec.yaml", "events.jsonl"
@@ -128,7 +129,7 @@ class Run:
 
     def finish(
         self,
-        status: Literal["finished", "failed"],
+        status: Literal["finished", "failed", "stopped"],
         *,
         final_step: int | None = None,
         best_step: int | None = None,

@@ -1,0 +1,234 @@
+"""The trials of a sweep on a Ray cluster: Tune says which run at the same time, and which are stopped early.
+
+A trial of one worker runs in Tune's own process; one of several starts a gang of them, as a run by itself does. What
+Tune remembers is thrown away: when a sweep goes on, its scheduler is told again what the store has of every trial.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+
+from poise import kinds
+from poise.engine.session import absolute_store, located
+from poise.engine.sweep import Tally, history
+from poise.errors import PoiseError, RunBusyError
+from poise.kinds.specs.sweep import AshaSpec, SweepSpec, Trial
+from poise.observe.events import event
+from poise.observe.progress import Display, Progress
+from poise.observe.sinks import Sink
+from poise.spec import RunSpec
+from poise.store.lease import Lease
+
+__all__ = ["by_tune"]
+
+_SHOWN_EVERY_S = 1.0
+_FREE_WITHIN_S = 60.0
+_NO_END = 10**9
+
+
+@dataclass(frozen=True)
+class _Errand:
+    """What the process of a trial is sent: nothing in it is a secret."""
+
+    sweep_json: str
+    kind: str
+    spec_json: str
+    store: str
+    folder: str
+
+
+def by_tune(spec: SweepSpec, left: Sequence[Trial], tally: Tally, sink: Sink) -> None:
+    """Run the trials that are left as Tune trials.
+
+    A scheduler that compares trials is given all of them: those that have ended tell it their metric, and end.
+    """
+    told = spec.trials() if isinstance(spec.scheduler, AshaSpec) and left else left
+    if not told:
+        return
+    errands = [_errand(spec, trial) for trial in told]
+
+    def trial(config: dict[str, int]) -> None:
+        _run(errands[config["index"]])
+
+    with tempfile.TemporaryDirectory(prefix="poise-tune-") as scratch:
+        overseer = _Overseer(told, {trial.index for trial in left}, tally)
+        tune.Tuner(
+            tune.with_resources(trial, _resources(spec.base)),
+            param_space={"index": tune.grid_search(list(range(len(errands))))},
+            tune_config=tune.TuneConfig(max_concurrent_trials=spec.concurrent, scheduler=_scheduler(spec)),
+            run_config=tune.RunConfig(
+                name=spec.name,
+                storage_path=scratch,
+                failure_config=tune.FailureConfig(max_failures=spec.base.workers.max_failures),
+                callbacks=[overseer],
+                verbose=0,
+            ),
+        ).fit()
+        overseer.settle_all()
+
+
+def _errand(spec: SweepSpec, trial: Trial) -> _Errand:
+    store = absolute_store(trial.spec)
+    return _Errand(spec.model_dump_json(), trial.spec.kind, trial.spec.model_dump_json(), store, os.getcwd())
+
+
+def _alone(spec: RunSpec) -> bool:
+    """Whether a trial runs in the process that Tune starts for it: one worker, and no engines beside it."""
+    return spec.workers.count == 1 and getattr(getattr(spec, "sampler", None), "backend", None) != "vllm"
+
+
+def _resources(spec: RunSpec) -> dict[str, float]:
+    """What Tune sets aside for a trial; a gang asks for its own, so its trial takes next to nothing."""
+    if _alone(spec):
+        return {"cpu": spec.workers.cpus, "gpu": spec.workers.gpus}
+    return {"cpu": 0, "memory": 1}
+
+
+def _scheduler(spec: SweepSpec) -> TrialScheduler:
+    if not isinstance(spec.scheduler, AshaSpec):
+        return FIFOScheduler()
+    grace = spec.scheduler.grace
+    return ASHAScheduler(
+        time_attr="steps" if grace.steps else "epochs",
+        metric="metric",
+        mode=spec.mode,
+        max_t=_NO_END,
+        grace_period=grace.steps or grace.epochs,
+        reduction_factor=float(spec.scheduler.reduction),
+        stop_last_trials=False,
+    )
+
+
+class _Overseer(tune.Callback):  # type: ignore[misc]
+    """In the driver: shows what trials do, and records the end of those that could not do so themselves."""
+
+    def __init__(self, told: Sequence[Trial], left: set[int], tally: Tally) -> None:
+        self.told, self.left, self.tally = told, left, tally
+        self.unsettled: dict[int, tuple[Trial, str]] = {}
+
+    def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **_: Any) -> None:
+        if "progress" in result:
+            self.tally.display.show(Progress(**result["progress"]))
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+        self._ended(trial, "stopped")
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+        self._ended(trial, "failed")
+
+    def on_step_end(self, iteration: int, trials: Any, **_: Any) -> None:
+        for trial, status in list(self.unsettled.values()):
+            self._settle(trial, status)
+
+    def settle_all(self) -> None:
+        """Wait until no process holds a trial any more, and record their ends."""
+        deadline = time.monotonic() + _FREE_WITHIN_S
+        while self.unsettled and time.monotonic() < deadline:
+            self.on_step_end(0, ())
+            time.sleep(0.1)
+
+    def _ended(self, trial: Any, status: str) -> None:
+        mine = self.told[trial.config["index"]]
+        if mine.index in self.left:
+            self.unsettled[mine.index] = mine, status
+
+    def _settle(self, trial: Trial, status: Any) -> None:
+        """Once its process has let go of it: a trial that says it is running has been stopped, or its process died."""
+        run = located(trial.spec)
+        if Lease.is_held(run.storage, run.name):
+            return
+        known = run.manifest()
+        if known is not None and known.status == "running":
+            try:
+                with run.lease():
+                    commits = run.checkpoints.commits()
+                    run.append_events([event("stopped early" if status == "stopped" else "failed")])
+                    run.finish(
+                        status,
+                        final_step=commits[-1].step if commits else None,
+                        error=None if status == "stopped" else "its process died",
+                    )
+            except RunBusyError:
+                return
+        del self.unsettled[trial.index]
+        self.tally.count(trial)
+
+
+def _run(errand: _Errand) -> None:
+    """In the process of a trial: tell Tune what is committed, then run what is left.
+
+    A PoiseError is in the record of the run by now; Tune is told of other errors alone, which a new attempt may mend.
+    """
+    sweep = SweepSpec.model_validate_json(errand.sweep_json)
+    spec = kinds.KINDS[errand.kind].model_validate_json(errand.spec_json)
+    if Path(errand.folder).is_dir():
+        os.chdir(errand.folder)
+    else:
+        spec = spec.model_copy(update={"store": errand.store})
+    run, reporter = located(spec), _Reporter(sweep)
+    if reporter.compares:
+        for point in history(sweep, run):
+            reporter.tell(point.step, point.epoch, point.value)
+    _wait_until_free(spec)
+    known = run.manifest()
+    if known is not None and known.status in ("finished", "stopped"):
+        return
+    try:
+        _start(spec, reporter)
+    except RunBusyError:
+        raise
+    except PoiseError:
+        return
+
+
+def _start(spec: RunSpec, reporter: Display) -> None:
+    from poise.engine.metrics import RaySink
+
+    if _alone(spec):
+        from poise.engine.local import run_local
+
+        run_local(spec, reporter, RaySink())
+    else:
+        from poise.engine.gang import run_gang
+
+        run_gang(spec, reporter, RaySink())
+
+
+def _wait_until_free(spec: RunSpec) -> None:
+    """The process of a driver that died may live on for a moment, and hold the trial."""
+    run, deadline = located(spec), time.monotonic() + _FREE_WITHIN_S
+    while Lease.is_held(run.storage, run.name) and time.monotonic() < deadline:
+        time.sleep(0.5)
+
+
+class _Reporter(Display):
+    """A display whose viewer is Tune: it passes on every new value of the metric, and once a second what is new."""
+
+    def __init__(self, spec: SweepSpec) -> None:
+        super().__init__()
+        self.compares = isinstance(spec.scheduler, AshaSpec)
+        self.metric, self.told_at = spec.metric, 0.0
+        self.value: float | None = None
+
+    def show(self, progress: Progress) -> None:
+        value = progress.metrics.get(self.metric)
+        if (self.compares and value != self.value) or time.monotonic() - self.told_at > _SHOWN_EVERY_S:
+            self.value, self.told_at = value, time.monotonic()
+            self.tell(progress.step, progress.epoch, value, progress=asdict(progress))
+
+    def tell(self, steps: int, epochs: float, value: float | None, **more: Any) -> None:
+        """One result for Tune. When it has stopped the trial, this does not return."""
+        metric = {} if value is None else {"metric": value}
+        tune.report({"steps": steps, "epochs": epochs, **metric, **more})
+
+    def note(self, text: str) -> None:
+        """Nobody reads the notes of a trial."""
