@@ -26,7 +26,7 @@ __all__ = ["Display", "Progress"]
 LINE_EVERY_S = 5.0
 DRAWN_PER_S = 2.0
 
-_HEADLINES = ("loss", "accuracy", "clean", "robust/union")
+_HEADLINES = ("loss", "accuracy", "clean", "robust/union", "ce", "excess")
 """The metrics of a plain line; the panel and the page have all of them."""
 
 _BLOCK, _SQUARE = "\u2501", "\u25a0"
