@@ -90,7 +90,7 @@ def _drawings(records: Sequence[RunRecord]) -> Iterator[Drawn | None]:
     for index, record in enumerate(filter(_trials, records)):
         metric = str(record.summary.get("metric"))
         yield draw(f"sweep-{index}", f"{record.name}: {metric}", _against(_trials(record), metric),
-                   "Every trial that has the metric, against what was varied; lines join those that are otherwise alike, "
+                   "Every trial that has the metric, against what was varied; lines join those otherwise alike, "
                    "crosses are trials that were stopped early.")  # fmt: skip
 
 
