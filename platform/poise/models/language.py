@@ -59,6 +59,7 @@ def open_folder(folder: Path) -> tuple[nn.Module, Tokenizer]:
     """The model of a local folder in float32 on the CPU, in training mode, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    _no_bars()
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **options)
@@ -112,6 +113,7 @@ def new_llama(spec: LanguageModelSpec, tokenizer: Tokenizer, seed: int) -> nn.Mo
 
 def export(model: nn.Module, tokenizer: Tokenizer, folder: Path) -> None:
     """Write a transformers model and its tokenizer into a folder, as plain files that transformers and vLLM load."""
+    _no_bars()
     model.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
     tokenizer.save_pretrained(folder)
 
@@ -156,6 +158,13 @@ def _scores(model: nn.Module, pairs: Sequence[tuple[Sequence[int], Sequence[int]
     logits = model(input_ids=tokens, attention_mask=mask.long(), use_cache=False).logits[:, :-1].float()
     chosen: Tensor = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
     return torch.where((mask & (column >= begin))[:, 1:], chosen, 0).sum(1).cpu()
+
+
+def _no_bars() -> None:
+    """Progress is shown by Poise alone."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _download(storage: Storage, prefix: str, into: Path, missing: str) -> Path:
