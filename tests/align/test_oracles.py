@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from poise.align.games import nash_equilibrium
-from poise.align.oracles import CYCLIC, UNLISTED, MatrixOracle, extended
+from poise.align.oracles import UNLISTED, MatrixOracle, extended
+from poise.align.spec import Cyclic
 
+CYCLIC = Cyclic(name="cyclic").rows
 ANSWERS = {"capital ?": ("Arve", "Bryn", "Cole"), "river ?": ("Cole", "Dunn", "Arve")}
 
 

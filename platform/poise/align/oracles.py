@@ -12,10 +12,7 @@ from torch import Tensor
 
 from poise.align.games import Vector, preferences
 
-__all__ = ["CYCLIC", "UNLISTED", "MatrixOracle", "Oracle", "extended"]
-
-CYCLIC = ((0.5, 0.9, 0.3), (0.1, 0.5, 0.8), (0.7, 0.2, 0.5))
-"""The first answer beats the second, the second the third, the third the first; equilibrium (1/3, 2/9, 4/9)."""
+__all__ = ["UNLISTED", "MatrixOracle", "Oracle", "extended"]
 
 UNLISTED = 1e-3
 """The probability with which what is no listed answer is preferred to a listed one; among themselves they tie."""

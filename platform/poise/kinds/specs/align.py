@@ -1,0 +1,82 @@
+"""`kind: align.selfplay`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from poise.align.spec import MethodSpec, Mpo, OracleSpec
+from poise.data.spec import QuestionsSpec, WorldQuestions
+from poise.models.spec import LanguageModelSpec
+from poise.spec import RunSpec, SamplerSpec, mistake
+from poise.train.spec import TrainSpec
+
+__all__ = ["AlignSelfplaySpec"]
+
+
+class AlignSelfplaySpec(RunSpec):
+    """Self-play of a language model under a preference oracle, towards an equilibrium of the game between answers.
+
+    An epoch of `train` is an iteration: responses are drawn, judged, and learned from in `method.inner_steps` steps.
+    """
+
+    kind: Literal["align.selfplay"]
+    model: LanguageModelSpec = Field(
+        description="the policy to start from, which is also the first magnet or reference"
+    )
+    questions: QuestionsSpec = Field(description="what is asked; an oracle ranks the first answers of each question")
+    oracle: OracleSpec = Field(description="which of two answers is preferred")
+    method: MethodSpec = Field(description="how the policy learns from preferences")
+    prompts: int = Field(16, ge=1, le=65_536, description="questions per iteration, over all workers together")
+    rollouts: int = Field(8, ge=2, le=4096, description="responses per question that are learned from")
+    max_tokens: int = Field(
+        16, ge=1, le=1_000_000, description="longest response, in tokens; a longer one is cut and loses"
+    )
+    sampler: SamplerSpec = Field(SamplerSpec(), description="what draws the responses, at temperature 1")
+    train: TrainSpec = Field(description="length, optimizer, schedule, checkpoints; an epoch is an iteration")
+
+    @model_validator(mode="after")
+    def _fits(self) -> AlignSelfplaySpec:
+        if self.model.name is not None:
+            raise mistake("model.name", "self-play starts from a model that can answer: name a `run` or a `folder`")
+        if isinstance(self.questions, WorldQuestions) and self.questions.split != "prefer":
+            raise mistake("questions.split", "only the questions of the split `prefer` have three answers each")
+        if self.prompts % self.train.accumulate:
+            raise mistake("prompts", f"{self.prompts} does not divide by train.accumulate {self.train.accumulate}")
+        self.workers.check_shares("prompts", self.prompts // self.train.accumulate)
+        self._whole_iterations()
+        return self
+
+    def _whole_iterations(self) -> None:
+        """Between iterations alone is the state whole: half-used responses are in no checkpoint."""
+        train, inner = self.train, self.method.inner_steps
+        for path, steps in (
+            ("train.steps", train.steps),
+            ("train.checkpoint.every.steps", train.checkpoint.every.steps),
+            ("train.evaluate_every.steps", train.evaluate_every.steps),
+        ):
+            if steps is not None and steps % inner:
+                raise mistake(path, f"{steps} steps are no whole iterations of method.inner_steps {inner}")
+
+    @property
+    def iterations(self) -> int:
+        """How often responses are drawn."""
+        return self.train.total_steps(self.method.inner_steps) // self.method.inner_steps
+
+    def cost(self) -> list[str]:
+        """Responses and judgements."""
+        drawn = self.iterations * self.prompts
+        if isinstance(self.method, Mpo):
+            met, once = self.method.opponents, ""
+            responses = drawn * (self.rollouts + met)
+        else:
+            met, once = self.method.proposals, f", and {self.method.proposals} proposals per question once"
+            responses = drawn * self.rollouts
+        return [
+            f"{self.iterations:,} iterations of {self.method.inner_steps} steps on {self.prompts} questions: "
+            f"{responses:,} responses of at most {self.max_tokens} tokens{once}",
+            f"{drawn * self.rollouts * met:,} judgements",
+            f"{self.workers.count} workers of {self.workers.cpus} CPU and {self.workers.gpus} GPU, "
+            f"{self.sampler.engines} engines of {self.sampler.backend}",
+        ]

@@ -1,0 +1,102 @@
+"""How a policy stands in the game that it plays: exact, from the probability of every listed answer.
+
+All other texts count as one more answer: they tie with each other and lose alike, so the game with them taken together
+is the game over all texts, and the probability of saying anything else is played, not normalised away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from poise.align.games import Vector, exploitability, nash_equilibrium, regularised_nash
+from poise.align.oracles import extended
+from poise.align.spec import NashRs
+from poise.kinds.selfplay import Asked
+from poise.kinds.specs.align import AlignSelfplaySpec
+from poise.models.language import answer_logprobs
+from poise.train.context import Context
+
+__all__ = ["Measured", "Standing"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Per question: the policy (Q, n + 1), its last column for all that is not listed; exploitability (Q,); total
+    variation from the equilibrium of the game (Q,), and from that regularised towards the reference, for Nash-RS."""
+
+    policies: Vector
+    exploitability: Vector
+    distance: Vector
+    regularised: Vector | None
+
+    def summary(self) -> dict[str, float]:
+        """Means over the questions."""
+        means = {
+            "exploitability": self.exploitability.mean(),
+            "distance": self.distance.mean(),
+            "outside": self.policies[:, -1].mean(),
+        }
+        if self.regularised is not None:
+            means["distance_regularised"] = self.regularised.mean()
+        return {name: float(value) for name, value in means.items()}
+
+
+class Standing:
+    """The game of every question, and where the policy stood when this was made."""
+
+    def __init__(self, spec: AlignSelfplaySpec, model: nn.Module, asked: Sequence[Asked], context: Context) -> None:
+        self.asked, self._model, self._context = asked, model, context
+        self.game = extended(spec.oracle.rows)
+        self.equilibrium = nash_equilibrium(self.game)
+        policies = self._policies()
+        tau = float(spec.method.tau) if isinstance(spec.method, NashRs) else None
+        self._goals = None if tau is None else np.stack([regularised_nash(self.game, p, tau) for p in policies])
+        self.start = self._measured(policies)
+
+    def measure(self) -> Measured:
+        """The policy as it is now; every rank scores its share of the questions and gets the whole."""
+        return self._measured(self._policies())
+
+    def table(self, final: Measured) -> dict[str, Any]:
+        """Every question before and after, for artifacts/selfplay.json."""
+        return {
+            "matrix": self.game[:-1, :-1].tolist(),
+            "equilibrium": self.equilibrium.tolist(),
+            "questions": [
+                {
+                    "prompt": question.prompt,
+                    "answers": question.answers,
+                    "goal": (self.equilibrium if self._goals is None else self._goals[row]).tolist(),
+                    **{
+                        name: {
+                            "policy": measured.policies[row].tolist(),
+                            "exploitability": float(measured.exploitability[row]),
+                        }
+                        for name, measured in (("start", self.start), ("final", final))
+                    },
+                }
+                for row, question in enumerate(self.asked)
+            ],
+        }
+
+    def _measured(self, policies: Vector) -> Measured:
+        def distance(goals: Vector) -> Vector:
+            return np.asarray(0.5 * np.abs(policies - goals).sum(1))
+
+        gains = np.array([exploitability(self.game, p) for p in policies])
+        regularised = None if self._goals is None else distance(self._goals)
+        return Measured(policies, gains, distance(self.equilibrium), regularised)
+
+    def _policies(self) -> Vector:
+        ranks, mine = self._context.world_size, self.asked[self._context.rank :: self._context.world_size]
+        scores = answer_logprobs(self._model, [one.tokens for one in mine], [one.answer_tokens for one in mine])
+        shares = self._context.gather(torch.stack(scores))
+        listed = torch.stack([shares[row % ranks][row // ranks] for row in range(len(self.asked))]).double().exp()
+        full = torch.cat([listed, (1 - listed.sum(1, keepdim=True)).clamp(min=0)], 1).numpy()
+        return np.asarray(full / full.sum(1, keepdims=True))
