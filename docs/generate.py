@@ -20,7 +20,7 @@ from poise.spec import Real, RunSpec
 PAGE = Path(__file__).with_name("specs.md")
 
 _BLOCK = re.compile(r"(<!-- keys: ([\w.]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-_PLAIN = {Real: "number", int: "integer", str: "text", bool: "true, false"}
+_PLAIN = {Real: "number", int: "integer", str: "text", bool: "true, false", Any: "value"}
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "min_length": None, "max_length": None}
 
 
