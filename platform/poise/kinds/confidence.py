@@ -145,8 +145,8 @@ def summarised(rows: Sequence[Asked], *, bins: int, reps: int) -> dict[str, Any]
         "metrics": {name: [_finite(value) for value in estimate] for name, estimate in found.items()},
         "noise_floor": {name: noise_floor(c, bins) for name, c in shares.items()},
         "reliability": {name: _bins(c, y, bins) for name, c in shares.items()},
-        "histogram": {name: np.histogram(c, CELLS, (0, 1))[0].tolist() for name, c in shares.items()},
-        "hardest": [_listed(row) for row in sorted(rows, key=lambda row: -row.gap)[:LISTED]],
+        "histogram": {name: _histogram(c) for name, c in shares.items()},
+        "hardest": [_listed(row) for row in sorted(rows, key=lambda row: -row.gap)[:LISTED] if row.gap > 0],
         "confidently_wrong": [
             _listed(row) for row in sorted(rows, key=lambda row: -row.sem1) if row.sem1 >= SURE and not row.correct
         ][:LISTED],
@@ -214,6 +214,12 @@ def _finite(value: float) -> float | None:
 
 def _bins(c: Array, y: Array, bins: int) -> dict[str, list[float]]:
     return {name: values.tolist() for name, values in asdict(reliability(c, y, bins)).items()}
+
+
+def _histogram(c: Array) -> list[int]:
+    """How many confidences lie in each of CELLS cells of equal width, multiples of their width on their own side."""
+    cells = np.minimum(np.floor(c * CELLS + 1e-12), CELLS - 1).astype(np.int64)
+    return [int(count) for count in np.bincount(cells, minlength=CELLS)]
 
 
 def _listed(row: Asked) -> dict[str, Any]:

@@ -1,0 +1,144 @@
+"""How measurements of calibration are shown: errors with intervals, the hardest questions, reliability diagrams."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from poise.report.blocks import Cell, Column, Drawn, Grid, Line, Section, draw, number, percent
+from poise.report.curves import COLOURS, wilson
+from poise.report.figures import HALF, MUTED, STYLE, WIDE, canvas, legend
+from poise.report.record import RunRecord
+
+__all__ = ["SECTION", "confidences", "reliability_diagram"]
+
+ESTIMATES = {"sem1": ("Sem1", COLOURS["linf"]), "sem2": ("Sem2", COLOURS["union"])}
+FEW = 30
+"""A bin of fewer questions is drawn faintly: its accuracy says little."""
+
+_HEADLINE = {
+    "accuracy": "accuracy",
+    "sem1/ece": "Sem1-ECE",
+    "sem2/ece": "Sem2-ECE",
+    "difference/ece": "Sem1 \u2212 Sem2",
+    "true/ece": "true ECE",
+}
+_EACH = {
+    "confidence": "confidence",
+    "bias": "bias",
+    "smooth_ece": "smECE",
+    "debiased_ece": "debiased L2",
+    "brier": "Brier",
+    "auroc": "AUROC",
+}
+
+
+def _grids(records: Sequence[RunRecord]) -> Iterator[Grid]:
+    found = [record for record in records if record.summary.get("metrics")]
+    if not found:
+        return
+    yield Grid(
+        title="Calibration, 95% intervals",
+        caption="Expected calibration errors with 95% intervals of a bootstrap over questions. Sem1: the share of the "
+        "largest class of answers. Sem2: the class that one half of the answers chooses is scored on the other half, "
+        "over all halvings. Coverage: questions whose deployed answer is one. True ECE: the confidence is the "
+        "model\u2019s exact probability of its answer, where the world is known. Resampling adds to an ECE, so an "
+        "interval can lie above a small one; compare with the noise floor.",
+        heading="run",
+        columns=[Column(text) for text in ["questions", "coverage", *_HEADLINE.values()]],
+        lines=[Line(r.name, f"seed {r.summary.get('seed')}", _headline(r)) for r in found],
+    )
+    yield Grid(
+        title="Confidence, 95% intervals",
+        caption="Each estimate of confidence by itself. Bias: mean confidence minus accuracy. Noise floor: the ECE "
+        "that a calibrated model with these confidences would show on so many questions.",
+        heading="run",
+        columns=[Column(text) for text in [*_EACH.values(), "noise floor"]],
+        lines=[Line(r.name, text, _each(r, name)) for r in found for name, (text, _) in ESTIMATES.items()],
+    )
+    protocols = [Line(r.name, "", [Cell(str(r.summary.get("protocol")))], False) for r in found]
+    yield Grid("", "What the numbers depend on.", "run", [Column("protocol")], protocols)
+    for record in found:
+        yield from _questions(record)
+
+
+def _headline(record: RunRecord) -> list[Cell]:
+    counted = [Cell(f"{record.examples:,}"), percent(record.summary["coverage"])]
+    return counted + [_estimate(record, name) for name in _HEADLINE]
+
+
+def _each(record: RunRecord, name: str) -> list[Cell]:
+    return [*(_estimate(record, f"{name}/{key}") for key in _EACH), number(record.summary["noise_floor"][name])]
+
+
+def _estimate(record: RunRecord, name: str) -> Cell:
+    value, *interval = record.summary["metrics"].get(name) or [None]
+    return number(value, None if None in interval else interval)
+
+
+def _questions(record: RunRecord) -> Iterator[Grid]:
+    columns = [Column(text) for text in ("answers", "Sem1", "Sem2", "gap", "correct")]
+    for key, caption in {
+        "hardest": "largest gap between Sem1 and Sem2: the model does not know which answer it means",
+        "confidently_wrong": "wrong although at least nine answers in ten agree: no gap betrays them",
+    }.items():
+        if listed := record.summary.get(key):
+            lines = [
+                Line(question["question"], f"{question['K']} classes", _question(question), False)
+                for question in listed
+            ]
+            yield Grid("", f"{record.name}: {caption}.", "question", columns, lines)
+
+
+def _question(question: Mapping[str, Any]) -> list[Cell]:
+    answers = ", ".join(f"{label} \u00d7{count}" for label, count in question["answers"])
+    numbers = [number(question[key]) for key in ("sem1", "sem2", "gap")]
+    return [Cell(answers), *numbers, Cell("yes" if question["correct"] else "no")]
+
+
+def _details(anchor: str, record: RunRecord) -> Iterator[Drawn | None]:
+    bins, histogram = record.summary.get("reliability") or {}, record.summary.get("histogram") or {}
+    for name, (text, tone) in ESTIMATES.items():
+        yield draw(f"{anchor}-reliability-{name}", f"Reliability of {text}", reliability_diagram(bins.get(name), tone),
+                   f"Accuracy against mean confidence in each bin, with 95% Wilson intervals and the number of "
+                   f"questions; bins of fewer than {FEW} are faint. Below the diagonal: over-confident.")  # fmt: skip
+    yield draw(f"{anchor}-confidences", "Confidences", confidences(histogram), "Questions by confidence.")
+
+
+@matplotlib.rc_context(STYLE)
+def reliability_diagram(bins: Mapping[str, Sequence[float]] | None, tone: str) -> Figure | None:
+    """Accuracy with its interval against mean confidence, and the count of each bin; None without bins."""
+    if not bins or not bins["count"]:
+        return None
+    figure, axes = canvas(HALF, 3.6, "mean confidence", "accuracy")
+    axes.plot([0, 1], [0, 1], color=MUTED, lw=1, ls=(0, (4, 3)), zorder=1)
+    for count, confidence, accuracy in zip(bins["count"], bins["confidence"], bins["accuracy"], strict=True):
+        low, high = wilson(accuracy, int(count))
+        reach = [[max(accuracy - low, 0)], [max(high - accuracy, 0)]]
+        faint = 0.4 if count < FEW else 1.0
+        axes.errorbar(confidence, accuracy, reach, color=tone, alpha=faint, marker="o", ms=5, lw=1.2, capsize=2.5)
+        axes.annotate(f"{count:.0f}", (confidence, accuracy), xytext=(6, -3), textcoords="offset points", color=MUTED)
+    axes.set_xlim(-0.02, 1.06)
+    axes.set_ylim(-0.02, 1.02)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def confidences(histogram: Mapping[str, Sequence[int]]) -> Figure | None:
+    """How many questions have how much confidence, by each estimate; None without any."""
+    if not histogram:
+        return None
+    figure, axes = canvas(WIDE, 2.6, "confidence", "questions")
+    for name, (text, tone) in ESTIMATES.items():
+        counts = [*histogram[name], histogram[name][-1]]
+        axes.plot(np.linspace(0, 1, len(counts)), counts, drawstyle="steps-post", color=tone, label=text)
+    axes.set_ylim(bottom=0)
+    legend(axes)
+    return figure
+
+
+SECTION = Section("Calibration", _grids, lambda records: (), _details)

@@ -1,0 +1,86 @@
+"""Tables and figures of calibration from the summary of a measured run."""
+
+from __future__ import annotations
+
+import pytest
+from matplotlib.figure import Figure
+
+from poise.report.calibrate import ESTIMATES, SECTION, confidences, reliability_diagram
+from poise.report.page import render
+from poise.report.record import RunRecord
+
+BINS = {"low": [0.2, 0.9], "high": [0.3, 1.0], "count": [12, 88], "confidence": [0.25, 0.97], "accuracy": [0.5, 0.75]}
+HARD = {"question": "the poet of <b> ?", "answers": [["ann", 3], ["bob", 2]], "K": 2, "sem1": 0.6, "sem2": 0.4,
+        "gap": 0.2, "correct": False}  # fmt: skip
+
+
+@pytest.fixture
+def record() -> RunRecord:
+    each = ("confidence", "bias", "ece", "debiased_ece", "smooth_ece", "brier")
+    metrics = {f"{name}/{key}": [0.25, 0.125, 0.5] for name in ESTIMATES for key in each}
+    metrics |= {"accuracy": [0.72, 0.6, 0.8], "difference/ece": [-0.01, -0.05, 0.03], "sem1/auroc": [None, None, None]}
+    summary = {
+        "seed": 3,
+        "examples": 100,
+        "coverage": 0.98,
+        "protocol": "n=5",
+        "metrics": metrics,
+        "noise_floor": {"sem1": 0.04, "sem2": 0.05},
+        "reliability": {"sem1": BINS, "sem2": BINS},
+        "histogram": {"sem1": [0, 40, 60], "sem2": [10, 30, 60]},
+        "hardest": [HARD],
+        "confidently_wrong": [],
+    }
+    return RunRecord("asked", kind="calibrate.measure", summary=summary, status="finished")
+
+
+def cells(grid, row: int = 0) -> dict[str, tuple[str, str]]:
+    shown = zip(grid.columns, grid.lines[row].cells, strict=True)
+    return {column.label: (cell.text, cell.below) for column, cell in shown}
+
+
+def test_the_headline_has_the_errors_with_their_intervals(record):
+    headline, each, protocol, hardest = SECTION.grids([record])
+    found = cells(headline)
+    assert found["questions"] == ("100", "")
+    assert found["coverage"] == ("98.0", "")
+    assert found["accuracy"] == ("0.720", "0.600\u20130.800")
+    assert found["Sem1 \u2212 Sem2"] == ("-0.010", "-0.050\u20130.030")
+    assert found["true ECE"] == ("\u2013", "")  # not known outside a world
+    assert [line.note for line in each.lines] == ["Sem1", "Sem2"]
+    assert cells(each)["AUROC"] == ("\u2013", "")
+    assert cells(each, 1)["noise floor"] == ("0.050", "")
+    assert cells(protocol)["protocol"] == ("n=5", "")
+    assert hardest.lines[0].cells[0].text == "ann \u00d73, bob \u00d72"
+    assert cells(hardest)["correct"] == ("no", "")
+
+
+def test_a_run_that_has_measured_nothing_has_no_table(record):
+    assert list(SECTION.grids([RunRecord("young", kind="calibrate.measure")])) == []
+    assert len(list(SECTION.grids([RunRecord("young", kind="calibrate.measure"), record]))) == 4
+
+
+def test_the_diagram_shows_each_bin_with_its_count_and_interval(record):
+    figure = reliability_diagram(BINS, "#0072b2")
+    assert isinstance(figure, Figure)
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.texts] == ["12", "88"]
+    points = [bar.lines[0].get_xydata()[0].tolist() for bar in axes.containers]
+    assert points == [[0.25, 0.5], [0.97, 0.75]]
+    faint, full = (bar.lines[0].get_alpha() for bar in axes.containers)
+    assert faint < full == 1
+    assert reliability_diagram(None, "#0072b2") is None
+
+
+def test_the_histogram_has_a_line_for_each_estimate(record):
+    (axes,) = confidences(record.summary["histogram"]).axes
+    assert [line.get_label() for line in axes.get_lines()] == ["Sem1", "Sem2"]
+    assert axes.get_lines()[1].get_ydata().tolist() == [10, 30, 60, 60]
+    assert confidences({}) is None
+
+
+def test_the_page_shows_it_all_and_escapes_questions(record):
+    page = render([record], "Calibration")
+    for text in ("Sem2-ECE", "Reliability of Sem1", "Reliability of Sem2", "Confidences", "noise floor"):
+        assert text in page
+    assert "the poet of &lt;b&gt; ?" in page
