@@ -27,6 +27,8 @@ RAY_DEFAULTS = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    # A trial reports before its first evaluation too; its scheduler passes over what has no metric yet.
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
 }
 """Set for Ray unless the user has set them."""
 

@@ -220,7 +220,7 @@ class _Reporter(Display):
         self.value: float | None = None
 
     def show(self, progress: Progress) -> None:
-        value = progress.metrics.get(self.metric)
+        value = progress.metrics.get(self.metric, self.value)
         if (self.compares and value != self.value) or time.monotonic() - self.told_at > _SHOWN_EVERY_S:
             self.value, self.told_at = value, time.monotonic()
             self.tell(progress.step, progress.epoch, value, progress=asdict(progress))
