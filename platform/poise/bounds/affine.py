@@ -83,9 +83,11 @@ class Affine:
 
 
 def measure(layer: Affine) -> LayerNorms:
-    """The norms of one layer; its weight is float64 (ValueError otherwise)."""
+    """The norms of one layer; its weight is finite and float64 (ValueError otherwise)."""
     if layer.weight.dtype != torch.float64:
         raise ValueError(f"{layer.name}: norms are certified in float64, not in {layer.weight.dtype}")
+    if not layer.weight.isfinite().all():
+        raise ValueError(f"{layer.name}: a weight is not finite, the network has diverged")
     ones = torch.ones(1, *layer.inside, dtype=torch.float64, device=layer.weight.device)
     squares, sums = layer.apply(ones, layer.weight.square()), layer.apply(ones, layer.weight.abs())
     low, high, method = _spectral(layer)

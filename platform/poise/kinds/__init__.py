@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from poise.kinds.specs.align import AlignSelfplaySpec
+from poise.kinds.specs.bounds import BoundsReportSpec
 from poise.kinds.specs.calibrate import CalibrateMeasureSpec
 from poise.kinds.specs.finetune import FinetuneSftSpec
 from poise.kinds.specs.pipeline import PipelineSpec
@@ -20,7 +22,9 @@ __all__ = ["KINDS", "run"]
 
 KINDS: Mapping[str, type[RunSpec]] = {
     "robust.train": RobustTrainSpec,
+    "bounds.report": BoundsReportSpec,
     "finetune.sft": FinetuneSftSpec,
+    "align.selfplay": AlignSelfplaySpec,
     "calibrate.measure": CalibrateMeasureSpec,
     "sweep": SweepSpec,
     "pipeline": PipelineSpec,

@@ -19,7 +19,7 @@ from poise.data.sets import ImageSet
 from poise.errors import DamagedError
 from poise.kinds.measure import described, robust_accuracy
 from poise.kinds.specs.robust import RobustTrainSpec
-from poise.models.build import build
+from poise.kinds.trained import classifier
 from poise.observe.progress import Progress
 from poise.observe.rows import Rows
 from poise.robust.attacks import perturb
@@ -41,14 +41,9 @@ _Batch = tuple[Tensor, Tensor]
 def run(spec: RobustTrainSpec, context: Context) -> None:
     """Train, then measure the best and the final checkpoint on the test split."""
     data = load(spec.data, spec.seed)
-    model = _model(spec, data).to(context.device)
+    model = classifier(spec, data).to(context.device)
     fitted = fit(_task(spec, data, model, context), spec.train, context)
     _measure(spec, data, model, fitted, context)
-
-
-def _model(spec: RobustTrainSpec, data: Dataset) -> nn.Module:
-    seed = derive_seed(spec.seed, "model")
-    return build(spec.model, shape=data.shape, classes=data.classes, mean=data.mean, std=data.std, seed=seed)
 
 
 def _task(spec: RobustTrainSpec, data: Dataset, model: nn.Module, context: Context) -> Task:

@@ -1,0 +1,177 @@
+"""A report on two small trained networks: its numbers are those of the checkpoints, and it reads as a page."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+
+import pytest
+import torch
+from rich.console import Console
+
+from poise import kinds
+from poise.bounds.operators import operator_norms
+from poise.engine.session import claim
+from poise.errors import UserError
+from poise.kinds.specs.bounds import BoundsReportSpec
+from poise.kinds.specs.robust import RobustTrainSpec
+from poise.kinds.trained import open_trained
+from poise.report.page import load_record, render
+from poise.report.table import comparison
+from poise.spec import RunSpec
+from poise.store.runs import Run, open_run
+from poise.train.context import Context
+
+
+def finish(run: Run, spec: RunSpec) -> None:
+    with claim(run, spec):
+        kinds.run(spec, Context(run))
+
+
+def train(store: str, name: str, **changes: object) -> None:
+    few = {"every": {"epochs": 4}}
+    values = {
+        "kind": "robust.train",
+        "name": name,
+        "store": store,
+        "model": {"name": "cnn", "width": 4},
+        "data": {"name": "digits", "batch_size": 50, "limit": 300, "validation": 50},
+        "threats": {"linf": {"eps": 0.05, "steps": 2}},
+        "objective": {"name": "at"},
+        "train": {
+            "epochs": 8,
+            "optimizer": {"name": "sgd", "lr": 0.1},
+            "evaluate_every": {"epochs": 4},
+            "checkpoint": few,
+        },
+        "evaluate": {"threats": {"linf": {"eps": 0.02, "steps": 2}, "l1": {"eps": 1, "steps": 2}}, "examples": 80},
+    }
+    run = open_run(store, name)
+    finish(run, RobustTrainSpec.model_validate({**values, **changes}))
+
+
+def report(store: str, name: str, runs: list[str], **changes: object) -> Run:
+    values = {"kind": "bounds.report", "name": name, "store": store, "runs": runs, "examples": 60, "percentile": 50}
+    run = open_run(store, name)
+    finish(run, BoundsReportSpec.model_validate({**values, **changes}))
+    return run
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("runs"))
+    train(folder, "weak")
+    train(folder, "strong", objective={"name": "avg"}, threats={"linf": {"eps": 0.1, "steps": 2}, "l2": {"eps": 0.5}})
+    trials = [{"run": "weak", "status": "finished"}, {"run": "gone", "status": "failed"}]
+    sweep = open_run(folder, "both")
+    sweep.claim_spec("kind: sweep\n", "0")
+    sweep.write("artifacts/summary.json", json.dumps({"kind": "sweep", "trials": trials}).encode())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(store: str) -> Run:
+    return report(store, "report", ["weak", "strong"])
+
+
+def test_the_norms_are_those_of_the_selected_checkpoint(store, finished):
+    weak, _ = json.loads(finished.read("artifacts/bounds.json"))["networks"]
+    trained = open_trained(store, "weak", torch.device("cpu"))
+    layers = operator_norms(trained.model, (1, 8, 8))
+    told = json.loads(open_run(store, "weak").read("artifacts/summary.json"))
+    assert (weak["step"], weak["selected"]) == (told["best_step"], "best")
+    assert [layer["sigma_hi"] for layer in weak["layers"]] == [layer.sigma_hi for layer in layers]
+    product = math.prod(layer.sigma_hi for layer in layers) / min(trained.data.std)
+    assert weak["log10"]["spectral_product"] == pytest.approx(math.log10(product))
+    assert (weak["samples"], weak["depth"]) == (250, 4)
+
+
+def test_test_accuracy_and_gaps_are_of_one_attack(store, finished):
+    """The test side of the report is what the run itself has measured, on the same first examples."""
+    networks = json.loads(finished.read("artifacts/summary.json"))["networks"]
+    for network in networks:
+        assert set(network["accuracy"]["test"]) == {
+            "clean",
+            "robust/linf",
+            "robust/l1",
+            "robust/average",
+            "robust/union",
+        }
+        for measure, gap in network["gap"].items():
+            assert gap == network["accuracy"]["train"][measure] - network["accuracy"]["test"][measure]
+    again = report(store, "again", ["weak"], examples=80, seed=0)
+    told = json.loads(open_run(store, "weak").read("artifacts/summary.json"))["accuracy"]["best"]
+    assert json.loads(again.read("artifacts/summary.json"))["networks"][0]["accuracy"]["test"] == told
+
+
+def test_bounds_hold_together(finished):
+    for network in json.loads(finished.read("artifacts/summary.json"))["networks"]:
+        clean, robust = network["bounds"]["clean"], network["bounds"]["robust"]
+        assert 0 < network["margin"]["used"] <= network["margin"]["percentile"]
+        assert network["margin"]["below"] <= 0.51
+        assert network["radius"]["clean"] < network["radius"]["robust"]
+        for name in ("arc", "arc_frobenius", "covering", "pac_bayes", "pac_bayes_shape"):
+            assert clean[name] <= robust[name]
+        assert robust["arc"] <= robust["arc_frobenius"]
+        assert robust["vacuous"] == min(robust["arc"], robust["pac_bayes"]) > max(network["gap"].values())
+        parts = network["decomposition"]
+        ratio = network["radius"]["robust"] / network["radius"]["clean"]
+        assert parts["adversary"] == pytest.approx(math.log10(ratio))
+        arc = math.log10(4 * 24 / network["margin"]["used"] * network["radius"]["robust"] / math.sqrt(250))
+        arc += network["log10"]["spectral_product"] + math.log10(network["parameters"] * math.log(12)) / 2
+        assert robust["arc"] == pytest.approx(arc, abs=1e-3)
+
+
+def test_no_adversary_makes_the_robust_bounds_the_clean_ones(store):
+    run = report(store, "none", ["weak"], threats={"l2": {"eps": 0, "steps": 1}})
+    (network,) = json.loads(run.read("artifacts/summary.json"))["networks"]
+    assert network["bounds"]["robust"] == network["bounds"]["clean"]
+    assert network["decomposition"]["adversary"] == 0
+
+
+def test_a_margin_that_is_not_positive_leaves_the_bounds_undefined(store):
+    run = report(store, "low", ["weak"], percentile="1/10")
+    (network,) = json.loads(run.read("artifacts/summary.json"))["networks"]
+    assert network["margin"] is None
+    assert network["bounds"] == {}
+    assert "undefined" in render([load_record(run)], "low")
+
+
+def test_a_sweep_stands_for_its_trials_and_what_is_left_out_is_said(store):
+    run = report(store, "of-a-sweep", ["both", "weak"])
+    networks = json.loads(run.read("artifacts/summary.json"))["networks"]
+    assert [network["run"] for network in networks] == ["weak"]
+    (left,) = [event["runs"] for event in run.events() if event["event"] == "left_out"]
+    assert left == ["gone"]
+
+
+def test_a_network_that_is_smooth_has_no_pac_bayes_bound(store):
+    train(store, "smooth", model={"name": "cnn", "width": 4, "activation": "silu"})
+    (network,) = json.loads(report(store, "of-smooth", ["smooth"]).read("artifacts/summary.json"))["networks"]
+    assert network["bounds"]["robust"]["pac_bayes"] is None
+    assert network["bounds"]["robust"]["vacuous"] == network["bounds"]["robust"]["arc"]
+
+
+@pytest.mark.parametrize(
+    ("names", "what"),
+    [(["report"], "bounds.report"), (["waek"], "is it 'weak'"), (["started"], "no result yet")],
+)
+def test_runs_that_cannot_be_reported_on_are_refused(store, finished, names, what):
+    open_run(store, "started").claim_spec("kind: robust.train\n", "0")
+    with pytest.raises(UserError, match=what):
+        report(store, f"bad-{names[0]}", names)
+
+
+def test_it_is_shown_on_a_page_and_in_a_terminal(finished):
+    record = load_record(finished)
+    page = render([record], "report")
+    assert page.count("<svg") == 1
+    assert "Spectral norms" in page
+    for network in record.summary["networks"]:
+        assert f"10^{network['bounds']['robust']['vacuous']:.1f}" in page
+    terminal = Console(file=io.StringIO(), width=200)
+    for table in comparison([record]):
+        terminal.print(table)
+    assert "strong" in terminal.file.getvalue()
+    assert "vacuous by" in terminal.file.getvalue()
