@@ -13,7 +13,7 @@ import click
 
 from poise import __version__
 from poise.env import launched_rank
-from poise.errors import PoiseError
+from poise.errors import PoiseError, UserError
 
 if TYPE_CHECKING:
     from poise.observe.sinks import Sink
@@ -292,6 +292,63 @@ def runs_sweep(run: str, older_than: float) -> None:
     for name in removed:
         click.echo(f"removed {name}")
     click.echo(f"{len(removed)} orphans removed")
+
+
+@cli.group("cluster")
+def cluster_group() -> None:
+    """A Ray cluster on this machine, for several runs and jobs."""
+
+
+_folder = click.option(
+    "--folder", type=click.Path(path_type=Path), help="Where its record is kept; the default is ~/.poise/MACHINE."
+)
+_port = click.IntRange(1, 65535)
+
+
+@cluster_group.command("up")
+@_folder
+@click.option("--port", type=_port, default=6379, show_default=True, help="Port that drivers join.")
+@click.option("--dashboard-port", type=_port, default=8265, show_default=True, help="Port that jobs are sent to.")
+@click.option("--cpus", type=click.IntRange(1), help="CPU cores to offer; the default is all of the machine.")
+@click.option("--gpus", type=click.IntRange(0), help="GPUs to offer; the default is all of the machine.")
+def cluster_up(folder: Path | None, port: int, dashboard_port: int, cpus: int | None, gpus: int | None) -> None:
+    """Start the cluster, unless it is up, and say how to use it."""
+    from poise.engine import cluster
+
+    folder = folder or cluster.default_folder()
+    found = cluster.find(folder)
+    up = found or cluster.up(folder, port, dashboard_port, cpus, gpus)
+    click.echo(f"{'already up' if found else 'up'}: {up.address}, dashboard {up.dashboard}")
+    click.echo(f"poise run SPEC --address {up.address}")
+    click.echo(f"poise submit SPEC --address {up.dashboard}")
+
+
+@cluster_group.command("down")
+@_folder
+def cluster_down(folder: Path | None) -> None:
+    """End the cluster, with all that runs on it; other clusters are left alone."""
+    from poise.engine import cluster
+
+    ended = cluster.down(folder or cluster.default_folder())
+    click.echo("down" if ended else "nothing was up")
+
+
+@cluster_group.command("status")
+@_folder
+def cluster_status(folder: Path | None) -> None:
+    """Print where the cluster is, its machines and its jobs."""
+    from poise.engine import cluster
+
+    found = cluster.find(folder or cluster.default_folder())
+    if found is None:
+        raise UserError("no cluster is up here; start one with: poise cluster up")
+    now = cluster.status(found)
+    click.echo(f"up: {found.address}, dashboard {found.dashboard}")
+    click.echo(f"metrics: {found.endpoints}")
+    for node in now.nodes:
+        click.echo(f"machine {node.ip}: {', '.join(f'{amount:g} {name}' for name, amount in node.resources.items())}")
+    for job in now.jobs:
+        click.echo(f"job {job.submission_id}: {job.status.value}")
 
 
 def _load(spec: Path, assignments: Sequence[str]) -> RunSpec:

@@ -1,0 +1,287 @@
+"""The chart, rendered by Helm's own engine in every mode and held against the schemas of what it makes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import helm_python
+import kubernetes_validate
+import pytest
+import yaml
+from jsonschema import Draft202012Validator, ValidationError
+
+from poise.env import RAY_DEFAULTS
+from poise.kinds import KINDS
+from poise.spec import load
+
+ROOT = Path(__file__).parents[2]
+CHART = ROOT / "helm" / "poise"
+CRDS = json.loads((Path(__file__).parent / "crds.schema.json").read_text())
+SPEC = (ROOT / "jobs" / "digits.yaml").read_text()
+
+JOB = {"enabled": True, "spec": SPEC, "set": ["store=s3://bucket/runs", "common.digits.train.epochs=2"]}
+GPU = {"gpu": {"enabled": True, "image": "poise:0.1.0-gpu"}}
+EXTRAS = {
+    "s3": {"secretName": "s3-keys", "region": "eu-west-1", "endpoint": "https://s3.example.org"},
+    "sharedVolume": {"claimName": "shared"},
+    "environment": {"OMP_NUM_THREADS": "4"},
+    "serviceAccount": {"annotations": {"eks.amazonaws.com/role-arn": "arn:aws:iam::1:role/poise"}},
+    "labels": {"kueue.x-k8s.io/queue-name": "research"},
+    "auth": {"secretName": "token"},
+    "image": {"pullSecrets": ["registry"]},
+    "head": {"nodeSelector": {"pool": "heads"}, "tolerations": [{"key": "heads", "operator": "Exists"}]},
+}
+MODES = {
+    f"{job}-{gpu}-{monitors}-{extras}": {
+        **({"job": JOB} if job == "job" else {}),
+        **({"workers": GPU} if gpu == "gpu" else {}),
+        **({"monitoring": {"enabled": True}} if monitors == "monitors" else {}),
+        **(EXTRAS if extras == "extras" else {}),
+    }
+    for job, gpu, monitors, extras in itertools.product(
+        ("job", "cluster"), ("gpu", "cpu"), ("monitors", "unwatched"), ("extras", "plain")
+    )
+}
+
+
+def render(values: dict[str, Any], name: str = "demo") -> dict[str, dict[str, Any]]:
+    """What Helm would send, by kind and name. The chart is loaded anew: a handle does not render twice alike."""
+    files = helm_python.Chart.load(CHART).render(values, name=name, namespace="research")
+    texts = [text for file, text in files.items() if file.endswith(".yaml")]
+    documents = [document for text in texts for document in yaml.safe_load_all(text) if document]
+    return {f"{document['kind']}/{document['metadata']['name']}": document for document in documents}
+
+
+def cluster_of(objects: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    for document in objects.values():
+        if document["kind"] == "RayCluster":
+            return document["spec"]
+        if document["kind"] == "RayJob":
+            return document["spec"]["rayClusterSpec"]
+    raise AssertionError("neither a cluster nor a job")
+
+
+def pods(objects: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Every pod that the operator is told to make."""
+    cluster = cluster_of(objects)
+    yield cluster["headGroupSpec"]["template"]
+    yield from (group["template"] for group in cluster["workerGroupSpecs"])
+    yield from (job["spec"]["submitterPodTemplate"] for job in objects.values() if job["kind"] == "RayJob")
+
+
+def check(document: dict[str, Any]) -> None:
+    if document["kind"] in CRDS["$defs"]:
+        Draft202012Validator({**CRDS, "$ref": f"#/$defs/{document['kind']}"}).validate(document)
+    else:
+        kubernetes_validate.validate(document, "1.37", strict=True)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_object_is_what_its_kind_allows(mode):
+    objects = render(MODES[mode])
+    for document in objects.values():
+        check(document)
+    for template in pods(objects):
+        check({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod", **template["metadata"]}, **template})
+    kinds = {document["kind"] for document in objects.values()}
+    assert ("RayJob" in kinds, "RayCluster" in kinds) == (mode.startswith("job"), mode.startswith("cluster"))
+    assert {"ServiceAccount", "NetworkPolicy", "PodDisruptionBudget"} <= kinds
+    assert ({"PodMonitor", "PrometheusRule"} <= kinds) == ("monitors" in mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_pod_may_run_in_a_restricted_namespace(mode):
+    """Pod Security Standards, profile restricted."""
+    for template in pods(render(MODES[mode])):
+        pod = template["spec"]
+        assert pod["securityContext"]["runAsNonRoot"]
+        assert pod["securityContext"]["seccompProfile"]["type"] == "RuntimeDefault"
+        for container in pod["containers"]:
+            context = container["securityContext"]
+            assert (context["allowPrivilegeEscalation"], context["capabilities"]) == (False, {"drop": ["ALL"]})
+            assert context["runAsNonRoot"]
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
+        assert all(
+            set(volume) & {"emptyDir", "configMap", "persistentVolumeClaim"} for volume in pod.get("volumes", [])
+        )
+
+
+def test_strict_checks_catch_a_typo():
+    objects = render({"job": JOB})
+    job = objects["RayJob/demo-run"]
+    job["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParam"] = {}
+    with pytest.raises(ValidationError, match="rayStartParam"):
+        check(job)
+    policy = objects["NetworkPolicy/demo"]
+    policy["spec"]["ingres"] = []
+    with pytest.raises(kubernetes_validate.ValidationError, match="ingres"):
+        check(policy)
+
+
+@pytest.mark.parametrize("values", [{}, {"job": JOB, "workers": GPU, "monitoring": {"enabled": True}, **EXTRAS}])
+def test_helm_has_nothing_to_complain_of(values):
+    found = helm_python.lint(CHART, values, strict=True)
+    assert not found["errors"]
+    assert [message["error"] for message in found["messages"]] == ["icon is recommended"]
+
+
+WRONG = {
+    "a typo": ({"wokers": {}}, "wokers"),
+    "a typo deep down": ({"workers": {"cpu": {"cpu": 4}}}, "cpu"),
+    "a word for a number": ({"workers": {"cpu": {"maxReplicas": "four"}}}, "integer"),
+    "a number for a word": ({"head": {"memory": 8}}, "string"),
+    "memory without a unit": ({"head": {"memory": "8 GB"}}, "pattern"),
+    "no GPU for GPUs": ({"workers": {"gpu": {"gpus": 0}}}, "minimum"),
+    "an unknown mode": ({"auth": {"mode": "password"}}, "token"),
+    "a secret in the environment": ({"environment": {"AWS_SECRET_ACCESS_KEY": "x"}}, "AWS_SECRET_ACCESS_KEY"),
+    "credentials in the endpoint": ({"s3": {"endpoint": "https://me:mine@host"}}, "pattern"),
+    "a key": ({"s3": {"secretAccessKey": "x"}}, "secretAccessKey"),
+    "a change that a shell would read": ({"job": {"set": ["name=$(reboot)"]}}, "pattern"),
+    "a relative path": ({"job": {"path": "jobs/quickstart.yaml"}}, "pattern"),
+    "a name that no object may have": ({"job": {"name": "My_Run"}}, "pattern"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_values_that_are_wrong_are_refused_by_the_schema(case):
+    values, named = WRONG[case]
+    with pytest.raises(helm_python.HelmValuesError, match=named):
+        render(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"job": {"enabled": True}}, "a job needs either job.spec"),
+        ({"job": {"enabled": True, "spec": "x", "path": "/x"}}, "a job needs either job.spec"),
+        ({"workers": {"cpu": {"enabled": False}}}, "enable workers.cpu or workers.gpu"),
+        ({"workers": {"cpu": {"minReplicas": 9}}}, "minReplicas 9 is above maxReplicas 4"),
+    ],
+)
+def test_values_that_do_not_fit_together_are_refused(values, said):
+    with pytest.raises(helm_python.HelmRenderError, match=said):
+        render(values)
+
+
+def described(schema: dict[str, Any], path: str = "values") -> Iterator[str]:
+    """Keys without a description, and objects that take unknown keys without saying of which type."""
+    if "description" not in schema:
+        yield f"{path}: no description"
+    if schema.get("type") == "object" and "additionalProperties" not in schema and path != "values.global":
+        yield f"{path}: open"
+    for name, inner in schema.get("properties", {}).items():
+        yield from described(inner, f"{path}.{name}")
+
+
+def test_the_schema_is_closed_describes_every_key_and_knows_every_default():
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    assert not list(described(schema))
+    assert not Draft202012Validator.check_schema(schema)
+    defaults = yaml.safe_load((CHART / "values.yaml").read_text())
+
+    def missing(values: dict[str, Any], known: dict[str, Any], path: str) -> Iterator[str]:
+        for name, inner in known.get("properties", {}).items():
+            if name not in values and name not in ("global", "image"):
+                yield f"{path}.{name}"
+            elif isinstance(values.get(name), dict):
+                yield from missing(values[name], inner, f"{path}.{name}")
+
+    assert not list(missing(defaults, schema, "values"))
+
+
+def test_head_and_workers_are_what_poise_needs():
+    cluster = cluster_of(render({"workers": GPU}))
+    head, (cpu, gpu) = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
+    assert head["rayStartParams"]["num-cpus"] == "0"
+    assert cluster["authOptions"] == {"mode": "token"}
+    container = gpu["template"]["spec"]["containers"][0]
+    assert (container["image"], container["resources"]["limits"]["nvidia.com/gpu"]) == ("poise:0.1.0-gpu", "1")
+    assert gpu["template"]["spec"]["tolerations"][0]["key"] == "nvidia.com/gpu"
+    assert "nvidia.com/gpu" not in cpu["template"]["spec"]["containers"][0]["resources"]["limits"]
+    for template in (head["template"], cpu["template"], gpu["template"]):
+        (container,) = template["spec"]["containers"]
+        assert {"name": "shm", "mountPath": "/dev/shm"} in container["volumeMounts"]
+        environment = {variable["name"]: variable["value"] for variable in container["env"]}
+        assert environment.items() <= RAY_DEFAULTS.items()
+        assert {"RAY_worker_niceness", "RAY_USAGE_STATS_ENABLED"} == environment.keys()
+
+
+def test_the_job_runs_its_spec(tmp_path):
+    objects = render({"job": JOB})
+    job = objects["RayJob/demo-run"]["spec"]
+    assert job["entrypoint"] == (
+        "poise run /etc/poise/spec.yaml --metrics-port 9464"
+        " --set store=s3://bucket/runs --set common.digits.train.epochs=2"
+    )
+    (tmp_path / "spec.yaml").write_text(objects["ConfigMap/demo-spec"]["data"]["spec.yaml"])
+    assert (tmp_path / "spec.yaml").read_text() == SPEC
+    assert load(tmp_path / "spec.yaml", KINDS, JOB["set"]).store == "s3://bucket/runs"
+    head = job["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    assert {"name": "spec", "configMap": {"name": "demo-spec"}} in head["volumes"]
+    in_image = render({"job": {"enabled": True, "path": "/shared/a.yaml"}})
+    assert "poise run /shared/a.yaml " in in_image["RayJob/demo-run"]["spec"]["entrypoint"]
+    assert "ConfigMap/demo-spec" not in in_image
+
+
+def test_keys_come_from_a_secret_or_a_role_and_are_nowhere_else():
+    objects = render({**EXTRAS, "workers": GPU})
+    for template in (cluster_of(objects)["headGroupSpec"], *cluster_of(objects)["workerGroupSpecs"]):
+        container = template["template"]["spec"]["containers"][0]
+        assert container["envFrom"] == [{"secretRef": {"name": "s3-keys"}}]
+        assert template["template"]["spec"]["serviceAccountName"] == "demo"
+    assert objects["ServiceAccount/demo"]["metadata"]["annotations"]["eks.amazonaws.com/role-arn"].endswith("poise")
+    assert "ACCESS_KEY" not in yaml.safe_dump(objects)
+
+
+def test_policies_select_the_pods_that_there_are():
+    objects = render({"job": JOB, "monitoring": {"enabled": True}})
+    policy, budget = objects["NetworkPolicy/demo"]["spec"], objects["PodDisruptionBudget/demo-head"]["spec"]
+    monitor = objects["PodMonitor/demo"]["spec"]
+    for template in pods(objects):
+        labels = template["metadata"]["labels"].items()
+        assert policy["podSelector"]["matchLabels"].items() <= labels
+        assert monitor["selector"]["matchLabels"].items() <= labels
+    assert budget["selector"]["matchLabels"] == {**policy["podSelector"]["matchLabels"], "ray.io/node-type": "head"}
+    ports = {port["name"] for template in pods(objects) for port in template["spec"]["containers"][0].get("ports", [])}
+    assert {endpoint["port"] for endpoint in monitor["podMetricsEndpoints"]} <= ports
+
+
+def test_a_long_name_leaves_room_for_what_the_operator_appends():
+    for values in ({}, {"job": {**JOB, "name": "x" * 16}}):
+        for document in render(values, name="r" * 53).values():
+            assert len(document["metadata"]["name"]) <= 47
+            check(document)
+
+
+def test_versions_are_those_of_the_project():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (ray,) = (need.partition("==")[2] for need in project["dependencies"] if need.startswith("ray["))
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    assert values["rayVersion"] == ray
+    import poise
+
+    assert yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"] == poise.__version__
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({}, ["raycluster demo", "get secret demo ", "store=s3://BUCKET/runs"]),
+        ({"sharedVolume": {"claimName": "c"}}, ["store=/shared/runs"]),
+        ({"job": JOB}, ["rayjob demo-run", "runs /etc/poise/spec.yaml"]),
+    ],
+)
+def test_the_notes_say_what_to_do_next(values, said):
+    notes = helm_python.Chart.load(CHART).render(values, name="demo", namespace="research")["poise/templates/NOTES.txt"]
+    assert all(words in notes for words in said), notes
+
+
+def test_the_chart_can_be_packed(tmp_path):
+    archive = Path(helm_python.Chart.load(CHART).save(tmp_path))
+    packed = helm_python.Chart.load(archive)
+    assert {"files/alerts.yaml", "files/dashboard.json"} <= {file["name"] for file in packed.files}
