@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from poise.errors import PoiseError, UserError
 from poise.observe.environment import environment
 from poise.spec import RunSpec, dump
 
-__all__ = ["follow", "job_id", "logs", "status", "stop", "submit"]
+__all__ = ["connect", "follow", "job_id", "logs", "status", "stop", "submit"]
 
 _AGENT_WITHIN_S = 60
 _ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
@@ -41,7 +40,7 @@ def submit(spec: RunSpec, address: str, job: str | None = None) -> str:
     """
     job = job or job_id(spec)
     _check_places(spec)
-    with _client(address) as client, tempfile.TemporaryDirectory(prefix="poise-job-") as folder:
+    with connect(address) as client, tempfile.TemporaryDirectory(prefix="poise-job-") as folder:
         _make_way(client, job)
         (Path(folder) / "spec.yaml").write_text(dump(spec))
         _send(
@@ -61,27 +60,27 @@ def submit(spec: RunSpec, address: str, job: str | None = None) -> str:
 
 def status(job: str, address: str) -> JobDetails:
     """What the cluster knows of a job."""
-    with _client(address) as client:
+    with connect(address) as client:
         return _info(client, job)
 
 
 def logs(job: str, address: str) -> str:
     """All that a job has printed."""
-    with _client(address) as client:
+    with connect(address) as client:
         _info(client, job)
         return str(client.get_job_logs(job))
 
 
 def follow(job: str, address: str, write: Callable[[str], None]) -> JobDetails:
     """Pass on what a job prints until it ends. Leaving (Ctrl-C) does not stop the job."""
-    with _client(address) as client:
+    with connect(address) as client:
         asyncio.run(_tail(client, job, write))
         return _info(client, job)
 
 
 def stop(job: str, address: str) -> JobDetails:
     """Ask a job to stop; what its run has committed stays."""
-    with _client(address) as client:
+    with connect(address) as client:
         _info(client, job)
         client.stop_job(job)
         return _info(client, job)
@@ -139,10 +138,9 @@ def _info(client: JobSubmissionClient, job: str) -> JobDetails:
 
 
 @contextmanager
-def _client(address: str) -> Iterator[JobSubmissionClient]:
+def connect(address: str) -> Iterator[JobSubmissionClient]:
+    """The dashboard at `address`; UserError when none answers there, or it wants a token that is not here."""
     logging.getLogger("ray").setLevel(logging.WARNING)  # its notes on uploads are not what the caller asked for
-    if "RAY_AUTH_MODE" not in os.environ and (Path.home() / ".ray" / "auth_token").is_file():
-        os.environ["RAY_AUTH_MODE"] = "token"  # Ray writes the file by itself, and then its heads ask for it
     try:
         client = JobSubmissionClient(address)
     except AuthenticationError:
