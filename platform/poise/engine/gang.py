@@ -27,7 +27,7 @@ from poise.errors import PoiseError, UserError
 from poise.observe.export import export
 from poise.observe.progress import Display
 from poise.observe.sinks import Sink
-from poise.spec import RunSpec
+from poise.spec import RunSpec, SamplerSpec, WorkersSpec
 
 __all__ = ["cluster", "run_gang"]
 
@@ -37,7 +37,7 @@ def cluster(address: str | None, specs: Sequence[RunSpec]) -> Iterator[None]:
     """Join the cluster at `address` (or RAY_ADDRESS), or start one on this machine for as long as the block lasts."""
     verbose = os.environ.get(env.RAY_LOGS) == "1"
     joins = address is not None or "RAY_ADDRESS" in os.environ
-    cpus = None if joins else max(os.cpu_count() or 1, *(spec.workers.count * spec.workers.cpus for spec in specs))
+    cpus = None if joins else max(os.cpu_count() or 1, *(_needs(spec)["CPU"] for spec in specs))
     try:
         ray.init(
             address=address if joins else "local",
@@ -110,15 +110,24 @@ def _explained(error: TrainingFailedError, attempts: int) -> str:
     )
 
 
+def _needs(spec: RunSpec) -> dict[str, int]:
+    """CPUs and GPUs of the workers and, for a kind that has them, of the sampler's engines."""
+    workers, sampler = spec.workers, getattr(spec, "sampler", None)
+    groups: list[tuple[int, WorkersSpec | SamplerSpec]] = [(workers.count, workers)]
+    if isinstance(sampler, SamplerSpec):
+        groups.append((sampler.engines, sampler))
+    return {
+        "CPU": sum(count * each.cpus for count, each in groups),
+        "GPU": sum(count * each.gpus for count, each in groups),
+    }
+
+
 def _check_resources(spec: RunSpec, display: Display) -> None:
     """Say so when the cluster as it is now cannot hold the gang: Ray would wait without a word."""
-    needed = {"CPU": spec.workers.count * spec.workers.cpus, "GPU": spec.workers.count * spec.workers.gpus}
     present = ray.cluster_resources()
-    for name, amount in needed.items():
+    for name, amount in _needs(spec).items():
         if present.get(name, 0) < amount:
-            display.note(
-                f"waiting: {spec.workers.count} workers need {amount} {name}, the cluster has {present.get(name, 0):g}"
-            )
+            display.note(f"waiting: {spec.name} needs {amount} {name}, the cluster has {present.get(name, 0):g}")
 
 
 @contextmanager

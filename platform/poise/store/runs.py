@@ -30,7 +30,7 @@ Status = Literal["running", "finished", "failed", "stopped"]
 
 _NAME: TypeAdapter[str] = TypeAdapter(Name)
 _MANIFEST, _SPEC, _EVENTS = "manifest.json", "spec.yaml", "events.jsonl"
-_RECORDED = ("artifacts/", "metrics/", _SPEC, "environment.json")
+_RECORDED = ("artifacts/", "metrics/", "samples/", _SPEC, "environment.json")
 """What the manifest of an ended run vouches for; checkpoints vouch for themselves, and events go on being added."""
 
 
