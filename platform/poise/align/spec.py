@@ -75,7 +75,9 @@ class NashRs(Section):
     tau: Positive = Field(
         Real("0.2"), description="temperature of rejection, and coefficient of KL(policy || reference)"
     )
-    proposals: int = Field(32, ge=2, le=4096, description="responses of the reference per question, drawn once")
+    proposals: int = Field(
+        64, ge=2, le=4096, description="responses of the reference per question, drawn once: all that is known of it"
+    )
     inner_steps: int = Field(1, ge=1, le=1000, description="optimizer steps per iteration")
 
 

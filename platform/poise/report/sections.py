@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from poise.report import bounds, calibrate, language, robust, sweep
+from poise.report import align, bounds, calibrate, language, robust, sweep
 from poise.report.blocks import Section
 from poise.report.record import RunRecord
 
@@ -16,6 +16,7 @@ SECTIONS: Mapping[str, Section] = {
     "robust.train": robust.SECTION,
     "bounds.report": bounds.SECTION,
     "finetune.sft": language.SECTION,
+    "align.selfplay": align.SECTION,
     "calibrate.measure": calibrate.SECTION,
     "sweep": sweep.SECTION,
 }
