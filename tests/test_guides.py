@@ -27,14 +27,20 @@ RAY = "tests/end_to_end/test_ray.py"
 JOBS = f"{RAY}::test_a_spec_is_sent_as_a_job_followed_listed_and_stopped"
 TORCHRUN = f"{RAY}::test_two_processes_under_torchrun_are_two_ray_workers"
 LAUNCH = "torchrun --standalone --nproc-per-node=2"
-CLUSTER = "tests/end_to_end/conftest.py::head"
+CLUSTER = "tests/cluster/test_cluster.py::test_a_cluster_comes_takes_a_job_and_goes"
+CHART = "tests/helm/test_chart.py"
 ELSEWHERE = {
     "make run": "tests/test_guides.py::test_make_knows_every_target",
     "make test": "tests/test_guides.py::test_make_knows_every_target",
     "poise run jobs/quickstart.yaml": f"{RAY}::test_a_killed_driver",
     "poise run jobs/digits.yaml --address 127.0.0.1:6379": "tests/end_to_end/conftest.py::uninterrupted",
-    "ray start --head": CLUSTER,
-    "ray stop": CLUSTER,
+    "poise cluster up": CLUSTER,
+    "poise cluster status": CLUSTER,
+    "poise cluster down": CLUSTER,
+    "ray job submit --working-dir . -- poise run jobs/digits.yaml --set store=$PWD/runs": CLUSTER,
+    "helm install demo helm/poise --set workers.gpu.enabled=true": f"{CHART}::test_the_settings_of_the_guide",
+    "helm install first helm/poise --set job.enabled=true --set-file job.spec=jobs/digits.yaml"
+    " --set 'job.set={store=s3://bucket/runs}'": f"{CHART}::test_the_settings_of_the_guide",
     "poise submit jobs/digits.yaml --set store=$PWD/runs": JOBS,
     "poise status poise-digits": JOBS,
     "poise logs poise-digits --follow": JOBS,
@@ -190,9 +196,7 @@ def test_every_guide_has_commands_and_the_ones_left_out_are_executed_elsewhere()
 
 def test_a_command_that_fails_is_caught(tmp_path):
     guide = tmp_path / "guide.md"
-    guide.write_text(
-        "```sh\npoise check jobs/digits.yaml  # sound\npoise check jobs/none.yaml\npoise runs list\n```\n"
-    )
+    guide.write_text("```sh\npoise check jobs/digits.yaml  # sound\npoise check jobs/none.yaml\npoise runs list\n```\n")
     assert [command.text.split()[-1] for command in commands(guide)] == [
         "jobs/digits.yaml",
         "jobs/none.yaml",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shlex
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -226,6 +227,28 @@ def test_the_job_runs_its_spec(tmp_path):
     in_image = render({"job": {"enabled": True, "path": "/shared/a.yaml"}})
     assert "poise run /shared/a.yaml " in in_image["RayJob/demo-run"]["spec"]["entrypoint"]
     assert "ConfigMap/demo-spec" not in in_image
+
+
+def test_the_settings_of_the_guide(monkeypatch):
+    """Its `helm install` lines, read by Helm's own parser of --set and --set-file."""
+    monkeypatch.chdir(ROOT)
+    lines = [shlex.split(line) for line in (ROOT / "docs/cluster.md").read_text().splitlines() if line[:5] == "helm "]
+    kinds = []
+    for _helm, _install, name, chart, *options in lines:
+        assert chart == "helm/poise"
+        values: dict[str, Any] = {}
+        for option, expression in zip(options[::2], options[1::2], strict=True):
+            read = {"--set": helm_python.parse_set_string, "--set-file": helm_python.parse_set_file}[option]
+            for section, inner in read(expression).items():
+                values.setdefault(section, {}).update(inner)
+        objects = render(values, name=name)
+        kinds += [document["kind"] for document in objects.values() if document["apiVersion"] == "ray.io/v1"]
+        if kinds[-1] == "RayJob":
+            assert objects[f"ConfigMap/{name}-spec"]["data"]["spec.yaml"] == SPEC
+            assert "--set store=s3://bucket/runs" in objects[f"RayJob/{name}-run"]["spec"]["entrypoint"]
+        else:
+            assert [group["groupName"] for group in cluster_of(objects)["workerGroupSpecs"]] == ["cpu", "gpu"]
+    assert kinds == ["RayCluster", "RayJob"]
 
 
 def test_keys_come_from_a_secret_or_a_role_and_are_nowhere_else():
