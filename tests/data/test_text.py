@@ -54,6 +54,11 @@ def test_a_batch_by_a_slow_loop():
         assert batch.labels[row].tolist() == labels[1:] + [IGNORED] * (width + 1 - len(tokens))
 
 
+def test_without_a_prompt_the_first_token_is_neither_learned_nor_counted():
+    stream = TextBatches([TextExample((), (5, 6, 2)), TextExample((1, 3), (4, 2))], 2, 0)
+    assert stream.supervised(0) == int((stream.batch(0).labels != IGNORED).sum()) == 4
+
+
 def test_an_epoch_has_every_example_but_the_remainder_once():
     batches = TextBatches(examples(), 12, seed=3)
     assert batches.batches_per_epoch == 4

@@ -154,9 +154,9 @@ class _Corpus:
     def __init__(self, examples: Sequence[TextExample]) -> None:
         self.tokens = torch.tensor([token for example in examples for token in (*example.prompt, *example.completion)])
         prompts = torch.tensor([len(example.prompt) for example in examples])
-        self.supervised = torch.tensor([len(example.completion) for example in examples])
-        sizes = prompts + self.supervised
+        sizes = prompts + torch.tensor([len(example.completion) for example in examples])
         self.starts, self.lengths, self.first = sizes.cumsum(0) - sizes, sizes - 1, prompts - 1
+        self.supervised = self.lengths - self.first.clamp(min=0)  # without a prompt, nothing says the first token
 
     def batch(self, rows: Tensor, width: int) -> TextBatch:
         """The examples at `rows`, each without its last token, beside themselves without their first one."""

@@ -158,8 +158,8 @@ def _told(spec: FinetuneSftSpec, fitted: Fitted, selected: str) -> dict[str, Any
 
 def _tokens(spec: FinetuneSftSpec, data: TextData, batches: TextBatches, fitted: Fitted) -> dict[str, Any]:
     """Counts of the training set, and of the tokens that the whole run has learned from, repeated ones too."""
-    learned = sum(len(example.completion) for example in data.train)
-    whole = learned + sum(len(example.prompt) for example in data.train)
+    learned = sum(len(example.completion) - (not example.prompt) for example in data.train)
+    whole = sum(len(example.prompt) + len(example.completion) for example in data.train)
     seen = sum(map(batches.supervised, range(fitted.final_step * spec.train.accumulate)))
     return {
         "tokens": {"examples": len(data.train), "all": whole, "supervised": learned, "learned_from": seen},

@@ -59,6 +59,7 @@ def open_folder(folder: Path) -> tuple[nn.Module, Tokenizer]:
     """The model of a local folder in float32 on the CPU, in training mode, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    _without_bars()
     _no_bars()
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
@@ -114,6 +115,7 @@ def new_llama(spec: LanguageModelSpec, tokenizer: Tokenizer, seed: int) -> nn.Mo
 def export(model: nn.Module, tokenizer: Tokenizer, folder: Path) -> None:
     """Write a transformers model and its tokenizer into a folder, as plain files that transformers and vLLM load."""
     _no_bars()
+    _without_bars()
     model.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
     tokenizer.save_pretrained(folder)
 
@@ -162,6 +164,13 @@ def _scores(model: nn.Module, pairs: Sequence[tuple[Sequence[int], Sequence[int]
 
 def _no_bars() -> None:
     """Progress is shown by Poise alone."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _without_bars() -> None:
+    """Progress has one display, and it is not transformers'."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -16,7 +16,7 @@ from poise.report.record import RunRecord
 __all__ = ["SECTION", "curves"]
 
 _PER_TOKEN = {"ce": "CE / token", "entropy": "H / token"}
-_PER_ANSWER = {"answer_ce": "CE / answer", "floor": "floor", "excess": "excess", "answer_entropy": "H / answer"}
+_PER_ANSWER = {"floor": "floor", "excess": "excess", "answer_entropy": "H / answer"}
 
 
 def _grids(records: Sequence[RunRecord]) -> Iterator[Grid]:
