@@ -302,13 +302,18 @@ def cluster_group() -> None:
 _folder = click.option(
     "--folder", type=click.Path(path_type=Path), help="Where its record is kept; the default is ~/.poise/MACHINE."
 )
-_port = click.IntRange(1, 65535)
 
 
 @cluster_group.command("up")
 @_folder
-@click.option("--port", type=_port, default=6379, show_default=True, help="Port that drivers join.")
-@click.option("--dashboard-port", type=_port, default=8265, show_default=True, help="Port that jobs are sent to.")
+@click.option("--port", type=click.IntRange(1, 65535), default=6379, show_default=True, help="Port that drivers join.")
+@click.option(
+    "--dashboard-port",
+    type=click.IntRange(1, 65535),
+    default=8265,
+    show_default=True,
+    help="Port that jobs are sent to.",
+)
 @click.option("--cpus", type=click.IntRange(1), help="CPU cores to offer; the default is all of the machine.")
 @click.option("--gpus", type=click.IntRange(0), help="GPUs to offer; the default is all of the machine.")
 def cluster_up(folder: Path | None, port: int, dashboard_port: int, cpus: int | None, gpus: int | None) -> None:
@@ -319,8 +324,7 @@ def cluster_up(folder: Path | None, port: int, dashboard_port: int, cpus: int | 
     found = cluster.find(folder)
     up = found or cluster.up(folder, port, dashboard_port, cpus, gpus)
     click.echo(f"{'already up' if found else 'up'}: {up.address}, dashboard {up.dashboard}")
-    click.echo(f"poise run SPEC --address {up.address}")
-    click.echo(f"poise submit SPEC --address {up.dashboard}")
+    click.echo(f"poise run SPEC --address {up.address}\npoise submit SPEC --address {up.dashboard}")
 
 
 @cluster_group.command("down")
@@ -329,8 +333,7 @@ def cluster_down(folder: Path | None) -> None:
     """End the cluster, with all that runs on it; other clusters are left alone."""
     from poise.engine import cluster
 
-    ended = cluster.down(folder or cluster.default_folder())
-    click.echo("down" if ended else "nothing was up")
+    click.echo("down" if cluster.down(folder or cluster.default_folder()) else "nothing was up")
 
 
 @cluster_group.command("status")
@@ -343,8 +346,7 @@ def cluster_status(folder: Path | None) -> None:
     if found is None:
         raise UserError("no cluster is up here; start one with: poise cluster up")
     now = cluster.status(found)
-    click.echo(f"up: {found.address}, dashboard {found.dashboard}")
-    click.echo(f"metrics: {found.endpoints}")
+    click.echo(f"up: {found.address}, dashboard {found.dashboard}\nmetrics: {found.endpoints}")
     for node in now.nodes:
         click.echo(f"machine {node.ip}: {', '.join(f'{amount:g} {name}' for name, amount in node.resources.items())}")
     for job in now.jobs:
