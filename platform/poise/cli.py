@@ -299,21 +299,14 @@ def cluster_group() -> None:
     """A Ray cluster on this machine, for several runs and jobs."""
 
 
-_folder = click.option(
-    "--folder", type=click.Path(path_type=Path), help="Where its record is kept; the default is ~/.poise/MACHINE."
-)
+_folder = click.option("--folder", type=click.Path(path_type=Path), help="Its record; the default is ~/.poise/MACHINE.")
+_port = click.IntRange(1, 65535)
 
 
 @cluster_group.command("up")
 @_folder
-@click.option("--port", type=click.IntRange(1, 65535), default=6379, show_default=True, help="Port that drivers join.")
-@click.option(
-    "--dashboard-port",
-    type=click.IntRange(1, 65535),
-    default=8265,
-    show_default=True,
-    help="Port that jobs are sent to.",
-)
+@click.option("--port", type=_port, default=6379, show_default=True, help="Port that drivers join.")
+@click.option("--dashboard-port", type=_port, default=8265, show_default=True, help="Port that jobs are sent to.")
 @click.option("--cpus", type=click.IntRange(1), help="CPU cores to offer; the default is all of the machine.")
 @click.option("--gpus", type=click.IntRange(0), help="GPUs to offer; the default is all of the machine.")
 def cluster_up(folder: Path | None, port: int, dashboard_port: int, cpus: int | None, gpus: int | None) -> None:
