@@ -45,20 +45,22 @@ def _grids(records: Sequence[RunRecord]) -> Iterator[Grid]:
         title="Calibration, 95% intervals",
         caption="Expected calibration errors with 95% intervals of a bootstrap over questions. Sem1: the share of the "
         "largest class of answers. Sem2: the class that one half of the answers chooses is scored on the other half, "
-        "over all halvings. Coverage: questions whose deployed answer is one. True ECE: the confidence is the "
-        "model\u2019s exact probability of its answer, where the world is known. Resampling adds to an ECE, so an "
-        "interval can lie above a small one; compare with the noise floor.",
+        "over all halvings. Coverage: the share of the n questions whose deployed answer is one. True ECE: the "
+        "confidence is the model\u2019s exact probability of its answer, where the world is known. Resampling adds to an "
+        "ECE, so an interval can lie above a small one; compare with the noise floor.",
         heading="run",
-        columns=[Column(text) for text in ["questions", "coverage", *_HEADLINE.values()]],
-        lines=[Line(r.name, f"seed {r.summary.get('seed')}", _headline(r)) for r in found],
+        columns=[Column(text) for text in _HEADLINE.values()],
+        lines=[Line(r.name, _note(r), [_estimate(r, name) for name in _HEADLINE]) for r in found],
     )
     yield Grid(
-        title="Confidence, 95% intervals",
+        title="",
         caption="Each estimate of confidence by itself. Bias: mean confidence minus accuracy. Noise floor: the ECE "
         "that a calibrated model with these confidences would show on so many questions.",
         heading="run",
         columns=[Column(text) for text in [*_EACH.values(), "noise floor"]],
-        lines=[Line(r.name, text, _each(r, name)) for r in found for name, (text, _) in ESTIMATES.items()],
+        lines=[
+            Line(r.name, text, _each(r, name), selected=False) for r in found for name, (text, _) in ESTIMATES.items()
+        ],
     )
     protocols = [Line(r.name, "", [Cell(str(r.summary.get("protocol")))], False) for r in found]
     yield Grid("", "What the numbers depend on.", "run", [Column("protocol")], protocols)
@@ -66,9 +68,9 @@ def _grids(records: Sequence[RunRecord]) -> Iterator[Grid]:
         yield from _questions(record)
 
 
-def _headline(record: RunRecord) -> list[Cell]:
-    counted = [Cell(f"{record.examples:,}"), percent(record.summary["coverage"])]
-    return counted + [_estimate(record, name) for name in _HEADLINE]
+def _note(record: RunRecord) -> str:
+    coverage = percent(record.summary["coverage"]).text
+    return f"n={record.examples:,}, coverage {coverage}%, seed {record.summary.get('seed')}"
 
 
 def _each(record: RunRecord, name: str) -> list[Cell]:
