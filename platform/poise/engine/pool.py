@@ -40,7 +40,10 @@ class _Engine:
     """One sampler in a process of its own."""
 
     def __init__(self, spec: SamplerSpec, folder: Path, files: Mapping[str, bytes] | None) -> None:
-        self.sampler = _open(spec, folder if files is None else _written(files))
+        with tempfile.TemporaryDirectory(prefix="poise-model-") as scratch:
+            for name, data in (files or {}).items():
+                Path(scratch, name).write_bytes(data)
+            self.sampler = _open(spec, folder if files is None else Path(scratch))
 
     def ask(self, method: str, *arguments: Any) -> _Answer:
         try:
@@ -77,7 +80,7 @@ class SamplerPool:
 
     def __enter__(self) -> SamplerPool:
         if len(ray.nodes()) > 1:  # an engine may start where the folder is not
-            self._files = ray.put({file.name: file.read_bytes() for file in self._folder.path.iterdir()})
+            self._files = ray.put({file.name: file.read_bytes() for file in self._folder.path.glob("*.*")})
         self._engines = [self._start() for _ in range(self._spec.engines)]
         try:
             ray.get([engine.ready.remote() for engine in self._engines], timeout=_START_TIMEOUT_S)
@@ -181,10 +184,3 @@ def _open(spec: SamplerSpec, folder: Path) -> Sampler:
     from poise.engine.vllm_engine import VllmSampler
 
     return VllmSampler(folder, spec)
-
-
-def _written(files: Mapping[str, bytes]) -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="poise-model-"))
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
-    return folder

@@ -11,7 +11,6 @@ that filled it: a prompt that was cached before the update must not be found aft
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poise import env
 from poise.errors import PoiseError
 from poise.models.folder import check_newer, read_folder
 from poise.models.sampling import Decoding, Request, Sample
@@ -29,10 +27,12 @@ __all__ = ["VllmSampler"]
 
 
 class VllmSampler:
-    """The language model of a local folder; `poise.models.sampling.Sampler` says what it does. One per process."""
+    """The language model of a local folder; `poise.models.sampling.Sampler` says what it does.
+
+    One per process, which has `poise.env.VLLM_SETTINGS` in its environment.
+    """
 
     def __init__(self, folder: Path, spec: SamplerSpec) -> None:
-        os.environ.update(env.VLLM_SETTINGS)
         from vllm import LLM
 
         self._folder, self._spec = read_folder(folder), spec

@@ -1,0 +1,260 @@
+"""The pool with a real vLLM engine, and with two of transformers, through updates and kills.
+
+One file, so that everything that needs an engine shares one.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from poise.errors import PoiseError, UserError
+from poise.models.sampling import Decoding, Request
+from poise.models.transformers_sampler import TransformersSampler
+from poise.spec import SamplerSpec
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+BOS = 1
+GREEDY, FREE = Decoding(200, 0), Decoding(24)
+
+
+@pytest.fixture(scope="module")
+def ray_here():
+    """A cluster in this process; token authentication is off, so that nothing is written to the home folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        import ray
+
+        ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        yield ray
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def folder(shared_data: Path) -> Path:
+    return shared_data / "lm" / "stories260K-hf-hd32"
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def restarts() -> list[str]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def engine(ray_here, folder, restarts):
+    """A pool of one vLLM engine, the only one of this file but for the one that replaces it."""
+    from poise.engine.pool import SamplerPool
+
+    with SamplerPool(SamplerSpec(memory=0.25), folder, on_restart=restarts.append) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def pair(ray_here, folder, restarts):
+    """A pool of two engines of transformers."""
+    from poise.engine.pool import SamplerPool
+
+    spec = SamplerSpec(backend="transformers", engines=2)
+    with SamplerPool(spec, folder, max_restarts=1, on_restart=restarts.append) as pool:
+        yield pool
+
+
+def requests(count=6, n=3):
+    return [Request(f"q{i}", (BOS, *range(300, 300 + i)), n, 50 * i) for i in range(count)]
+
+
+def tokens_of(answers):
+    return [[sample.tokens for sample in answer] for answer in answers]
+
+
+def scaled(model, factor):
+    return {name: value * factor for name, value in model.state_dict().items()}
+
+
+def with_weights(model, weights):
+    import copy
+
+    other = copy.deepcopy(model)
+    other.load_state_dict(weights)
+    return other
+
+
+@torch.no_grad()
+def forward_logprobs(model, prompt, tokens):
+    """What a trainer computes, in plain torch."""
+    logits = model(torch.tensor([[*prompt, *tokens]])).logits[0].log_softmax(-1)
+    return [logits[len(prompt) + place - 1, token].item() for place, token in enumerate(tokens)]
+
+
+def assert_served(pool, model, version):
+    """Log-probabilities of samples and scores are those of `model`, also after a prompt of 200 tokens."""
+    long = Request("long", (BOS, *(300 + i % 200 for i in range(199))), 2, 7)
+    for decoding in (FREE, Decoding(24, 0)):
+        asked = [*requests(3), long]
+        for request, answer in zip(asked, pool.generate(asked, decoding), strict=True):
+            for sample in answer:
+                expected = pytest.approx(forward_logprobs(model, request.prompt, sample.tokens), abs=1e-4)
+                assert sample.version == version
+                assert list(sample.logprobs) == expected
+                assert pool.score([request.prompt], [sample.tokens])[0] == expected
+
+
+def inside(pool, ray, action, engine=0):
+    """Do something to an engine that only a defect would do."""
+    return ray.get(pool._engines[engine].__ray_call__.remote(action))
+
+
+def test_two_hundred_greedy_tokens_are_those_of_transformers(engine, model, folder):
+    asked = [Request("story", (BOS,), 2, 0)]
+    expected = model.generate(torch.tensor([[BOS]]), max_new_tokens=200, do_sample=False, eos_token_id=None)
+    ours = TransformersSampler(folder).generate(asked, GREEDY)
+    theirs = engine.generate(asked, GREEDY)
+    assert tokens_of(ours) == tokens_of(theirs) == [[tuple(expected[0, 1:].tolist())] * 2]
+
+
+def test_a_seed_gives_the_same_samples_alone_and_among_others(engine):
+    whole = engine.generate(requests(), FREE)
+    assert engine.generate(requests(), FREE) == whole
+    for request, answer in zip(requests(), whole, strict=True):
+        assert tokens_of(engine.generate([request], FREE)) == tokens_of([answer])
+        last = Request(request.id, request.prompt, 1, request.seed + 2)
+        assert engine.generate([last], FREE)[0][0].tokens == answer[2].tokens
+    assert len({sample.tokens for answer in whole for sample in answer}) == 18
+    assert all((sample.finish == "stop") == (sample.tokens[-1] in (1, 2)) for answer in whole for sample in answer)
+
+
+def test_what_is_served_is_what_a_trainer_computes_before_and_after_an_update(engine, model):
+    assert_served(engine, model, engine.version)
+    for factor in (0.9, 1.1):
+        version = engine.version + 1
+        engine.update_weights(scaled(model, factor), version)
+        assert_served(engine, with_weights(model, scaled(model, factor)), version)
+    engine.update_weights(scaled(model, 1.0), engine.version + 1)
+
+
+def test_other_names_are_refused_before_anything_is_changed(engine, model):
+    before, version = engine.generate(requests(), FREE), engine.version
+    weights = model.state_dict()
+    del weights["model.norm.weight"]
+    with pytest.raises(PoiseError, match=r"model\.norm\.weight is missing"):
+        engine.update_weights(weights, version + 1)
+    with pytest.raises(PoiseError, match="version 0 came to a sampler"):
+        engine.update_weights(model.state_dict(), 0)
+    assert engine.generate(requests(), FREE) == before
+
+
+def test_an_engine_with_other_weights_than_the_pool_is_caught(engine, ray_here):
+    inside(engine, ray_here, lambda actor: actor.sampler._label(10**6))
+    with pytest.raises(PoiseError, match=rf"weights of version 1000000, not {engine.version}"):
+        engine.generate(requests(1), FREE)
+    version = engine.version
+    inside(engine, ray_here, lambda actor: actor.sampler._label(version))
+    engine.generate(requests(1), FREE)
+
+
+def no_reset(actor):
+    actor.sampler._llm.reset_prefix_cache = lambda: True
+
+
+def no_reload(actor):
+    actor.sampler._llm.collective_rpc = lambda *arguments, **keywords: None
+
+
+def half_a_reload(actor):
+    whole = actor.sampler._llm.collective_rpc
+
+    def partial(method, kwargs):
+        return whole(method, kwargs={"weights_iterator": iter(list(kwargs["weights_iterator"])[:-3])})
+
+    actor.sampler._llm.collective_rpc = partial
+
+
+def no_repacking(actor):
+    import poise.engine.vllm_engine as module
+
+    actor.kept = module._repack
+    module._repack = lambda model: None
+
+
+def mend(actor):
+    import poise.engine.vllm_engine as module
+
+    module._repack = getattr(actor, "kept", module._repack)
+    for name in ("reset_prefix_cache", "collective_rpc"):
+        vars(actor.sampler._llm).pop(name, None)
+
+
+@pytest.mark.parametrize(
+    ("defect", "message"),
+    [
+        (no_reset, "the prefix cache still holds 128 tokens"),
+        (no_reload, r"47 weights are not served as they were sent: model\.embed_tokens\.weight"),
+        (half_a_reload, r"4 weights are not served as they were sent: model\.layers\.4\.self_attn\.k_proj"),
+        (no_repacking, r"1 weights are not served as they were sent: model\.embed_tokens\.weight"),
+    ],
+)
+def test_an_update_that_is_not_whole_is_caught_and_the_engine_answers_no_more(defect, message, engine, ray_here, model):
+    version = engine.version + 1
+    inside(engine, ray_here, defect)
+    try:
+        with pytest.raises(PoiseError, match=message):
+            engine.update_weights(scaled(model, 1.05), version)
+        with pytest.raises(PoiseError, match=rf"the update of this engine to version {version} has failed"):
+            engine.generate(requests(1), FREE)
+    finally:
+        inside(engine, ray_here, mend)
+    engine.update_weights(scaled(model, 1.0), version + 1)
+    assert_served(engine, model, version + 1)
+
+
+def kill_soon(pool, ray, engine=0, after=0.0):
+    pid = inside(pool, ray, lambda actor: os.getpid(), engine)
+    timer = threading.Timer(after, os.kill, (pid, signal.SIGKILL))
+    timer.start()
+    return timer
+
+
+def test_a_killed_engine_is_replaced_has_the_new_weights_and_gives_the_same_samples(engine, ray_here, model, restarts):
+    engine.update_weights(scaled(model, 1.02), engine.version + 1)
+    many, decoding = requests(8, 8), Decoding(100)
+    whole = engine.generate(many, decoding)
+    died = len(restarts)
+    kill_soon(engine, ray_here, after=0.2)
+    again = engine.generate(many, decoding)
+    assert restarts[died:] == ["engine 0 of the sampler died"]
+    assert tokens_of(again) == tokens_of(whole)
+    assert_served(engine, with_weights(model, scaled(model, 1.02)), engine.version)
+
+
+def test_two_engines_answer_as_one_does(pair, folder, model, ray_here):
+    alone = TransformersSampler(folder)
+    assert tokens_of(pair.generate(requests(7), FREE)) == tokens_of(alone.generate(requests(7), FREE))
+    assert tokens_of(pair.generate(requests(1), FREE)) == tokens_of(alone.generate(requests(1), FREE))
+    assert pair.generate([], FREE) == pair.score([], []) == []
+    assert_served(pair, model, 0)
+    pair.update_weights(scaled(model, 0.9), 5)
+    assert_served(pair, with_weights(model, scaled(model, 0.9)), 5)
+    with pytest.raises(UserError, match="do not fit"):
+        pair.generate(requests(3), Decoding(512))
+
+
+def test_engines_die_only_so_often(pair, ray_here):
+    kill_soon(pair, ray_here, engine=1).join()
+    whole = pair.generate(requests(), FREE)
+    assert {sample.version for answer in whole for sample in answer} == {5}
+    kill_soon(pair, ray_here, engine=0).join()
+    with pytest.raises(PoiseError, match="engine 0 of the sampler died, and no more may be started"):
+        pair.generate(requests(), FREE)
