@@ -46,8 +46,8 @@ def _grids(records: Sequence[RunRecord]) -> Iterator[Grid]:
         caption="Expected calibration errors with 95% intervals of a bootstrap over questions. Sem1: the share of the "
         "largest class of answers. Sem2: the class that one half of the answers chooses is scored on the other half, "
         "over all halvings. Coverage: the share of the n questions whose deployed answer is one. True ECE: the "
-        "confidence is the model\u2019s exact probability of its answer, where the world is known. Resampling adds to an "
-        "ECE, so an interval can lie above a small one; compare with the noise floor.",
+        "confidence is the model\u2019s exact probability of its answer, where the world is known. Resampling adds to "
+        "an ECE, so an interval can lie above a small one; compare with the noise floor.",
         heading="run",
         columns=[Column(text) for text in _HEADLINE.values()],
         lines=[Line(r.name, _note(r), [_estimate(r, name) for name in _HEADLINE]) for r in found],
