@@ -179,7 +179,7 @@ def test_the_default_model_learns_the_default_world_to_its_floor():
     torch.set_num_threads(1)
     try:
         world = make_world(WorldSpec())
-        model, tokenizer = _pretrained(world, 800, seed=0), world.tokenizer()
+        model, tokenizer = _pretrained(world, 640, seed=0), world.tokenizer()
         prompts = [encode_prompt(tokenizer, fact.prompt) for fact in world.facts]
         answers = [[encode_completion(tokenizer, name) for name in world.candidates[fact.id]] for fact in world.facts]
         found = world.divergence("evaluate", answer_logprobs(model, prompts, answers))
