@@ -60,7 +60,6 @@ def open_folder(folder: Path) -> tuple[nn.Module, Tokenizer]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     _without_bars()
-    _no_bars()
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **options)
@@ -114,7 +113,6 @@ def new_llama(spec: LanguageModelSpec, tokenizer: Tokenizer, seed: int) -> nn.Mo
 
 def export(model: nn.Module, tokenizer: Tokenizer, folder: Path) -> None:
     """Write a transformers model and its tokenizer into a folder, as plain files that transformers and vLLM load."""
-    _no_bars()
     _without_bars()
     model.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
     tokenizer.save_pretrained(folder)
@@ -160,13 +158,6 @@ def _scores(model: nn.Module, pairs: Sequence[tuple[Sequence[int], Sequence[int]
     logits = model(input_ids=tokens, attention_mask=mask.long(), use_cache=False).logits[:, :-1].float()
     chosen: Tensor = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
     return torch.where((mask & (column >= begin))[:, 1:], chosen, 0).sum(1).cpu()
-
-
-def _no_bars() -> None:
-    """Progress is shown by Poise alone."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
 
 
 def _without_bars() -> None:
