@@ -107,7 +107,7 @@ def test_a_failed_trial_is_named_and_the_others_go_on(sweep_of):
 
 
 def test_a_sweep_whose_trials_all_fail_has_failed(sweep_of):
-    with pytest.raises(PoiseError, match="all 1 trials have failed; s-0000: .* diverged"):
+    with pytest.raises(PoiseError, match=r"all 1 trials have failed; s-0000: .* diverged"):
         locally(sweep_of(space={"train.optimizer.lr": {"grid": [1000]}}))
 
 
@@ -218,7 +218,7 @@ def test_asha_stops_a_bad_trial_and_the_best_survives(workers, sweep_of, running
     """One at a time, so that what the scheduler compares does not hang on the machine: the second is hopeless."""
     spec = sweep_of(
         space={"train.optimizer.lr": {"grid": [0.1, 1e-6]}},
-        base={**BASE, "train": {"epochs": 40, "optimizer": {"name": "sgd"}}},
+        base={**BASE, "train": {"epochs": 12, "optimizer": {"name": "sgd"}}},
         scheduler={"name": "asha", "grace": {"epochs": 3}, "reduction": 2},
         workers={"count": workers},
     )
@@ -228,8 +228,8 @@ def test_asha_stops_a_bad_trial_and_the_best_survives(workers, sweep_of, running
     kept = summary(open_run(spec.store, spec.name))
     assert [trial["status"] for trial in kept["trials"]] == ["finished", "stopped"], log.read_text()
     assert kept["best"] == good.name
-    assert good.manifest().final_step == 40 * 9
-    assert 3 * 9 <= bad.manifest().final_step < 40 * 9
+    assert good.manifest().final_step == 120
+    assert 20 <= bad.manifest().final_step < 120  # stopped on the report of epoch 3, before its commit
     assert "stopped early" in [event["event"] for event in bad.events()]
     assert bad.summary().status == "stopped"
     with bad.lease():

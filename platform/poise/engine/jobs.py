@@ -102,7 +102,8 @@ def _send(client: JobSubmissionClient, **job: Any) -> None:
 def _check_places(spec: RunSpec) -> None:
     """A job runs in a folder that Ray makes for it and throws away: nothing may be kept in or read from there."""
     for stage in stages_of(spec):
-        places = {"store": stage.store, "data.root": getattr(getattr(stage, "data", None), "root", None)}
+        data = getattr(getattr(stage, "base", stage), "data", None)
+        places = {"store": stage.store, "data.root": getattr(data, "root", None)}
         for name, place in places.items():
             if place and "://" not in place and not Path(place).is_absolute():
                 raise UserError(

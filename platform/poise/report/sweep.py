@@ -42,20 +42,31 @@ def _ranked(record: RunRecord) -> list[Trial]:
 def _grid(record: RunRecord, trials: Sequence[Trial]) -> Grid:
     metric = str(record.summary.get("metric"))
     paths = list(trials[0]["values"])
-    measures = ordered(name for trial in trials for name in trial["test"])
+    measures = _measures(trials)
     ends = {status: sum(trial["status"] == status for trial in trials) for status in ("finished", "stopped", "failed")}
     counts = ", ".join(f"{count} {status}" for status, count in ends.items() if count)
     return Grid(
-        title=f"{record.name}: {counts}; best {metric} first, test in percent where it is a share",
-        caption=f"Trials of {record.name} ({counts}), best first. {metric} is the best value that a trial reached on "
-        "held-out examples, and what trials are chosen by; the columns of the test are of its selected checkpoint.",
+        title=f"{record.name}: {counts}; best first, shares in percent",
+        caption=f"Trials of {record.name} ({counts}), best first. {metric} is the best value that a trial reached, and "
+        "what trials are judged by; the columns of the test are of its selected checkpoint.",
         heading="trial",
-        columns=[Column(text) for text in [*map(_short, paths), metric, *(f"test {label(name)}" for name in measures)]],
+        columns=[
+            Column(text)
+            for text in [*map(_short, paths), metric.rpartition(".")[2], *(f"test {label(name)}" for name in measures)]
+        ],
         lines=[
             _line(trial, metric, measures, best=trial["run"] == record.summary.get("best"), shown=place < _IN_TERMINAL)
             for place, trial in enumerate(trials)
         ],
     )
+
+
+def _measures(trials: Sequence[Trial]) -> list[str]:
+    """What was measured on the test; without the summaries of a single threat, which they equal."""
+    names = {name for trial in trials for name in trial["test"]}
+    summaries = {"robust/average", "robust/union"}
+    alone = len({name for name in names - summaries if name.startswith("robust/")}) == 1
+    return ordered(names - summaries if alone else names)
 
 
 def _line(trial: Trial, metric: str, measures: Sequence[str], *, best: bool, shown: bool) -> Line:
@@ -71,7 +82,8 @@ def _measure(name: str, value: float | None, *, top: bool = False) -> Cell:
 
 
 def _is_share(name: str) -> bool:
-    return name in ("clean", "accuracy") or name.startswith("robust/")
+    last = name.rpartition(".")[2]
+    return last in ("clean", "accuracy") or last.startswith("robust/")
 
 
 def _text(value: Any) -> str:
