@@ -14,17 +14,17 @@ from poise.report.record import RunRecord
 
 __all__ = ["SECTION"]
 
-_COLUMNS = ("exploitability before", "after", "listed (%)", "distance from NE", "from regularised NE", "policy", "NE")
+_COLUMNS = ("before", "after", "listed", "from NE", "from reg. NE", "policy", "NE")
 
 
 def _grids(records: Sequence[RunRecord]) -> Iterator[Grid]:
     yield Grid(
         title="Self-play: exploitability, means over the questions",
-        caption="Exploitability: by how much the best answer to the policy wins beyond 1/2, exact, means over the "
-        "questions; 0 at an equilibrium (NE). Listed: probability of the answers that the oracle ranks; any other text "
-        "counts as one that loses. Distance: total variation from the equilibrium of the game, and from the one "
-        "regularised towards the reference, where the method aims at that. Policy: mean probability in percent of the "
-        "first, second, ... answer.",
+        caption="Exploitability before and after: what the best answer to the policy wins beyond 1/2, exact, mean over "
+        "the questions; 0 at an equilibrium (NE). Listed: probability in percent of the answers that the oracle ranks; "
+        "any other text counts as one that loses. From NE: total variation from the equilibrium of the game, and from "
+        "the one regularised towards the reference, where the method aims at that. Policy: mean probability in percent "
+        "of the first, second, ... answer.",
         heading="run",
         columns=[*map(Column, _COLUMNS)],
         lines=[_line(record) for record in records],
@@ -36,7 +36,7 @@ def _line(record: RunRecord) -> Line:
     if not told:
         return Line(record.name, "not finished", [Cell("\u2013")] * len(_COLUMNS))
     start, final = told["start"], told["final"]
-    note = f"{told['method']}, {told['oracle']}, {told['iterations']:,} iterations, seed {told['seed']}"
+    note = f"{told['method']}, seed {told['seed']}"
     cells = [
         number(start["exploitability"]),
         number(final["exploitability"]),
