@@ -168,6 +168,7 @@ def test_it_is_shown_on_a_page_and_in_a_terminal(finished):
     page = render([record], "report")
     assert page.count("<svg") == 1
     assert "Spectral norms" in page
+    assert "mathdefault" not in page
     for network in record.summary["networks"]:
         assert f"10^{network['bounds']['robust']['vacuous']:.1f}" in page
     terminal = Console(file=io.StringIO(), width=200)

@@ -119,18 +119,20 @@ def lanczos(layer: Affine) -> float:
     Both bases are fully reorthogonalised. It ends after 100 steps, or when the estimate has moved by less than 1e-8
     twice in a row for every start. Whatever it returns is a lower estimate (papers/bounds.md, 1.3).
     """
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(_STARTS, math.prod(layer.inside), generator=generator, dtype=torch.float64)
+    n, m = math.prod(layer.inside), math.prod(layer.outside)
+    steps = min(_STEPS, n, m)
+    start = torch.randn(_STARTS, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     v, _ = _unit(start.to(layer.weight.device))
-    rights, lefts = [v], list[Tensor]()
-    bidiagonal, best, still = torch.zeros(_STARTS, _STEPS + 1, _STEPS + 1, dtype=torch.float64), torch.zeros(_STARTS), 0
-    for step in range(min(_STEPS, math.prod(layer.inside), math.prod(layer.outside))):
-        u, alpha = _unit(_orthogonal(layer.apply(v.view(-1, *layer.inside), layer.weight).flatten(1), lefts))
-        lefts.append(u)
-        v, beta = _unit(_orthogonal(layer.transpose(u.view(-1, *layer.outside)).flatten(1), rights))
-        rights.append(v)
-        bidiagonal[:, step, step], bidiagonal[:, step, step + 1] = alpha.cpu(), beta.cpu()
-        estimate = torch.linalg.matrix_norm(bidiagonal[:, : step + 1, : step + 1], ord=2)
+    rights, lefts = v.new_zeros(_STARTS, steps + 1, n), v.new_zeros(_STARTS, steps, m)
+    rights[:, 0] = v
+    bidiagonal, best, still = torch.zeros(_STARTS, steps, steps + 1, dtype=torch.float64), torch.zeros(_STARTS), 0
+    for k in range(steps):
+        u, alpha = _unit(_orthogonal(layer.apply(v.view(-1, *layer.inside), layer.weight).flatten(1), lefts[:, :k]))
+        lefts[:, k] = u
+        v, beta = _unit(_orthogonal(layer.transpose(u.view(-1, *layer.outside)).flatten(1), rights[:, : k + 1]))
+        rights[:, k + 1] = v
+        bidiagonal[:, k, k], bidiagonal[:, k, k + 1] = alpha.cpu(), beta.cpu()
+        estimate = torch.linalg.matrix_norm(bidiagonal[:, : k + 1, : k + 1], ord=2)
         still = still + 1 if bool(((estimate - best).abs() <= _SETTLED * estimate).all()) else 0
         best = estimate
         if still == 2:
@@ -176,13 +178,11 @@ def _largest_singular_value(matrices: Tensor) -> float:
     return math.sqrt(max(float(torch.linalg.eigvalsh(gram).amax()), 0.0))
 
 
-def _orthogonal(x: Tensor, basis: list[Tensor]) -> Tensor:
-    """x (starts, n) without its parts in the basis of its own start, twice over because once leaves rounding behind."""
-    if not basis:
-        return x
-    stacked = torch.stack(basis, dim=1)  # (starts, steps, n)
+def _orthogonal(x: Tensor, basis: Tensor) -> Tensor:
+    """x (starts, n) without its parts in basis (starts, k, n), twice over because once leaves rounding behind."""
     for _ in range(2):
-        x = x - torch.einsum("skn,sk->sn", stacked, torch.einsum("skn,sn->sk", stacked, x))
+        parts = torch.bmm(basis, x.unsqueeze(2))
+        x = x - torch.bmm(basis.mT, parts).squeeze(2)
     return x
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from poise.report.blocks import Cell, Column, Drawn, Grid, Line, Section, draw, number, percent
 from poise.report.curves import COLOURS, SPARE
@@ -76,6 +77,9 @@ def _norms(networks: Sequence[Mapping[str, Any]]) -> Figure | None:
         return None
     figure, axes = canvas(WIDE, 3.2, "layer", "spectral norm")
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     tones = (*COLOURS.values(), *SPARE)
     lines = []
     for index, network in enumerate(networks):
