@@ -383,7 +383,7 @@ def _print_results(spec: RunSpec, stages: Sequence[RunSpec]) -> None:
 
     opened = [open_run(stage.store, stage.name) for stage in stages]
     for table in comparison([load_record(one) for one in opened]):
-        Console().print(table, end="\n\n")
+        Console().print(table, "")
     click.echo(f"page: {publish(opened, open_run(spec.store, spec.name))}")
 
 

@@ -26,7 +26,7 @@ def _grids(records: Sequence[RunRecord]) -> Iterator[Grid]:
         "the one regularised towards the reference, where the method aims at that. Policy: mean probability in percent "
         "of the first, second, ... answer.",
         heading="run",
-        columns=[*map(Column, _COLUMNS)],
+        columns=[Column(label, brief=label != "from reg. NE") for label in _COLUMNS],
         lines=[_line(record) for record in records],
     )
 

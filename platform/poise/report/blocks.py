@@ -27,10 +27,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """The heading of a column of numbers; `colour` (CSS) ties it to a line of a figure."""
+    """The heading of a column of numbers.
+
+    `colour` (CSS) ties it to a line of a figure; a column that is not `brief` is on the page only.
+    """
 
     label: str
     colour: str = ""
+    brief: bool = True
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ _COLUMNS = (
     "gap clean", "gap robust", "radius", "margin", "\u220fs", "\u220fF", "\u221a\u03a6", "cover R", "ARC", "PAC-Bayes",
     "cover", "vacuous by",
 )  # fmt: skip
+_BRIEF = ("gap clean", "gap robust", "ARC", "PAC-Bayes", "cover")
 
 
 def _grids(records: Sequence[RunRecord]) -> Iterator[Grid]:
@@ -31,7 +32,7 @@ def _grids(records: Sequence[RunRecord]) -> Iterator[Grid]:
         "left out; \u03a6 and R, the complexities of the PAC-Bayes and the covering bound; bounds on the robust gap. "
         "\u201ccover\u201d has no constants and is no bound. A bound says something only below 10^0.",
         heading="network",
-        columns=[Column(label) for label in _COLUMNS],
+        columns=[Column(label, brief=label in _BRIEF) for label in _COLUMNS],
         lines=[_line(record, network) for record in records for network in _networks(record)],
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import compress
 
 from rich import box
 from rich.table import Table
@@ -29,13 +30,14 @@ def _table(grid: Grid) -> Table:
         title=grid.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
         pad_edge=False, show_edge=False,
     )  # fmt: skip
-    table.add_column(grid.heading, overflow="fold")
-    for column in grid.columns:
+    lines = [line for line in grid.lines if line.selected]
+    table.add_column(grid.heading, overflow="fold", min_width=min(20, max(len(line.head) for line in lines)))
+    brief = [column.brief for column in grid.columns]
+    for column in compress(grid.columns, brief):
         table.add_column(column.label, justify="right", no_wrap=True)
-    for line in grid.lines:
-        if line.selected:
-            head = Text.assemble((line.head, "bold"), (f"\n{line.note}" if line.note else "", "dim"))
-            table.add_row(head, *map(_cell, line.cells))
+    for line in lines:
+        head = Text.assemble((line.head, "bold"), (f"\n{line.note}" if line.note else "", "dim"))
+        table.add_row(head, *map(_cell, compress(line.cells, brief)))
     return table
 
 
