@@ -18,6 +18,8 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
+os.environ["RAY_AUTH_MODE"] = "disabled"  # before any test imports Ray, which reads it once for the process
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The file that takes longest goes first: of two processes one has it, and the other does all the rest."""

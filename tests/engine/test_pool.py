@@ -26,14 +26,12 @@ GREEDY, FREE = Decoding(200, 0), Decoding(24)
 
 @pytest.fixture(scope="module")
 def ray_here():
-    """A cluster in this process; token authentication is off, so that nothing is written to the home folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        import ray
+    """A cluster in this process."""
+    import ray
 
-        ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        yield ray
-        ray.shutdown()
+    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield ray
+    ray.shutdown()
 
 
 @pytest.fixture(scope="module")

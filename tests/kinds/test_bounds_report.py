@@ -175,4 +175,4 @@ def test_it_is_shown_on_a_page_and_in_a_terminal(finished):
     for table in comparison([record]):
         terminal.print(table)
     assert "strong" in terminal.file.getvalue()
-    assert "vacuous by" in terminal.file.getvalue()
+    assert "PAC-Bayes" in terminal.file.getvalue()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from poise.spec.base import Section, mistake
 from poise.spec.problems import Path
-from poise.spec.values import Name
+from poise.spec.values import Name, Real
 
 __all__ = ["RunSpec", "SamplerSpec", "WorkersSpec"]
 
@@ -63,7 +63,9 @@ class SamplerSpec(Section):
     engines: int = Field(1, ge=1, le=4096, description="engines that share the requests")
     cpus: int = Field(1, ge=1, le=1024, description="CPU cores of each engine")
     gpus: int = Field(0, ge=0, le=64, description="GPUs of each engine: 0 samples on the CPU")
-    memory: float = Field(1.0, gt=0, description="GiB for the key-value cache of each engine on a CPU")
+    memory: Annotated[Real, Field(gt=0)] = Field(
+        Real(1), description="GiB for the key-value cache of each engine on a CPU"
+    )
 
 
 class RunSpec(Section):
