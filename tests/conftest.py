@@ -20,10 +20,12 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 os.environ["RAY_AUTH_MODE"] = "disabled"  # before any test imports Ray, which reads it once for the process
 
+_LONGEST = ("test_ray.py", "test_selfplay_on_ray.py", "test_sweep.py", "test_pool.py")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The file that takes longest goes first: of two processes one has it, and the other does all the rest."""
-    items.sort(key=lambda item: item.path.name != "test_ray.py")
+    """The files that take longest go first, so that neither of two processes is left alone with one at the end."""
+    items.sort(key=lambda item: _LONGEST.index(item.path.name) if item.path.name in _LONGEST else len(_LONGEST))
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,77 @@
+"""Self-play on Ray with a real vLLM engine: whatever is killed, the run ends in the bits of one left in peace."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from poise.data.spec import WorldSpec
+from poise.data.worlds import make_world
+from poise.models.language import export, new_llama
+from poise.models.spec import LanguageModelSpec
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+WORLD = {"entities": 2, "relations": 2, "answers": 4, "certain": 0, "ambiguous": 1, "tail": 4}
+
+SPEC = """\
+kind: align.selfplay
+name: {{name}}
+seed: 3
+store: {{store}}
+workers: {{{{count: {{workers}}, max_failures: 2}}}}
+model: {{{{folder: {folder}}}}}
+questions: {{{{name: world, split: prefer, world: {world}}}}}
+oracle: {{{{name: cyclic}}}}
+method: {{{{name: mpo, alpha: 0.1, period: 5, inner_steps: 2, opponents: 8}}}}
+prompts: {questions}
+rollouts: 8
+max_tokens: 4
+train:
+  steps: {{steps}}
+  optimizer: {{{{name: adamw, lr: 1e-3}}}}
+  checkpoint: {{{{every: {{{{steps: 4}}}}, keep: 100}}}}
+  evaluate_every: {{{{steps: 20}}}}
+  log_every: 4
+"""
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    world = make_world(WorldSpec(**WORLD))
+    tokenizer = world.tokenizer()
+    export(new_llama(LanguageModelSpec(name="llama", hidden=32, layers=1, heads=1), tokenizer, seed=0), tokenizer,
+           tmp_path / "model")  # fmt: skip
+    listed = ", ".join(f"{key}: {value}" for key, value in WORLD.items())
+    questions = len(world.questions("prefer"))
+    return SPEC.format(folder=tmp_path / "model", world="{{" + listed + "}}", questions=questions)
+
+
+def _engines(driver: int) -> Iterator[psutil.Process]:
+    for process in psutil.Process(driver).children(recursive=True):
+        if process.cmdline()[:1] == ["ray::_Engine"] or process.name().startswith("ray::_Engine"):
+            yield process
+
+
+def test_a_killed_engine_a_killed_worker_and_a_killed_driver(desk, tmp_path, text, assert_same):
+    store, size = str(tmp_path / "runs"), {"workers": 1, "steps": 80, "text": text}
+    whole = desk.finish("whole", store, **size)
+    job = desk.start("killed", store, **size)
+    job.until_committed(2)
+    (engine,) = _engines(job.process.pid)
+    engine.kill()
+    job.until_committed(6)
+    os.kill(job.worker_pids()[0], signal.SIGKILL)
+    job.until_committed(10)
+    job.kill()
+    assert job.run.manifest().status == "running"
+    desk.finish("killed", store, **size)
+    events = [event["event"] for event in job.run.events()]
+    assert events.count("start") == 3
+    assert any("engine" in str(event) and "died" in str(event) for event in job.run.events())
+    assert_same(job.run, whole)
