@@ -49,7 +49,7 @@ def _grids(records: Sequence[RunRecord]) -> Iterator[Grid]:
         "confidence is the model\u2019s exact probability of its answer, where the world is known. Resampling adds to "
         "an ECE, so an interval can lie above a small one; compare with the noise floor.",
         heading="run",
-        columns=[Column(text) for text in _HEADLINE.values()],
+        columns=[Column(text, brief=measure != "difference/ece") for measure, text in _HEADLINE.items()],
         lines=[Line(r.name, _note(r), [_estimate(r, name) for name in _HEADLINE]) for r in found],
     )
     yield Grid(

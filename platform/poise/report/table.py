@@ -31,7 +31,7 @@ def _table(grid: Grid) -> Table:
         pad_edge=False, show_edge=False,
     )  # fmt: skip
     lines = [line for line in grid.lines if line.selected]
-    table.add_column(grid.heading, overflow="fold", min_width=min(20, max(len(line.head) for line in lines)))
+    table.add_column(grid.heading, overflow="fold", min_width=min(24, max(len(line.head) for line in lines)))
     brief = [column.brief for column in grid.columns]
     for column in compress(grid.columns, brief):
         table.add_column(column.label, justify="right", no_wrap=True)
