@@ -223,8 +223,8 @@ def test_a_wrapped_model_trains_as_the_bare_one(
                 state = out.state
             results.append([out.loss.detach(), *(p.grad for p in net.parameters()), *state.values()])
     finally:
-        # Backends drop Python objects in threads of their own; a group that is destroyed meanwhile, with the interpreter
-        # lock held, waits for them for ever.
+        # A backend drops Python objects in threads of its own: destroyed meanwhile, with the interpreter's lock held,
+        # it would wait for them for ever.
         time.sleep(0.2)
         torch.distributed.destroy_process_group()
     for a, b in zip(*results, strict=True):
