@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from poise.data.examples import TextExample, encode_completion, encode_prompt
 from poise.data.spec import WorldSpec
@@ -22,7 +22,7 @@ from poise.train.context import Context
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-__all__ = ["Truth", "held_out", "keep_model"]
+__all__ = ["Truth", "held_out", "keep_model", "shared_logprobs"]
 
 EVALUATED_AT_ONCE = 256
 
@@ -41,17 +41,23 @@ class Truth:
         self.floor = self.world.entropy("evaluate")
 
     def measure(self, model: nn.Module, context: Context) -> dict[str, float]:
-        """Nats per answer, and the probability of anything that is no answer. Each rank scores its share."""
-        mine = slice(context.rank, None, context.world_size)
-        shares = context.gather(answer_logprobs(model, self.prompts[mine], self.answers[mine]))
-        scores = [shares[row % context.world_size][row // context.world_size] for row in range(len(self.prompts))]
-        found = self.world.divergence("evaluate", scores)
+        """Nats per answer, and the probability of anything that is no answer."""
+        found = self.world.divergence("evaluate", shared_logprobs(model, self.prompts, self.answers, context))
         return {
             "answer_ce": found.cross_entropy,
             "excess": found.excess,
             "answer_entropy": found.entropy,
             "outside": found.outside,
         }
+
+
+def shared_logprobs(
+    model: nn.Module, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]], context: Context
+) -> list[Tensor]:
+    """`answer_logprobs`, of which each rank computes a share of the prompts and gets the whole."""
+    ranks, mine = context.world_size, slice(context.rank, None, context.world_size)
+    shares = context.gather(answer_logprobs(model, prompts[mine], answers[mine]))
+    return [shares[row % ranks][row // ranks] for row in range(len(prompts))]
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ def sample_all(
 
 
 def _progress(run: str, answers: Sequence[Sequence[Sample]], total: int) -> Progress:
-    return Progress(run, "sample", len(answers) / total, 1.0, len(answers), total)
+    return Progress(run, "sample", len(answers) / total, 1.0, len(answers), total, unit="requests")
 
 
 def _draw(

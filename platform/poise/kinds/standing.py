@@ -17,9 +17,9 @@ from torch import nn
 from poise.align.games import Vector, exploitability, nash_equilibrium, regularised_nash
 from poise.align.oracles import extended
 from poise.align.spec import NashRs
+from poise.kinds.language import shared_logprobs
 from poise.kinds.selfplay import Asked
 from poise.kinds.specs.align import AlignSelfplaySpec
-from poise.models.language import answer_logprobs
 from poise.train.context import Context
 
 __all__ = ["Measured", "Standing"]
@@ -94,9 +94,7 @@ class Standing:
         return Measured(policies, gains, distance(self.equilibrium), regularised)
 
     def _policies(self) -> Vector:
-        ranks, mine = self._context.world_size, self.asked[self._context.rank :: self._context.world_size]
-        scores = answer_logprobs(self._model, [one.tokens for one in mine], [one.answer_tokens for one in mine])
-        shares = self._context.gather(torch.stack(scores))
-        listed = torch.stack([shares[row % ranks][row // ranks] for row in range(len(self.asked))]).double().exp()
+        prompts, answers = [one.tokens for one in self.asked], [one.answer_tokens for one in self.asked]
+        listed = torch.stack(shared_logprobs(self._model, prompts, answers, self._context)).double().exp()
         full = torch.cat([listed, (1 - listed.sum(1, keepdim=True)).clamp(min=0)], 1).numpy()
         return np.asarray(full / full.sum(1, keepdims=True))
