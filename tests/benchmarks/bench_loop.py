@@ -56,7 +56,7 @@ def loss_of(
 ) -> torch.Tensor:
     if attack_steps:
         inner = getattr(model, "module", model)
-        x = perturb(inner, x, y, THREAT, steps=attack_steps, generator=noise)
+        x = perturb(inner, x, y, THREAT, steps=attack_steps, noise=noise)
     return nn.functional.cross_entropy(model(x), y)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from poise.errors import PoiseError
 from poise.robust.attacks import attack_mode, perturb, pgd
+from poise.robust.noise import Noise
 from poise.robust.threats import Threat
 
 NORMS = ["linf", "l2", "l1"]
@@ -176,13 +177,13 @@ def test_noise_comes_from_the_generator_and_one_per_example_frees_it_from_the_ba
 ) -> None:
     problem, threat = linear_problem(seed=1, classes=4, shape=(1, 5, 5), n=9), Threat(norm, 0.05)
     run = lambda rows, source: perturb(  # noqa: E731
-        problem.model, problem.x[rows], problem.y[rows], threat, steps=2, generator=source
+        problem.model, problem.x[rows], problem.y[rows], threat, steps=2, noise=source
     )
     everyone = list(range(9))
     make = torch.Generator
     assert torch.equal(run(everyone, make().manual_seed(1)), run(everyone, make().manual_seed(1)))
     assert not torch.equal(run(everyone, make().manual_seed(1)), run(everyone, make().manual_seed(2)))
-    own = lambda rows: [make().manual_seed(100 + i) for i in rows]  # noqa: E731
+    own = lambda rows: Noise.of(0, "test", rows)  # noqa: E731
     together = run(everyone, own(everyone))
     apart = torch.cat([run(rows, own(rows)) for rows in ([0, 1, 2, 3], [4], [5, 6, 7, 8])])
     torch.testing.assert_close(together, apart)
@@ -193,9 +194,7 @@ def test_restarts_only_ever_find_more_and_the_first_fooling_point_is_kept(
 ) -> None:
     problem, threat = linear_problem(seed=2, classes=10, shape=(24,), n=150), Threat("l1", 1.0)
     once, often = (
-        pgd(
-            problem.model, problem.x, problem.y, threat, steps=4, restarts=r, generator=torch.Generator().manual_seed(0)
-        )
+        pgd(problem.model, problem.x, problem.y, threat, steps=4, restarts=r, noise=torch.Generator().manual_seed(0))
         for r in (1, 6)
     )
     assert often.correct.sum() < once.correct.sum()
@@ -208,7 +207,7 @@ def test_training_restarts_keep_the_higher_loss_and_later_runs_are_random(
     small_net: nn.Module, images: tuple[Tensor, Tensor]
 ) -> None:
     x, y = images
-    options = {"steps": 1, "step_size": 1e-3, "random_start": False, "generator": torch.Generator().manual_seed(0)}
+    options = {"steps": 1, "step_size": 1e-3, "random_start": False, "noise": torch.Generator().manual_seed(0)}
     once, often = (perturb(small_net, x, y, Threat("l2", 1.0), restarts=r, **options) for r in (1, 4))
     small_net.eval()
     loss = lambda point: nn.functional.cross_entropy(small_net(point), y, reduction="none")  # noqa: E731

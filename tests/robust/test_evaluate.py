@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from poise.robust.attacks import pgd
 from poise.robust.evaluate import Evaluation, EvaluationAttack, evaluate, union_accuracy
+from poise.robust.noise import Noise
 from poise.robust.threats import Threat
 
 EPS = {"linf": 0.03, "l2": 0.16, "l1": 0.3}
@@ -19,7 +20,7 @@ EPS = {"linf": 0.03, "l2": 0.16, "l1": 0.3}
 
 def _attack(norm: str, eps: float, **options: object) -> EvaluationAttack:
     threat = Threat(norm, eps)
-    return lambda model, x, y, generators: pgd(model, x, y, threat, generator=generators, **options)
+    return lambda model, x, y, noise: pgd(model, x, y, threat, noise=noise, **options)
 
 
 def test_union_is_the_and_of_the_columns() -> None:
@@ -90,7 +91,7 @@ def test_every_attack_starts_from_the_original_images_that_the_model_gets_right(
     right = [i for i in range(12) if i % 3]
     seen: list[Tensor] = []
 
-    def spy(model: nn.Module, x: Tensor, y: Tensor, generators: list[torch.Generator]) -> object:
+    def spy(model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> object:
         assert not any(module.training for module in model.modules())
         seen.append(x)
         return SimpleNamespace(adversarial=torch.zeros_like(x), correct=torch.ones_like(y, dtype=torch.bool))

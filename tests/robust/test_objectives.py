@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from poise.robust.attacks import perturb
-from poise.robust.objectives import OBJECTIVES, Outcome, adt, adt_weights, avg, initial_state
+from poise.robust.objectives import OBJECTIVES, Objective, Outcome, Play, State, adt_weights, initial_state
+from poise.robust.objectives.norms import adt, avg
 from poise.robust.spec import Adt, At, Avg, Max
 from poise.robust.threats import Threat
 
@@ -47,9 +48,9 @@ def _decree(losses: dict[str, Any]) -> dict[str, Callable[..., Tensor]]:
     }
 
 
-def _run(objective: Callable[..., Outcome], losses: dict[str, Any], *args: Any, n: int = 1, **kwargs: Any) -> Outcome:
+def _run(objective: Objective, losses: dict[str, Any], state: State, options: Any, n: int = 1, **more: Any) -> Outcome:
     x, y = torch.zeros(n, dtype=torch.double), torch.zeros(n, dtype=torch.long)
-    return objective(_Table(), x, y, _decree(losses), *args, **kwargs)
+    return objective(_Table(), x, y, Play(_decree(losses), options, state, **more))
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,7 @@ def test_the_loss_is_the_weighted_sum_and_the_weights_are_constants() -> None:
     """Losses 4, 2, 1, inverse weights 1/7, 2/7, 4/7: the sum is 12/7, and so is its derivative in the scale."""
     options = Adt(lag=0)
     x, y, model = torch.zeros(1, dtype=torch.double), torch.zeros(1, dtype=torch.long), _Table()
-    out = adt(model, x, y, _decree({"linf": 4.0, "l2": 2.0, "l1": 1.0}), initial_state(options, NORMS), options)
+    out = adt(model, x, y, Play(_decree({"linf": 4.0, "l2": 2.0, "l1": 1.0}), options, initial_state(options, NORMS)))
     out.loss.backward()
     assert out.loss.item() == pytest.approx(12 / 7)
     assert model.scale.grad.item() == pytest.approx(12 / 7)
@@ -176,7 +177,7 @@ def test_with_one_threat_every_objective_is_at(
         state, losses = initial_state(options, (norm,)), []
         torch.manual_seed(5)
         for first in (True, False):
-            out = OBJECTIVES[objective](net, *images, _attacks(norm), state, options, first_in_epoch=first)
+            out = OBJECTIVES[objective](net, *images, Play(_attacks(norm), options, state, first_in_epoch=first))
             out.loss.backward()
             state = out.state
             losses.append(out.loss.detach())
@@ -192,7 +193,7 @@ def test_losses_are_those_of_training_forwards_one_per_threat(
     small_net[3].p = 0.0
     x, y = images
     plain, options = copy.deepcopy(small_net), OPTIONS[name]
-    out = OBJECTIVES[name](small_net, x, y, _attacks(*NORMS), initial_state(options, NORMS), options)
+    out = OBJECTIVES[name](small_net, x, y, Play(_attacks(*NORMS), options, initial_state(options, NORMS)))
     points = [attack(plain, x, y) for attack in _attacks(*NORMS).values()]
     losses = torch.stack([nn.functional.cross_entropy(plain(point), y, reduction="none") for point in points])
     expected = losses.amax(0).mean() if name == "max" else losses.mean()
@@ -218,7 +219,7 @@ def test_a_wrapped_model_trains_as_the_bare_one(
             torch.manual_seed(7)
             state = initial_state(options, norms)
             for _ in range(2):
-                out = OBJECTIVES[name](net, *images, _attacks(*norms), state, options)
+                out = OBJECTIVES[name](net, *images, Play(_attacks(*norms), options, state))
                 out.loss.backward()
                 state = out.state
             results.append([out.loss.detach(), *(p.grad for p in net.parameters()), *state.values()])

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
 from poise.data.sets import ImageSet, unit_pixels
 from poise.robust.attacks import AttackResult, pgd
 from poise.robust.evaluate import Evaluation, EvaluationAttack, evaluate
+from poise.robust.noise import Noise
 from poise.robust.spec import Norm, Threats, ThreatSpec
 from poise.robust.threats import Threat
 from poise.train.context import Context
@@ -34,7 +33,7 @@ def robust_accuracy(
         {norm: _attack(norm, threat) for norm, threat in threats.items()},
         batch_size=batch_size,
         seed=seed,
-        indices=mine.tolist(),
+        indices=mine,
     )
     correct = torch.empty(len(images), len(evaluation.names), dtype=torch.bool)
     for rank, part in enumerate(context.gather(evaluation.correct)):
@@ -50,8 +49,8 @@ def described(threats: Threats) -> dict[str, str]:
 def _attack(norm: Norm, threat: ThreatSpec) -> EvaluationAttack:
     ball, options = Threat(norm, threat.eps), threat.options()
 
-    def attack(model: nn.Module, x: Tensor, y: Tensor, generators: Sequence[torch.Generator]) -> AttackResult:
-        return pgd(model, x, y, ball, generator=generators, **options)
+    def attack(model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> AttackResult:
+        return pgd(model, x, y, ball, noise=noise, **options)
 
     return attack
 

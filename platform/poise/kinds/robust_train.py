@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Mapping
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import pyarrow as pa
@@ -22,10 +24,10 @@ from poise.kinds.specs.robust import RobustTrainSpec
 from poise.kinds.trained import classifier
 from poise.observe.progress import Progress
 from poise.observe.rows import Rows
-from poise.robust.attacks import perturb
+from poise.robust.attacks import Loss, cross_entropy, perturb
 from poise.robust.evaluate import Evaluation
-from poise.robust.objectives import OBJECTIVES, Attack, initial_state
-from poise.robust.spec import Threats
+from poise.robust.objectives import OBJECTIVES, Play, initial_state
+from poise.robust.spec import Threats, ThreatSpec
 from poise.robust.threats import Threat
 from poise.spec.seeds import derive_seed
 from poise.train.context import Context
@@ -79,29 +81,33 @@ def _step(spec: RobustTrainSpec) -> Callable[[nn.Module, _Batch, TaskState, Turn
     objective = OBJECTIVES[spec.objective.name]
 
     def step(model: nn.Module, batch: _Batch, state: TaskState, turn: Turn) -> StepOutput:
-        attacks = _attacks(spec.threats, turn)
-        outcome = objective(
-            model, *batch, attacks, state, spec.objective, first_in_epoch=turn.first_in_epoch, mean=turn.mean
+        play = Play(
+            attacks={norm: _Attack(Threat(norm, each.eps), each, turn) for norm, each in spec.threats.items()},
+            options=spec.objective,
+            state=state,
+            step=turn.step,
+            first_in_epoch=turn.first_in_epoch,
+            draw=random.Random(derive_seed(spec.seed, "draw", turn.step)).random(),
+            mean=turn.mean,
+            noise=turn.generator,
         )
+        outcome = objective(model, *batch, play)
         return StepOutput(outcome.loss, outcome.metrics, outcome.state)
 
     return step
 
 
-def _attacks(threats: Threats, turn: Turn) -> Mapping[str, Attack]:
-    """The attacks of one step: their noise is that of the step, their time is charged to the attack phase."""
+@dataclass(frozen=True)
+class _Attack:
+    """An attack of one step: its noise is that of the step, its time is charged to the attack phase."""
 
-    def timed(attack: Attack) -> Attack:
-        def attack_and_time(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-            with turn.timers("attack"):
-                return attack(model, x, y)
+    threat: Threat
+    spec: ThreatSpec
+    turn: Turn
 
-        return attack_and_time
-
-    return {
-        norm: timed(partial(perturb, threat=Threat(norm, threat.eps), generator=turn.generator, **threat.options()))
-        for norm, threat in threats.items()
-    }
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, loss: Loss = cross_entropy) -> Tensor:
+        with self.turn.timers("attack"):
+            return perturb(model, x, y, self.threat, loss=loss, noise=self.turn.generator, **self.spec.options())
 
 
 def _validate(spec: RobustTrainSpec, model: nn.Module, images: ImageSet, context: Context) -> dict[str, float]:

@@ -6,7 +6,6 @@ smallest accuracy and at least one minus the sum of the errors (papers/adversari
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from poise.robust.attacks import AttackResult, attack_mode
+from poise.robust.noise import Noise
 
 __all__ = ["Evaluation", "EvaluationAttack", "evaluate", "union_accuracy"]
 
-EvaluationAttack = Callable[[nn.Module, Tensor, Tensor, Sequence[torch.Generator]], AttackResult]
-"""(model, x, y, one generator per example) -> result; `pgd` with its threat and options bound."""
+EvaluationAttack = Callable[[nn.Module, Tensor, Tensor, Noise], AttackResult]
+"""(model, x, y, a stream of noise per example) -> result; `pgd` with its threat and options bound."""
 
 
 def union_accuracy(correct: Tensor | np.ndarray) -> float:
@@ -61,7 +61,7 @@ def evaluate(
     *,
     batch_size: int,
     seed: int = 0,
-    indices: Sequence[int] | None = None,
+    indices: Sequence[int] | Tensor | None = None,
 ) -> Evaluation:
     """Attack every example that the model gets right, with every attack, each time from the original image.
 
@@ -82,12 +82,7 @@ def evaluate(
         clean = torch.cat([model(batch).argmax(1) for batch in torch.split(x, batch_size)]) == y
         correct = clean.unsqueeze(1).repeat(1, 1 + len(attacks))
         for column, (name, attack) in enumerate(attacks.items(), start=1):
+            noise = Noise.of(seed, name, indices, x.device)
             for rows in torch.split(clean.nonzero().flatten(), batch_size):
-                generators = [_generator(seed, name, indices[i]) for i in rows.tolist()]
-                correct[rows, column] = attack(model, x[rows], y[rows], generators).correct if len(rows) else True
+                correct[rows, column] = attack(model, x[rows], y[rows], noise.pick(rows)).correct if len(rows) else True
     return Evaluation(("clean", *attacks), correct.cpu())
-
-
-def _generator(seed: int, name: str, index: int) -> torch.Generator:
-    sequence = np.random.SeedSequence(seed, spawn_key=(zlib.crc32(name.encode()), index))
-    return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]) >> 1)

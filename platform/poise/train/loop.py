@@ -133,6 +133,8 @@ class _Loop:
             parameter.grad = None
         average_statistics(self.statistics, self.context.world_size)
         self.state.step += 1
+        if self.task.after is not None:
+            self.state.task = self.task.after(self.state.task, self.state.step)
 
     def _after_step(self) -> None:
         step, end = self.state.step, self.state.step == self.total

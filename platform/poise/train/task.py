@@ -42,7 +42,8 @@ class Task:
     `batch(i)` is the i-th batch of this rank, counted from 0 over the whole run: random access is what makes a resume
     exact. `step` is called under autocast with the (possibly distributed) model. `evaluate` is called by every rank and
     returns the same numbers on each; `monitor` names the one that picks the best checkpoint: the larger the better,
-    or the smaller with a `-` before the name. `unit` is what an example is called.
+    or the smaller with a `-` before the name. `unit` is what an example is called. `after(state, step)` is called when
+    the optimizer has taken its `step`-th step, and returns the next state: for what follows the weights, as averages do.
     """
 
     model: nn.Module
@@ -55,3 +56,4 @@ class Task:
     evaluate: Callable[[], dict[str, float]] | None = None
     monitor: str = ""
     unit: str = "images"
+    after: Callable[[TaskState, int], TaskState] | None = None

@@ -1,0 +1,19 @@
+"""Attacks on an image classifier: each returns an `AttackResult`, and keeps the contract of `attacks.contract`."""
+
+from poise.robust.attacks.contract import AttackResult, BNMode, attack_mode
+from poise.robust.attacks.losses import LOSSES, Loss, cross_entropy, dlr, kl_from, margin
+from poise.robust.attacks.pgd import perturb, pgd
+
+__all__ = [
+    "LOSSES",
+    "AttackResult",
+    "BNMode",
+    "Loss",
+    "attack_mode",
+    "cross_entropy",
+    "dlr",
+    "kl_from",
+    "margin",
+    "perturb",
+    "pgd",
+]

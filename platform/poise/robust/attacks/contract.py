@@ -1,0 +1,97 @@
+"""What every attack here promises, and the pieces that they share.
+
+The contract (papers/adversarial.md, section 1): losses are summed over the batch (a mean would only shrink gradients
+towards underflow); gradients are taken for the input alone and parameters are frozen meanwhile, so that no weight
+gradient is computed or accumulated; BN and dropout are in eval mode; training flags, `requires_grad`, BN buffers and
+the global random stream are afterwards what they were before.
+
+Attack the bare model: under DistributedDataParallel pass `ddp.module`, since every rank attacks its own examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from poise.errors import PoiseError
+from poise.robust.attacks.losses import Loss
+
+__all__ = ["AttackResult", "BNMode", "attack_mode", "column", "input_gradient", "require_finite", "scores"]
+
+BNMode = Literal["eval", "train"]
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """What an attack found: `adversarial` like x, and `correct` bool (N,), True where the model withstood all of it."""
+
+    adversarial: Tensor
+    correct: Tensor
+
+
+@contextmanager
+def attack_mode(model: nn.Module, bn_mode: BNMode = "eval") -> Iterator[None]:
+    """Eval mode and frozen parameters inside; flags, `requires_grad` and buffers restored exactly at the end.
+
+    With bn_mode "train", BN layers are lent out without their running statistics: in eval mode they then normalise by
+    the batch and have nothing to update.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    lent = [m for m in model.modules() if isinstance(m, _BatchNorm)] if bn_mode == "train" else []
+    statistics = [(m, m.running_mean, m.running_var) for m in lent]
+    try:
+        model.eval()
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        for norm in lent:
+            norm.running_mean = norm.running_var = None
+        yield
+    finally:
+        for norm, mean, var in statistics:
+            norm.running_mean, norm.running_var = mean, var
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        for module, training in flags:
+            module.training = training
+
+
+def input_gradient(model: nn.Module, point: Tensor, y: Tensor, loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
+    """One forward and one backward to the input: (gradient like point, losses (N,), logits (N, K)), all detached."""
+    point = point.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = model(point)
+        losses = loss(logits, y)
+        (gradient,) = torch.autograd.grad(losses.sum(), point)
+    return gradient, losses.detach(), logits.detach()
+
+
+@torch.no_grad()
+def scores(model: nn.Module, x: Tensor) -> Tensor:
+    """Logits (N, K) without a graph."""
+    logits: Tensor = model(x)
+    return logits
+
+
+def require_finite(finite: Tensor, steps: int) -> None:
+    """Raise PoiseError unless every entry of `finite` (N,), the steps before the first bad gradient, is `steps`.
+
+    The one place in an attack that waits for the device.
+    """
+    if not bool((finite == steps).all()):
+        index = int(finite.argmin())
+        raise PoiseError(
+            f"attack: the loss gradient of example {index} of the batch is not finite at step {int(finite[index])}: "
+            "the model has diverged, or its precision is too low for this attack (use bf16 or fp32, not fp16)"
+        )
+
+
+def column(values: Tensor, like: Tensor) -> Tensor:
+    """Values (N,) in the shape (N, 1, ...) that multiplies or selects images `like`."""
+    return values.view(-1, *[1] * (like.ndim - 1))

@@ -1,0 +1,84 @@
+"""What attacks climb: each takes logits (N, K) and labels (N,), and gives a loss per example (N,) in float32 or better.
+
+Sources: papers/adversarial.md, sections 6, 8 and 9.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = ["LOSSES", "Loss", "cross_entropy", "dlr", "kl_from", "margin", "targeted_dlr", "targeted_margin"]
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def wide(logits: Tensor) -> Tensor:
+    """Logits in float32, or in float64 if they already are, whatever the model computes in."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """-log p_y."""
+    return functional.cross_entropy(wide(logits), y, reduction="none")
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """max_{k != y} z_k - z_y: positive exactly where the model is wrong."""
+    z = wide(logits)
+    return _best_other(z, y) - _of(z, y)
+
+
+def targeted_margin(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """z_t - z_y for targets (N,)."""
+    z = wide(logits)
+    return _of(z, target) - _of(z, y)
+
+
+def dlr(logits: Tensor, y: Tensor) -> Tensor:
+    """Difference of logits ratio: -(z_y - max_{k != y} z_k) / (z_(1) - z_(3)); unchanged by shift and scale.
+
+    Croce and Hein, 2020. Raises ValueError for fewer than three classes, where it has no denominator.
+    """
+    z = wide(logits)
+    if z.shape[1] < 3:
+        raise ValueError(f"the DLR loss needs at least 3 classes, the model has {z.shape[1]}: use the margin or CE")
+    top = z.topk(3, dim=1).values
+    return (_best_other(z, y) - _of(z, y)) / (top[:, 0] - top[:, 2]).clamp(min=1e-12)
+
+
+def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2) for targets (N,). Raises ValueError for fewer than four classes."""
+    z = wide(logits)
+    if z.shape[1] < 4:
+        raise ValueError(f"the targeted DLR loss needs at least 4 classes, the model has {z.shape[1]}: use the margin")
+    top = z.topk(4, dim=1).values
+    return (_of(z, target) - _of(z, y)) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2).clamp(min=1e-12)
+
+
+def kl_from(reference: Tensor) -> Loss:
+    """KL(p || q) of the reference's p, from logits (N, K) at the clean images, and q at the attacked ones (TRADES).
+
+    Its gradient is exactly zero at the clean image itself: start elsewhere.
+    """
+    log_p = functional.log_softmax(wide(reference), dim=1).detach()
+
+    def kl(logits: Tensor, y: Tensor) -> Tensor:
+        log_q = functional.log_softmax(wide(logits), dim=1)
+        return functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
+
+    return kl
+
+
+LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
+
+
+def _of(z: Tensor, labels: Tensor) -> Tensor:
+    return z.gather(1, labels.unsqueeze(1)).squeeze(1)
+
+
+def _best_other(z: Tensor, y: Tensor) -> Tensor:
+    return z.scatter(1, y.unsqueeze(1), -torch.inf).amax(1)

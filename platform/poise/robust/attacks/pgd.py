@@ -1,0 +1,162 @@
+"""Projected gradient ascent on a loss of the model, for any threat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from poise.robust.attacks.contract import (
+    AttackResult,
+    BNMode,
+    attack_mode,
+    column,
+    input_gradient,
+    require_finite,
+    scores,
+)
+from poise.robust.attacks.losses import Loss, cross_entropy
+from poise.robust.noise import Noise, Source, as_noise
+from poise.robust.spec import Sparsity
+from poise.robust.threats import Threat
+
+__all__ = ["FirstFooling", "perturb", "pgd"]
+
+
+def pgd(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: Threat,
+    *,
+    steps: int,
+    step_size: float | None = None,
+    restarts: int = 1,
+    random_start: bool = True,
+    sparsity: Sparsity = (5, 20),
+    loss: Loss = cross_entropy,
+    noise: Source = None,
+    bn_mode: BNMode = "eval",
+) -> AttackResult:
+    """Attack for evaluation: an example is correct only if the model withstands every point that was tried.
+
+    The image itself counts as the first point, then every iterate of every run; an example leaves at the end of the
+    run that fools the model. `adversarial` holds the first fooling point, or the last point tried if there is none.
+
+    Args:
+        model: maps (N, ...) images to (N, K) logits.
+        x, y: images (N, ...) in [0, 1]; true labels (N,) int64.
+        steps: gradients of one run.
+        step_size: length of a step in the threat's norm; None is 2.5 * eps / steps, at most eps.
+        restarts: runs; those after the first start at random whatever `random_start` says.
+        sparsity: for l1, coordinates per step: a count, or a range that each example draws from at each step.
+        loss: what is climbed, see `attacks.losses`.
+        noise: see `noise.Source`.
+        bn_mode: "train" lets BN use the statistics of the attacked batch (its buffers still stay untouched).
+
+    Raises:
+        PoiseError: the loss gradient of an example was not finite.
+    """
+    ascent, streams = _Ascent(threat, steps, step_size, sparsity, loss), as_noise(noise, x)
+    with attack_mode(model, bn_mode):
+        adversarial, correct = x.clone(), scores(model, x).argmax(1) == y
+        for run in range(restarts):
+            alive = correct.nonzero().flatten()
+            if len(alive) == 0:
+                break
+            start = ascent.start(x[alive], streams.pick(alive).at(run), random=random_start or run > 0)
+            watch = FirstFooling(x[alive], y[alive])
+            last = ascent.climb(model, x[alive], y[alive], start, watch)
+            watch(last, scores(model, last))
+            adversarial[alive], correct[alive] = torch.where(column(watch.fooled, x), watch.point, last), ~watch.fooled
+    return AttackResult(adversarial, correct)
+
+
+def perturb(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: Threat,
+    *,
+    steps: int,
+    step_size: float | None = None,
+    restarts: int = 1,
+    random_start: bool = True,
+    sparsity: Sparsity = (5, 20),
+    loss: Loss = cross_entropy,
+    noise: Source = None,
+    bn_mode: BNMode = "eval",
+) -> Tensor:
+    """Attack for training: the last iterate, like x, detached, at `steps` gradients and no forward beyond them.
+
+    Arguments and errors as for `pgd`. With restarts > 1 each example keeps the run of highest final loss, which costs
+    two forwards per further run.
+    """
+    ascent, streams = _Ascent(threat, steps, step_size, sparsity, loss), as_noise(noise, x)
+    with attack_mode(model, bn_mode):
+        best = ascent.climb(model, x, y, ascent.start(x, streams, random=random_start))
+        for run in range(1, restarts):
+            other = ascent.climb(model, x, y, ascent.start(x, streams.at(run), random=True))
+            before, after = (loss(scores(model, point), y) for point in (best, other))
+            best = torch.where(column(after > before, x), other, best)
+    return best
+
+
+class FirstFooling:
+    """Keeps, of the points it is shown, the first of each example that the model gets wrong."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.y, self.point, self.fooled = y, x, torch.zeros_like(y, dtype=torch.bool)
+
+    def __call__(self, point: Tensor, logits: Tensor) -> None:
+        wrong = (logits.argmax(1) != self.y) & ~self.fooled
+        self.point = torch.where(column(wrong, point), point, self.point)
+        self.fooled = self.fooled | wrong
+
+
+@dataclass(frozen=True)
+class _Start:
+    delta: Tensor
+    counts: Tensor  # (N, steps): coordinates that each l1 step moves
+
+
+@dataclass(frozen=True)
+class _Ascent:
+    """One run of steepest ascent with projection."""
+
+    threat: Threat
+    steps: int
+    step_size: float | None
+    sparsity: Sparsity
+    loss: Loss
+
+    def start(self, x: Tensor, noise: Noise, *, random: bool) -> _Start:
+        """Everything that one run draws, before it begins, so that its loop never waits for the device."""
+        width = x[0].numel() + 1
+        delta = self.threat.start_from(x, noise.uniform(width, x.dtype)) if random else torch.zeros_like(x)
+        low, high = (self.sparsity, self.sparsity) if isinstance(self.sparsity, int) else self.sparsity
+        return _Start(delta, noise.at(-1).integers(low, high + 1, self.steps))
+
+    def climb(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        start: _Start,
+        watch: Callable[[Tensor, Tensor], None] | None = None,
+    ) -> Tensor:
+        """The last iterate; `watch` sees every earlier one together with its logits, which cost nothing extra."""
+        size = min(2.5 * self.threat.eps / self.steps, self.threat.eps) if self.step_size is None else self.step_size
+        delta, finite = start.delta, torch.full((len(x),), self.steps, device=x.device)
+        for step in range(self.steps):
+            point = x + delta
+            grad, _, logits = input_gradient(model, point, y, self.loss)
+            finite = torch.where(grad.flatten(1).abs().amax(1).isfinite(), finite, finite.clamp(max=step))
+            if watch is not None:
+                watch(point, logits)
+            ascent = self.threat.steepest(grad, size, at=point, sparsity=start.counts[:, step])
+            delta = self.threat.project(x, delta + ascent)
+        require_finite(finite, self.steps)
+        return x + delta

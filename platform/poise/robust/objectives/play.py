@@ -1,0 +1,83 @@
+"""What an objective gets for one batch, and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from poise.robust.attacks import Loss, cross_entropy
+from poise.robust.threats import Threat
+
+__all__ = ["Attack", "Objective", "Outcome", "Play", "State", "outcome"]
+
+State = dict[str, Tensor]
+"""What an objective remembers from batch to batch; belongs in checkpoints, and is the same on every rank."""
+
+
+class Attack(Protocol):
+    """Crafts adversarial examples in `threat`, like x and detached, with the steps and the noise bound to it."""
+
+    @property
+    def threat(self) -> Threat: ...
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, loss: Loss = cross_entropy) -> Tensor: ...
+
+
+def _same(values: Tensor) -> Tensor:
+    return values
+
+
+@dataclass(frozen=True)
+class Play:
+    """One batch of the game between the attacks and the model.
+
+    Args:
+        attacks: by norm, in the order linf, l2, l1.
+        options: the section of the spec that names the objective.
+        state: from `initial_state` or from the last `Outcome`.
+        step: number of the optimizer step.
+        draw: uniform in [0, 1), the same on every rank: for choices that a whole batch shares.
+        mean: averages a tensor over ranks, so that every rank has the same state.
+        noise: draws the noise of this rank's examples.
+    """
+
+    attacks: Mapping[str, Attack]
+    options: Any
+    state: State = field(default_factory=dict)
+    step: int = 0
+    first_in_epoch: bool = False
+    draw: float = 0.0
+    mean: Callable[[Tensor], Tensor] = _same
+    noise: torch.Generator | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One batch: the scalar `loss` to step on, detached scalar metrics of this rank, and the state for the next batch.
+
+    Metrics are "loss/<norm>", "robust/<norm>" (training accuracy at its adversarial examples), "robust/union" and
+    "weight/<norm>" (the coefficient of the threat in the loss; for `max` the share of examples that it was worst for).
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    state: State
+
+
+Objective = Callable[[nn.Module, Tensor, Tensor, Play], Outcome]
+"""Called with the model in train mode ((N, ...) to logits (N, K); may be a DistributedDataParallel wrapper), images
+(N, ...) in [0, 1], labels (N,) int64, and the play."""
+
+
+def outcome(
+    loss: Tensor, losses: Tensor, correct: Tensor, norms: Sequence[str], weights: Tensor, state: State
+) -> Outcome:
+    """The outcome of a batch whose losses and verdicts, (P, N) each, are those of the threats `norms`."""
+    metrics = {"robust/union": correct.all(0).float().mean()}
+    for norm, own, right, weight in zip(norms, losses.detach(), correct, weights.detach(), strict=True):
+        metrics |= {f"loss/{norm}": own.mean(), f"robust/{norm}": right.float().mean(), f"weight/{norm}": weight}
+    return Outcome(loss, metrics, state)
