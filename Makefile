@@ -31,6 +31,7 @@ format: .venv/.develops ## Format the code
 	$(BIN)/ruff check -q --fix .
 
 bench: .venv/.develops ## Measure speed beside what a user would run instead
+	@$(PIP) install -q --no-deps torchattacks==3.5.1  # a peer to measure beside; what it declares would not fit
 	$(BIN)/python tests/benchmarks/run.py
 
 lock: ## Write the lock files anew, from pyproject.toml
