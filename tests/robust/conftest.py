@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from poise.data.readers import idx
 
 
 def _gain_linf(g: Tensor, room: Tensor, eps: float) -> Tensor:
@@ -98,3 +102,17 @@ def images() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     x = torch.rand(12, 1, 6, 6, generator=generator)
     return x, torch.randint(0, 5, (12,), generator=generator)
+
+
+@pytest.fixture(scope="session")
+def mnist(shared_data: Path) -> SimpleNamespace:
+    """The adversarially trained network `model` (linf 0.3) and the first 500 test images `x` and labels `y`."""
+    images, classifiers = shared_data / "images" / "mnist", shared_data / "classifiers"
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 4, 5, 2, 2), nn.ReLU(), nn.Conv2d(4, 8, 5, 2, 2), nn.ReLU(), nn.Flatten()),
+        *(nn.Linear(392, 128), nn.ReLU(), nn.Linear(128, 10)),
+    ).eval()
+    model.load_state_dict(load_file(classifiers / "mnist_madrycnn_no_maxpool_tiny.safetensors"))
+    x = torch.tensor(idx((images / "t10k-images-idx3-ubyte.gz").read_bytes(), 3)[:500, None]) / 255
+    y = torch.tensor(idx((images / "t10k-labels-idx1-ubyte.gz").read_bytes(), 1)[:500]).long()
+    return SimpleNamespace(model=model, x=x, y=y)
