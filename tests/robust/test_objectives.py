@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from poise.robust.attacks import perturb
+from poise.robust.objective_spec import Adt, At, Avg, Max
 from poise.robust.objectives import OBJECTIVES, Objective, Outcome, Play, State, adt_weights, initial_state
 from poise.robust.objectives.norms import adt, avg
-from poise.robust.spec import Adt, At, Avg, Max
 from poise.robust.threats import Threat
 
 NORMS = ("linf", "l2", "l1")

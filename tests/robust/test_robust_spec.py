@@ -10,18 +10,8 @@ import pytest
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from poise.robust.spec import (
-    Adt,
-    At,
-    Avg,
-    EvaluateSpec,
-    Max,
-    Objective,
-    Threats,
-    ThreatSpec,
-    check,
-    gradients_per_batch,
-)
+from poise.robust.objective_spec import Adt, At, Avg, Max, Objective, check, gradients_per_batch
+from poise.robust.spec import EvaluateSpec, Threats, ThreatSpec
 
 THREATS = Threats.model_validate(
     yaml.safe_load("{l1: {eps: 12, steps: 50, restarts: 2}, linf: {eps: 8/255, steps: 40}, l2: {eps: 0.5, steps: 50}}")
@@ -128,7 +118,7 @@ def test_evaluation_defaults_to_all_examples_and_the_training_threats() -> None:
 
 
 def test_a_spec_is_read_without_torch() -> None:
-    code = "import sys, poise.robust, poise.robust.spec; sys.exit('torch' in sys.modules)"
+    code = "import sys, poise.robust.objective_spec; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": "platform"}, check=False).returncode == 0
 
 

@@ -9,7 +9,8 @@ from pydantic import Field, model_validator
 from poise.data.spec import DataSpec, known_sizes
 from poise.kinds.specs.cost import in_bytes
 from poise.models.spec import ModelSpec, num_parameters, state_bytes
-from poise.robust.spec import Adt, EvaluateSpec, Objective, Threats, check, gradients_per_batch
+from poise.robust.objective_spec import Adt, Objective, check, gradients_per_batch
+from poise.robust.spec import EvaluateSpec, Threats
 from poise.spec import RunSpec, mistake
 from poise.train.spec import TrainSpec
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from poise.robust.objective_spec import Adt
 from poise.robust.objectives.norms import adt, adt_weights, at, avg, initial_weights, max
 from poise.robust.objectives.play import Attack, Objective, Outcome, Play, State
-from poise.robust.spec import Adt
 
 __all__ = ["OBJECTIVES", "Attack", "Objective", "Outcome", "Play", "State", "adt_weights", "initial_state"]
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from poise.robust.attacks import cross_entropy
+from poise.robust.objective_spec import Adt
 from poise.robust.objectives.play import Outcome, Play, State, outcome
-from poise.robust.spec import Adt
 
 __all__ = ["adt", "adt_weights", "at", "avg", "initial_weights", "losses_of", "max"]
 
