@@ -14,7 +14,9 @@ from torch import Tensor
 
 from poise.robust.spec import NORMS, Norm
 
-__all__ = ["Threat", "project_l1_ball"]
+__all__ = ["ORDERS", "Threat", "project_l1_ball"]
+
+ORDERS: dict[str, float] = {"linf": math.inf, "l2": 2, "l1": 1}
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,20 @@ class Threat:
         if self.norm == "l1":
             room = torch.where(delta > 0, 1 - x, x)
             return _shrink(delta.flatten(1), room.flatten(1), self.eps).view_as(delta)
-        if self.norm == "linf":
-            delta = delta.clamp(-self.eps, self.eps)
-        else:
-            length = torch.linalg.vector_norm(delta.flatten(1), dim=1)
-            scale = (self.eps / length.clamp(min=_tiny(length))).clamp(max=1)
-            delta = delta * _column(scale, delta)
-        return _into_box(x, delta)
+        return self.confine(x, delta.clamp(-self.eps, self.eps) if self.norm == "linf" else self.shrink(delta))
+
+    def confine(self, x: Tensor, delta: Tensor) -> Tensor:
+        """The nearest perturbation that leaves x + delta in the box."""
+        return torch.minimum(torch.maximum(delta, -x), 1 - x)
+
+    def shrink(self, delta: Tensor) -> Tensor:
+        """delta scaled into the ball, in its own direction."""
+        length = torch.linalg.vector_norm(delta.flatten(1), ord=ORDERS[self.norm], dim=1)
+        return delta * _column((self.eps / length.clamp(min=_tiny(length))).clamp(max=1), delta)
+
+    def pick(self, rows: Tensor) -> Threat:
+        """The threat that some of the examples face: here it is the same for all."""
+        return self
 
     def random_start(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A feasible perturbation: uniform in the ball, then cut to the box. Drawn on the generator's device."""
@@ -64,14 +73,14 @@ class Threat:
         rounding = torch.finfo(uniform.dtype).eps
         signed = (2 * uniform[:, :-1] - 1).clamp(rounding - 1, 1 - rounding)
         if self.norm == "linf":
-            return _into_box(x, (self.eps * signed).view_as(x))
+            return self.confine(x, (self.eps * signed).view_as(x))
         if self.norm == "l2":
             direction, order = torch.erfinv(signed), 2
         else:
             direction, order = -signed.sign() * signed.abs().clamp(min=rounding).log(), 1
         length = torch.linalg.vector_norm(direction, ord=order, dim=1, keepdim=True).clamp(min=rounding)
         radius = self.eps * uniform[:, -1:] ** (1 / signed.shape[1])
-        return _into_box(x, (direction / length * radius).view_as(x))
+        return self.confine(x, (direction / length * radius).view_as(x))
 
     def steepest(self, grad: Tensor, size: float, *, at: Tensor | None = None, sparsity: int | Tensor = 1) -> Tensor:
         """The step of length `size` in this norm that climbs `grad` fastest; a zero gradient gives a zero step.
@@ -132,10 +141,6 @@ def _unit(grad: Tensor) -> Tensor:
     length = torch.linalg.vector_norm(scaled, dim=1, keepdim=True).clamp(min=1)
     unit: Tensor = scaled / length
     return unit.view_as(grad)
-
-
-def _into_box(x: Tensor, delta: Tensor) -> Tensor:
-    return torch.minimum(torch.maximum(delta, -x), 1 - x)
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:

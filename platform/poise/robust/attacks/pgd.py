@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -66,9 +66,10 @@ def pgd(
             alive = correct.nonzero().flatten()
             if len(alive) == 0:
                 break
-            start = ascent.start(x[alive], streams.pick(alive).at(run), random=random_start or run > 0)
+            among = replace(ascent, threat=threat.pick(alive))
+            start = among.start(x[alive], streams.pick(alive).at(run), random=random_start or run > 0)
             watch = FirstFooling(x[alive], y[alive])
-            last = ascent.climb(model, x[alive], y[alive], start, watch)
+            last = among.climb(model, x[alive], y[alive], start, watch)
             watch(last, scores(model, last))
             adversarial[alive], correct[alive] = torch.where(column(watch.fooled, x), watch.point, last), ~watch.fooled
     return AttackResult(adversarial, correct)
