@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["LOSSES", "Loss", "cross_entropy", "dlr", "kl_from", "margin", "targeted_dlr", "targeted_margin"]
+__all__ = [
+    "LOSSES",
+    "Loss",
+    "cross_entropy",
+    "divergence",
+    "dlr",
+    "kl_from",
+    "margin",
+    "targeted_dlr",
+    "targeted_margin",
+]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -64,13 +74,18 @@ def kl_from(reference: Tensor) -> Loss:
 
     Its gradient is exactly zero at the clean image itself: start elsewhere.
     """
-    log_p = functional.log_softmax(wide(reference), dim=1).detach()
+    reference = reference.detach()
+    return lambda logits, y: divergence(reference, logits)
 
-    def kl(logits: Tensor, y: Tensor) -> Tensor:
-        log_q = functional.log_softmax(wide(logits), dim=1)
-        return functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
 
-    return kl
+def divergence(reference: Tensor, logits: Tensor) -> Tensor:
+    """KL(p || q) per example, p and q being the softmax of logits (N, K).
+
+    Both enter as logarithms: with p itself, its gradient is NaN where p underflows to zero (papers/adversarial.md,
+    section 6).
+    """
+    log_p, log_q = (functional.log_softmax(wide(z), dim=1) for z in (reference, logits))
+    return functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
 
 
 LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin, "dlr": dlr}

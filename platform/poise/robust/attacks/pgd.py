@@ -85,6 +85,7 @@ def perturb(
     step_size: float | None = None,
     restarts: int = 1,
     random_start: bool = True,
+    spread: float | None = None,
     sparsity: Sparsity = (5, 20),
     loss: Loss = cross_entropy,
     noise: Source = None,
@@ -92,14 +93,15 @@ def perturb(
 ) -> Tensor:
     """Attack for training: the last iterate, like x, detached, at `steps` gradients and no forward beyond them.
 
-    Arguments and errors as for `pgd`. With restarts > 1 each example keeps the run of highest final loss, which costs
-    two forwards per further run.
+    Arguments and errors as for `pgd`. With `spread`, every run starts at the image plus spread * N(0, I), cut to the
+    threat, whatever `random_start` says. With restarts > 1 each example keeps the run of highest final loss, which
+    costs two forwards per further run.
     """
     ascent, streams = _Ascent(threat, steps, step_size, sparsity, loss), as_noise(noise, x)
     with attack_mode(model, bn_mode):
-        best = ascent.climb(model, x, y, ascent.start(x, streams, random=random_start))
+        best = ascent.climb(model, x, y, ascent.start(x, streams, random=random_start, spread=spread))
         for run in range(1, restarts):
-            other = ascent.climb(model, x, y, ascent.start(x, streams.at(run), random=True))
+            other = ascent.climb(model, x, y, ascent.start(x, streams.at(run), random=True, spread=spread))
             before, after = (loss(scores(model, point), y) for point in (best, other))
             best = torch.where(column(after > before, x), other, best)
     return best
@@ -133,10 +135,13 @@ class _Ascent:
     sparsity: Sparsity
     loss: Loss
 
-    def start(self, x: Tensor, noise: Noise, *, random: bool) -> _Start:
+    def start(self, x: Tensor, noise: Noise, *, random: bool, spread: float | None = None) -> _Start:
         """Everything that one run draws, before it begins, so that its loop never waits for the device."""
         width = x[0].numel() + 1
-        delta = self.threat.start_from(x, noise.uniform(width, x.dtype)) if random else torch.zeros_like(x)
+        if spread is not None:
+            delta = self.threat.project(x, spread * noise.normal(width - 1, x.dtype).view_as(x))
+        else:
+            delta = self.threat.start_from(x, noise.uniform(width, x.dtype)) if random else torch.zeros_like(x)
         low, high = (self.sparsity, self.sparsity) if isinstance(self.sparsity, int) else self.sparsity
         return _Start(delta, noise.at(-1).integers(low, high + 1, self.steps))
 
