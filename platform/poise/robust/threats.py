@@ -82,20 +82,24 @@ class Threat:
         radius = self.eps * uniform[:, -1:] ** (1 / signed.shape[1])
         return self.confine(x, (direction / length * radius).view_as(x))
 
-    def steepest(self, grad: Tensor, size: float, *, at: Tensor | None = None, sparsity: int | Tensor = 1) -> Tensor:
-        """The step of length `size` in this norm that climbs `grad` fastest; a zero gradient gives a zero step.
+    def steepest(
+        self, grad: Tensor, size: float | Tensor, *, at: Tensor | None = None, sparsity: int | Tensor = 1
+    ) -> Tensor:
+        """The step of length `size`, one or (N,), in this norm that climbs `grad` fastest; none at a zero gradient.
 
         linf: size * sign(g). l2: size * g / ||g||. l1: the k = `sparsity` largest |g| move by size / k each (k = 1 is
         the steepest; more make wider, flatter progress). With `at` = x + delta, a coordinate moves at most to the side
         of the box, and what it could not use passes to the next largest |g|: none of the length is wasted on pixels
         that are blocked, wholly or nearly. `sparsity` may be counts (N,). Source: papers/adversarial.md, section 2.
         """
+        length = _column(size, grad) if isinstance(size, Tensor) else size
         if self.norm == "linf":
-            return size * grad.sign()
+            return length * grad.sign()
         if self.norm == "l2":
-            return size * _unit(grad)
+            return length * _unit(grad)
         room = torch.full_like(grad, torch.inf) if at is None else torch.where(grad > 0, 1 - at, at).clamp(min=0)
-        return _sparse_step(grad.flatten(1), room.flatten(1), size, sparsity).view_as(grad)
+        budget = size.view(-1, 1) if isinstance(size, Tensor) else size
+        return _sparse_step(grad.flatten(1), room.flatten(1), budget, sparsity).view_as(grad)
 
 
 def project_l1_ball(v: Tensor, radius: float) -> Tensor:
@@ -125,7 +129,7 @@ def _shrink(v: Tensor, room: Tensor, radius: float) -> Tensor:
     return v.sign() * torch.minimum((size - threshold).clamp(min=0), room)
 
 
-def _sparse_step(grad: Tensor, room: Tensor, size: float, sparsity: int | Tensor) -> Tensor:
+def _sparse_step(grad: Tensor, room: Tensor, size: float | Tensor, sparsity: int | Tensor) -> Tensor:
     """Spend `size` on coordinates by falling |grad|, on each at most its room and at most a k-th of `size`."""
     counts = torch.as_tensor(sparsity, device=grad.device, dtype=grad.dtype).clamp(max=grad.shape[1]).view(-1, 1)
     order = grad.abs().argsort(dim=1, descending=True)

@@ -79,15 +79,17 @@ def scores(model: nn.Module, x: Tensor) -> Tensor:
     return logits
 
 
-def require_finite(finite: Tensor, steps: int) -> None:
+def require_finite(finite: Tensor, steps: int, rows: Tensor | None = None) -> None:
     """Raise PoiseError unless every entry of `finite` (N,), the steps before the first bad gradient, is `steps`.
 
-    The one place in an attack that waits for the device.
+    `rows` (N,): the places of these examples in the batch, where only some of it is attacked. The one place in an
+    attack that waits for the device.
     """
     if not bool((finite == steps).all()):
         index = int(finite.argmin())
+        example, step = index if rows is None else int(rows[index]), int(finite[index])
         raise PoiseError(
-            f"attack: the loss gradient of example {index} of the batch is not finite at step {int(finite[index])}: "
+            f"attack: the loss gradient of example {example} of the batch is not finite at step {step}: "
             "the model has diverged, or its precision is too low for this attack (use bf16 or fp32, not fp16)"
         )
 
