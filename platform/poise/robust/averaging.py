@@ -1,0 +1,162 @@
+"""Averages of the iterates: SWA, EMA, and the Moreau envelope algorithm ME-A.
+
+An average u follows the trainable parameters w. At step `start` it is w; at every step start + t * every after that, t
+= 1, 2, ..., it moves by
+
+    u <- u + b_t (w - u)
+
+which for b_t = 1/t is the equal average of those iterates: the first move overwrites what u was. Its state is a mapping
+from the name of each parameter to its average, of the same keys at all times, and no function writes into one. How
+often it has moved follows from the step, so that a resumed run needs nothing else. Batch-norm buffers are not averaged:
+`reestimate` measures them for the averaged weights. Sources: papers/adversarial.md, sections 3 and 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__ = ["MoreauEnvelope", "WeightAverage", "assign", "reestimate"]
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class WeightAverage:
+    """The average that moves by `rule`.
+
+    swa: b_t = 1/t, the equal average (Izmailov et al., 2018). ema: b_t = 1 - decay_t, where decay_t = min(decay,
+    (1 + t) / (10 + t)) with `warm_up` and `decay` without. const: b_t = `rate`. `start` and `every` count optimizer
+    steps.
+    """
+
+    rule: Literal["swa", "ema", "const"] = "swa"
+    start: int = 0
+    every: int = 1
+    decay: float = 0.995
+    warm_up: bool = True
+    rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.start < 0 or self.every < 1:
+            raise ValueError(f"start is at least 0 and every at least 1, not {self.start} and {self.every}")
+        if not (0 <= self.decay < 1 and self.rate > 0):
+            raise ValueError(f"decay is in [0, 1) and rate above 0, not {self.decay} and {self.rate}")
+
+    def initial(self, model: nn.Module) -> dict[str, Tensor]:
+        """The state before the first step: a copy of every trainable parameter."""
+        return {name: parameter.detach().clone() for name, parameter in _trainable(model).items()}
+
+    def moves(self, step: int) -> int:
+        """How often u has moved when the optimizer has taken `step` steps."""
+        return max(0, step - self.start) // self.every
+
+    def after(self, model: nn.Module, state: State, step: int) -> dict[str, Tensor]:
+        """The state once the optimizer has taken its `step`-th step."""
+        due = step >= self.start and (step - self.start) % self.every == 0
+        if not due:
+            return dict(state)
+        weights = [parameter.detach() for parameter in _trainable(model).values()]
+        moved = torch._foreach_lerp([state[name] for name in _trainable(model)], weights, self._share(step))
+        return dict(zip(_trainable(model), moved, strict=True))
+
+    def _share(self, step: int) -> float:
+        """b_t; 1 at the start, where u becomes w."""
+        t = self.moves(step)
+        if t == 0:
+            return 1.0
+        if self.rule == "swa":
+            return 1 / t
+        if self.rule == "const":
+            return self.rate
+        return 1 - (min(self.decay, (1 + t) / (10 + t)) if self.warm_up else self.decay)
+
+
+@dataclass(frozen=True)
+class MoreauEnvelope:
+    """ME-A (arXiv 2405.01817): train on R(w) + (p/2) ||w - u||^2, and move the anchor u towards w.
+
+    With p above the weak-convexity constant of R the inner problem is strongly convex; u then descends the Moreau
+    envelope M(u) = min_w R(w) + (p/2) ||w - u||^2, whose gradient is p (u - w*(u)): a move by b_t is a step of a_t =
+    b_t / p. For p = 0 it is the average `anchor` alone, so b_t = 1/t gives SWA.
+    """
+
+    p: float
+    anchor: WeightAverage = WeightAverage()
+
+    def __post_init__(self) -> None:
+        if self.p < 0:
+            raise ValueError(f"p is at least 0, not {self.p}")
+
+    def initial(self, model: nn.Module) -> dict[str, Tensor]:
+        """As for `WeightAverage`."""
+        return self.anchor.initial(model)
+
+    def after(self, model: nn.Module, state: State, step: int) -> dict[str, Tensor]:
+        """As for `WeightAverage`."""
+        return self.anchor.after(model, state, step)
+
+    def pull(self, model: nn.Module, state: State, step: int) -> Tensor | None:
+        """(p/2) ||w - u||^2 over the trainable parameters, u constant, for the step that follows `step` steps.
+
+        None as long as there is nothing to pull: before `start`, or with p = 0.
+        """
+        if self.p == 0 or step < self.anchor.start:
+            return None
+        apart = [(parameter - state[name]).square().sum() for name, parameter in _trainable(model).items()]
+        return self.p / 2 * torch.stack(apart).sum()
+
+
+@torch.no_grad()
+def assign(model: nn.Module, state: State) -> None:
+    """Write averaged parameters into `model`. Raises ValueError when they are those of another model."""
+    parameters = _trainable(model)
+    if parameters.keys() != state.keys():
+        raise ValueError(f"not averages of this model: {sorted(parameters.keys() ^ state.keys())[:5]} differ")
+    for name, parameter in parameters.items():
+        parameter.copy_(state[name])
+
+
+@torch.no_grad()
+def reestimate(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Measure the batch-norm statistics of `model` anew: for each layer the plain mean, over batches, of the batch's
+    mean and of its unbiased variance. `batches` are the inputs (N, ...) that the model is trained on, unattacked.
+
+    Everything but batch norm is in eval mode meanwhile, and so dropout rests. Flags are restored. Raises ValueError
+    when there is no batch. A model without batch norm is left alone.
+    """
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    if not layers:
+        return
+    with _measuring(model, layers):
+        for batch in batches:
+            model(batch)
+    if any(layer.num_batches_tracked == 0 for layer in layers):
+        raise ValueError("batch-norm statistics need at least one batch")
+
+
+@contextmanager
+def _measuring(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
+    flags = [(module, module.training) for module in model.modules()]
+    momenta = [layer.momentum for layer in layers]
+    try:
+        model.eval()
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.momentum, layer.training = None, True  # None: cumulative, torch.nn.BatchNorm1d
+        yield
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+        for module, training in flags:
+            module.training = training
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
