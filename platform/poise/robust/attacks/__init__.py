@@ -1,5 +1,6 @@
 """Attacks on an image classifier: each returns an `AttackResult`, and keeps the contract of `attacks.contract`."""
 
+from poise.robust.attacks.apgd import apgd, apgd_perturb
 from poise.robust.attacks.contract import AttackResult, BNMode, attack_mode
 from poise.robust.attacks.losses import LOSSES, Loss, cross_entropy, dlr, kl_from, margin
 from poise.robust.attacks.pgd import perturb, pgd
@@ -9,6 +10,8 @@ __all__ = [
     "AttackResult",
     "BNMode",
     "Loss",
+    "apgd",
+    "apgd_perturb",
     "attack_mode",
     "cross_entropy",
     "dlr",
