@@ -47,6 +47,7 @@ def test_options_are_those_of_an_attack() -> None:
     }
     assert ThreatSpec(eps=12, sparsity=3).options()["sparsity"] == 3
     assert ThreatSpec(eps=12).options()["step_size"] is None
+    assert ThreatSpec(eps=12, attack="apgd").options() == {"steps": 10, "restarts": 1, "random_start": False}
 
 
 @pytest.mark.parametrize(
@@ -66,6 +67,8 @@ def test_options_are_those_of_an_attack() -> None:
         ({"linf": {"eps": 0.1, "restarts": 0}}, "greater than or equal to 1"),
         ({"linf": {"eps": 0.1, "random_start": "yes"}}, "boolean"),
         ({"linf": {"eps": 0.1, "sparsity": 3}}, "l1 alone"),
+        ({"linf": {"eps": 0.1, "attack": "fgsm"}}, "'pgd' or 'apgd'"),
+        ({"linf": {"eps": 0.1, "attack": "apgd", "step_size": 0.1}}, "apgd chooses its own steps: remove step_size"),
         ({"l1": {"eps": 0.1, "sparsity": [20, 5]}}, "1 <= low <= high"),
         ({"l1": {"eps": 0.1, "sparsity": 0}}, "1 <= low <= high"),
         ({"l1": {"eps": 0.1, "sparsity": [1, 2, 3]}}, "at most 2 items"),

@@ -119,5 +119,5 @@ def test_the_keys_of_robust_train_are_frozen():
         "accumulate", "checkpoint", "clip_norm", "epochs", "evaluate_every", "log_every", "optimizer", "precision",
         "schedule", "steps",
     ]  # fmt: skip
-    assert found["ThreatSpec"] == ["eps", "random_start", "restarts", "sparsity", "step_size", "steps"]
+    assert found["ThreatSpec"] == ["attack", "eps", "random_start", "restarts", "sparsity", "step_size", "steps"]
     assert found["WorkersSpec"] == ["count", "cpus", "environment", "gpus", "max_failures", "min_count"]

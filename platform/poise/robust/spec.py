@@ -16,6 +16,7 @@ from poise.spec import Real, Section
 
 __all__ = [
     "NORMS",
+    "Coordinates",
     "EvaluateSpec",
     "Norm",
     "Sparsity",
@@ -40,9 +41,16 @@ def _pair(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+Coordinates = Annotated[Sparsity, BeforeValidator(_pair), AfterValidator(_sparsity)]
+"""How many coordinates one l1 step moves, as a spec writes it."""
+
+
 class ThreatSpec(Section):
     """One ball around an image and the projected gradient ascent that searches it."""
 
+    attack: Literal["pgd", "apgd"] = Field(
+        default="pgd", description="pgd: steps of one length; apgd: Auto-PGD, which chooses its steps itself"
+    )
     eps: Annotated[Real, Field(ge=0, le=1_000_000)] = Field(
         description="radius of the ball in its own norm, pixels in [0, 1]; a fraction such as 8/255 is read exactly"
     )
@@ -53,21 +61,30 @@ class ThreatSpec(Section):
     restarts: int = Field(
         default=1, ge=1, le=1000, description="runs of the attack; those after the first start at random"
     )
-    random_start: bool = Field(default=True, description="start the first run at random in the ball, not at the image")
-    sparsity: Annotated[Sparsity, BeforeValidator(_pair), AfterValidator(_sparsity)] | None = Field(
+    random_start: bool | None = Field(
+        default=None,
+        description="start the first run at random in the ball, not at the image; default true for pgd, false for apgd",
+    )
+    sparsity: Coordinates | None = Field(
         default=None,
         description="l1 only: coordinates that a step moves, a count or a range [low, high]; default [5, 20]",
     )
 
     def options(self) -> dict[str, Any]:
-        """The keyword arguments of `attacks.pgd` and `attacks.perturb` that this section decides."""
-        return {
-            "steps": self.steps,
-            "step_size": None if self.step_size is None else float(self.step_size),
-            "restarts": self.restarts,
-            "random_start": self.random_start,
-            "sparsity": self.sparsity or (5, 20),
-        }
+        """The keyword arguments that this section decides, of the attack that it names."""
+        start = self.attack == "pgd" if self.random_start is None else self.random_start
+        common = {"steps": self.steps, "restarts": self.restarts, "random_start": start}
+        if self.attack == "apgd":
+            return common
+        size = None if self.step_size is None else float(self.step_size)
+        return {**common, "step_size": size, "sparsity": self.sparsity or (5, 20)}
+
+    @model_validator(mode="after")
+    def _left_to_apgd(self) -> ThreatSpec:
+        given = [key for key in ("step_size", "sparsity") if getattr(self, key) is not None]
+        if self.attack == "apgd" and given:
+            raise ValueError(f"apgd chooses its own steps: remove {' and '.join(given)}, or use `attack: pgd`")
+        return self
 
 
 class Threats(Section):

@@ -1,5 +1,9 @@
 """Attacks on an image classifier: each returns an `AttackResult`, and keeps the contract of `attacks.contract`."""
 
+from collections.abc import Callable
+
+from torch import Tensor
+
 from poise.robust.attacks.apgd import apgd, apgd_perturb
 from poise.robust.attacks.contract import AttackResult, BNMode, attack_mode
 from poise.robust.attacks.losses import LOSSES, Loss, cross_entropy, dlr, kl_from, margin
@@ -7,6 +11,8 @@ from poise.robust.attacks.pgd import perturb, pgd
 
 __all__ = [
     "LOSSES",
+    "PERTURB",
+    "SEARCH",
     "AttackResult",
     "BNMode",
     "Loss",
@@ -20,3 +26,9 @@ __all__ = [
     "perturb",
     "pgd",
 ]
+
+SEARCH: dict[str, Callable[..., AttackResult]] = {"pgd": pgd, "apgd": apgd}
+"""The attacks that a `ThreatSpec` names and gives its options to, for evaluation."""
+
+PERTURB: dict[str, Callable[..., Tensor]] = {"pgd": perturb, "apgd": apgd_perturb}
+"""The same, for training."""
