@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,7 +25,7 @@ from poise.kinds.specs.robust import RobustTrainSpec
 from poise.kinds.trained import classifier
 from poise.observe.progress import Progress
 from poise.observe.rows import Rows
-from poise.robust.attacks import Loss, cross_entropy, perturb
+from poise.robust.attacks import PERTURB, Loss, cross_entropy
 from poise.robust.evaluate import Evaluation
 from poise.robust.objectives import OBJECTIVES, Play, initial_state
 from poise.robust.spec import Threats, ThreatSpec
@@ -86,6 +87,7 @@ def _step(spec: RobustTrainSpec) -> Callable[[nn.Module, _Batch, TaskState, Turn
             options=spec.objective,
             state=state,
             step=turn.step,
+            epoch=turn.epoch,
             first_in_epoch=turn.first_in_epoch,
             draw=random.Random(derive_seed(spec.seed, "draw", turn.step)).random(),
             mean=turn.mean,
@@ -105,9 +107,10 @@ class _Attack:
     spec: ThreatSpec
     turn: Turn
 
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, loss: Loss = cross_entropy) -> Tensor:
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, loss: Loss = cross_entropy, **options: Any) -> Tensor:
         with self.turn.timers("attack"):
-            return perturb(model, x, y, self.threat, loss=loss, noise=self.turn.generator, **self.spec.options())
+            perturb, bound = PERTURB[self.spec.attack], {**self.spec.options(), **options}
+            return perturb(model, x, y, self.threat, loss=loss, noise=self.turn.generator, **bound)
 
 
 def _validate(spec: RobustTrainSpec, model: nn.Module, images: ImageSet, context: Context) -> dict[str, float]:

@@ -4,15 +4,48 @@ from __future__ import annotations
 
 from typing import Any
 
-from poise.robust.objective_spec import Adt
+from poise.robust.objective_spec import Adt, Eat
+from poise.robust.objectives.clean import mart, trades
+from poise.robust.objectives.eat import eat, eat_probabilities, initial_errors
+from poise.robust.objectives.fast import fgsm_rs, gradalign
+from poise.robust.objectives.joint import mix, msd, sat
 from poise.robust.objectives.norms import adt, adt_weights, at, avg, initial_weights, max
 from poise.robust.objectives.play import Attack, Objective, Outcome, Play, State
+from poise.robust.objectives.projection import GradientProjection
+from poise.robust.objectives.ramp import ramp
 
-__all__ = ["OBJECTIVES", "Attack", "Objective", "Outcome", "Play", "State", "adt_weights", "initial_state"]
+__all__ = [
+    "OBJECTIVES",
+    "Attack",
+    "GradientProjection",
+    "Objective",
+    "Outcome",
+    "Play",
+    "State",
+    "adt_weights",
+    "eat_probabilities",
+    "initial_state",
+]
 
-OBJECTIVES: dict[str, Objective] = {"at": at, "avg": avg, "max": max, "adt": adt}
+OBJECTIVES: dict[str, Objective] = {
+    "at": at,
+    "trades": trades,
+    "mart": mart,
+    "avg": avg,
+    "max": max,
+    "sat": sat,
+    "msd": msd,
+    "mix": mix,
+    "adt": adt,
+    "eat": eat,
+    "ramp": ramp,
+    "fgsm_rs": fgsm_rs,
+    "gradalign": gradalign,
+}
 
 
 def initial_state(options: Any, norms: tuple[str, ...]) -> State:
     """What an objective remembers before the first batch: nothing, for most."""
+    if isinstance(options, Eat):
+        return initial_errors(len(norms))
     return initial_weights(options, norms) if isinstance(options, Adt) else {}

@@ -12,32 +12,40 @@ and the attacks get the module inside.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from poise.robust.attacks import cross_entropy
 from poise.robust.objective_spec import Adt
-from poise.robust.objectives.play import Outcome, Play, State, outcome
+from poise.robust.objectives.play import Outcome, Play, State, bare, outcome
 
-__all__ = ["adt", "adt_weights", "at", "avg", "initial_weights", "losses_of", "max"]
+__all__ = ["adt", "adt_weights", "at", "avg", "initial_weights", "logits_of", "losses_of", "max", "single"]
 
 
 def at(model: nn.Module, x: Tensor, y: Tensor, play: Play) -> Outcome:
     """l_p for the one threat p that is given (Madry et al., 2018)."""
-    losses, correct = losses_of(model, x, y, play)
-    (loss,) = losses.mean(1)
-    return outcome(loss, losses, correct, tuple(play.attacks), torch.ones_like(loss).view(1), play.state)
+    (norm,) = play.attacks
+    return single(model, x, y, play, norm)
 
 
 def avg(model: nn.Module, x: Tensor, y: Tensor, play: Play) -> Outcome:
-    """(1/P) sum_p l_p, one step on the joint mean (Tramer and Boneh, 2019); with `options.weights`, sum_p w_p l_p."""
+    """(1/P) sum_p l_p, one step on the joint mean (Tramer and Boneh, 2019); with `options.weights`, sum_p w_p l_p.
+
+    In mode "sequential", as the public multi-norm codes do it, optimizer step s is one on the (s mod P)-th of the
+    threats l1, l2, linf alone; whoever calls gives each batch P times, so that an attack meets the model that the step
+    before it has left.
+    """
+    if play.options.mode == "sequential":
+        return single(model, x, y, play, tuple(play.attacks)[::-1][play.step % len(play.attacks)])
     losses, correct = losses_of(model, x, y, play)
     each = losses.mean(1)
     shares: dict[str, float] = {norm: float(weight) for norm, weight in (play.options.weights or {}).items()}
     weights = torch.tensor([shares.get(norm, 1 / len(each)) for norm in play.attacks], device=x.device)
     loss = (weights * each).sum() if shares else each.mean()
-    return outcome(loss, losses, correct, tuple(play.attacks), weights, play.state)
+    return outcome(play, loss, losses, correct, tuple(play.attacks), weights)
 
 
 def max(model: nn.Module, x: Tensor, y: Tensor, play: Play) -> Outcome:
@@ -49,7 +57,7 @@ def max(model: nn.Module, x: Tensor, y: Tensor, play: Play) -> Outcome:
     losses, correct = losses_of(model, x, y, play)
     worst = losses.max(dim=0)
     shares = nn.functional.one_hot(worst.indices, len(losses)).to(losses.dtype).mean(0)
-    return outcome(worst.values.mean(), losses, correct, tuple(play.attacks), shares, play.state)
+    return outcome(play, worst.values.mean(), losses, correct, tuple(play.attacks), shares)
 
 
 def adt(model: nn.Module, x: Tensor, y: Tensor, play: Play) -> Outcome:
@@ -70,7 +78,7 @@ def adt(model: nn.Module, x: Tensor, y: Tensor, play: Play) -> Outcome:
     each = losses.mean(1)
     after = _adapt(model, each, state, play, norms)
     weights = (after if play.options.lag == 0 else state)["weights"].to(each)
-    return outcome((weights * each).sum(), losses, correct, norms, weights, after)
+    return outcome(play, (weights * each).sum(), losses, correct, norms, weights, after)
 
 
 def initial_weights(options: Adt, norms: Sequence[str]) -> State:
@@ -118,10 +126,32 @@ def _gradients(model: nn.Module, each: Tensor) -> Tensor:
     return torch.stack([torch.cat([grad.flatten().float() for grad in row]) for row in rows])
 
 
-def losses_of(model: nn.Module, x: Tensor, y: Tensor, play: Play) -> tuple[Tensor, Tensor]:
-    """Cross entropies (P, N) with their graph, and which adversarial examples are classified right, bool (P, N)."""
-    inner = getattr(model, "module", model)
-    points = [attack(inner, x, y) for attack in play.attacks.values()]
-    logits = [model(point) for point in points]
-    losses = [cross_entropy(scores, y) for scores in logits]
-    return torch.stack(losses), torch.stack([scores.detach().argmax(1) == y for scores in logits])
+def single(
+    model: nn.Module, x: Tensor, y: Tensor, play: Play, norm: str, state: State | None = None, **options: Any
+) -> Outcome:
+    """l_p for the threat `norm` out of several: the others have weight 0, and a union is not known."""
+    attack = replace(play, attacks={norm: play.attacks[norm]})
+    losses, correct = losses_of(model, x, y, attack, **options)
+    (loss,) = losses.mean(1)
+    out = outcome(play, loss, losses, correct, (norm,), torch.ones_like(loss).view(1), state)
+    if len(play.attacks) > 1:
+        del out.metrics["robust/union"]
+    others = {f"weight/{other}": torch.zeros_like(loss) for other in play.attacks if other != norm}
+    return replace(out, metrics=out.metrics | others)
+
+
+def losses_of(model: nn.Module, x: Tensor, y: Tensor, play: Play, **options: Any) -> tuple[Tensor, Tensor]:
+    """Cross entropies (P, N) with their graph, and which adversarial examples are classified right, bool (P, N).
+
+    `options` go to the attacks.
+    """
+    logits = logits_of(model, x, y, play, **options)
+    losses = torch.stack([cross_entropy(scores, y) for scores in logits])
+    return losses, torch.stack([scores.detach().argmax(1) == y for scores in logits])
+
+
+def logits_of(model: nn.Module, x: Tensor, y: Tensor, play: Play, **options: Any) -> list[Tensor]:
+    """Logits (N, K) at the adversarial examples of each threat, with their graph."""
+    inner = bare(model)
+    points = [attack(inner, x, y, **options) for attack in play.attacks.values()]
+    return [model(point) for point in points]
