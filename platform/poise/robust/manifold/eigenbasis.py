@@ -49,7 +49,7 @@ class Eigenbasis:
             raise ValueError(
                 f"the labels go up to {len(counts) - 1} and there are eigenspaces of {len(self.mean)} classes"
             )
-        parts = order.split(counts.tolist())
+        parts = torch.split(order, counts.tolist())
         return [(rows, index) for index, rows in enumerate(parts) if len(rows)]
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:

@@ -33,7 +33,9 @@ class Latent(Threat):
         """Nothing behind the latent coordinates moves."""
         return torch.cat([delta[:, : self.width], torch.zeros_like(delta[:, self.width :])], dim=1)
 
-    def steepest(self, grad: Tensor, size: float, *, at: Tensor | None = None, sparsity: int | Tensor = 1) -> Tensor:
+    def steepest(
+        self, grad: Tensor, size: float | Tensor, *, at: Tensor | None = None, sparsity: int | Tensor = 1
+    ) -> Tensor:
         return super().steepest(self.confine(grad, grad), size)
 
 

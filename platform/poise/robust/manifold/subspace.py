@@ -70,7 +70,9 @@ class Within(Threat):
         """A random start of the ball, projected."""
         return self.project(x, super().start_from(x, uniform))
 
-    def steepest(self, grad: Tensor, size: float, *, at: Tensor | None = None, sparsity: int | Tensor = 1) -> Tensor:
+    def steepest(
+        self, grad: Tensor, size: float | Tensor, *, at: Tensor | None = None, sparsity: int | Tensor = 1
+    ) -> Tensor:
         """The step along the gradient in the coefficients.
 
         For linf it is as long in l2 as a step of signs: signs would leave the subspace, and projected back they come to
