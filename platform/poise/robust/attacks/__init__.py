@@ -7,6 +7,7 @@ from torch import Tensor
 from poise.robust.attacks.apgd import apgd, apgd_perturb
 from poise.robust.attacks.contract import AttackResult, BNMode, attack_mode
 from poise.robust.attacks.losses import LOSSES, Loss, cross_entropy, dlr, kl_from, margin
+from poise.robust.attacks.msd import msd, msd_perturb
 from poise.robust.attacks.pgd import perturb, pgd
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "dlr",
     "kl_from",
     "margin",
+    "msd",
+    "msd_perturb",
     "perturb",
     "pgd",
 ]

@@ -20,10 +20,11 @@ from poise.robust.attacks.contract import (
     attack_mode,
     column,
     input_gradient,
+    lowest,
     require_finite,
     scores,
 )
-from poise.robust.attacks.losses import LOSSES, Loss, cross_entropy, targeted_dlr, targeted_margin, wide
+from poise.robust.attacks.losses import LOSSES, Loss, cross_entropy, targeted_dlr, targeted_margin
 from poise.robust.noise import Noise, Source, as_noise
 from poise.robust.threats import Threat
 
@@ -76,7 +77,7 @@ def apgd(
     with attack_mode(model, bn_mode):
         clean = scores(model, x)
         aimed, aims = _aims(loss, clean, y, targets)
-        delta, height = torch.zeros_like(x), torch.full_like(wide(clean[:, 0]), -torch.inf)
+        delta, height = torch.zeros_like(x), lowest(x)
         height[clean.argmax(1) != y] = torch.inf
         for run, (aim, restart) in enumerate(product(aims.unbind(1), range(restarts))):
             alive = (height < torch.inf).nonzero().flatten()
@@ -100,25 +101,25 @@ def apgd_perturb(
     steps: int = 10,
     restarts: int = 1,
     random_start: bool = False,
+    spread: float | None = None,
     loss: Loss = cross_entropy,
     noise: Source = None,
     bn_mode: BNMode = "eval",
 ) -> Tensor:
     """APGD for training: the visited point of highest loss, like x, detached, at `steps` gradients and one forward.
 
-    Arguments and errors as for `apgd`, but `loss` is any of `attacks.losses`; under l1 the first steps move a twentieth
-    of the coordinates, not a fifth. With restarts > 1 each example keeps the best of all runs.
+    Arguments and errors as for `apgd`, but `loss` is any of `attacks.losses`, and under l1 the first steps move 5 % of
+    the coordinates, not 20 %. With restarts > 1 each example keeps the best of all runs. `spread`: as for `perturb`.
     """
-    streams = as_noise(noise, x)
-    rows, best, height = torch.arange(len(x), device=x.device), torch.zeros_like(x), None
+    streams, rows = as_noise(noise, x), torch.arange(len(x), device=x.device)
+    ascent = _Ascent(model, threat, lambda logits, y, _: loss(logits, y), seek=False)
+    best, height = torch.zeros_like(x), lowest(x)
     with attack_mode(model, bn_mode):
         for run in range(restarts):
-            start = _start(threat, x, streams.at(run), random=random_start or run > 0)
-            ascent = _Ascent(model, threat, lambda logits, y, _: loss(logits, y), seek=False)
+            start = _start(threat, x, streams.at(run), random=random_start or run > 0, spread=spread)
             found, reached = ascent.climb(x, y, y, start, steps, share=0.05, rows=rows)
-            better = torch.ones_like(y, dtype=torch.bool) if height is None else reached > height
-            best = torch.where(column(better, x), found, best)
-            height = reached if height is None else torch.maximum(reached, height)
+            best = torch.where(column(reached > height, x), found, best)
+            height = torch.maximum(reached, height)
     return x + best
 
 
@@ -157,7 +158,9 @@ def _aims(loss: str, clean: Tensor, y: Tensor, targets: int) -> tuple[_Aimed, Te
     return targeted_dlr if classes >= 4 else targeted_margin, others.topk(min(targets, classes - 1), dim=1).indices
 
 
-def _start(threat: Threat, x: Tensor, noise: Noise, *, random: bool) -> Tensor:
+def _start(threat: Threat, x: Tensor, noise: Noise, *, random: bool, spread: float | None = None) -> Tensor:
+    if spread is not None:
+        return threat.project(x, spread * noise.normal(x[0].numel(), x.dtype).view_as(x))
     if not random:
         return torch.zeros_like(x)
     return threat.start_from(x, noise.uniform(x[0].numel() + 1, x.dtype))
@@ -317,7 +320,7 @@ class _Ascent:
 
     def _begin(self, x: Tensor, y: Tensor, target: Tensor, delta: Tensor, steps: int) -> _Walk:
         zero, count = torch.zeros_like(x), torch.zeros_like(y)
-        low = torch.full((len(x),), -torch.inf, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+        low = lowest(x)
         walk = _Walk(x, y, target, delta, delta, zero, low, delta, zero, low, count, count + steps + 1)
         return replace(self._visit(walk, delta, 0, final=False), rises=count)
 

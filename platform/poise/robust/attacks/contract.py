@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from poise.errors import PoiseError
 from poise.robust.attacks.losses import Loss
 
-__all__ = ["AttackResult", "BNMode", "attack_mode", "column", "input_gradient", "require_finite", "scores"]
+__all__ = ["AttackResult", "BNMode", "attack_mode", "column", "input_gradient", "lowest", "require_finite", "scores"]
 
 BNMode = Literal["eval", "train"]
 
@@ -97,3 +97,8 @@ def require_finite(finite: Tensor, steps: int, rows: Tensor | None = None) -> No
 def column(values: Tensor, like: Tensor) -> Tensor:
     """Values (N,) in the shape (N, 1, ...) that multiplies or selects images `like`."""
     return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def lowest(x: Tensor) -> Tensor:
+    """A loss (N,) below that of any point, in the type of the losses of images x (N, ...)."""
+    return torch.full((len(x),), -torch.inf, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
