@@ -14,20 +14,56 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from poise.errors import PoiseError
 from poise.robust.attacks import perturb
-from poise.robust.objective_spec import Adt, At, Avg, Max
+from poise.robust.objective_spec import (
+    Adt,
+    At,
+    Avg,
+    Eat,
+    FgsmRs,
+    GradAlign,
+    Mart,
+    Max,
+    Mix,
+    Msd,
+    Ramp,
+    Sat,
+    Trades,
+)
 from poise.robust.objectives import OBJECTIVES, Objective, Outcome, Play, State, adt_weights, initial_state
 from poise.robust.objectives.norms import adt, avg
 from poise.robust.threats import Threat
 
 NORMS = ("linf", "l2", "l1")
 EPS = {"linf": 0.1, "l2": 0.5, "l1": 2.0}
-OPTIONS = {"at": At(), "avg": Avg(), "max": Max(), "adt": Adt()}
+OPTIONS: dict[str, Any] = {
+    "at": At(),
+    "trades": Trades(),
+    "mart": Mart(),
+    "avg": Avg(),
+    "max": Max(),
+    "sat": Sat(),
+    "msd": Msd(steps=2),
+    "mix": Mix(),
+    "adt": Adt(),
+    "eat": Eat(),
+    "ramp": Ramp(projection=None),
+    "fgsm_rs": FgsmRs(),
+    "gradalign": GradAlign(),
+}
+WANTED = {"at": 1, "trades": 1, "mart": 1, "fgsm_rs": 1, "gradalign": 1, "ramp": 2}
 THIRDS = torch.full((3,), 1 / 3)
 
 
+class _Bound(partial[Tensor]):
+    @property
+    def threat(self) -> Threat:
+        return self.keywords["threat"]
+
+
 def _attacks(*norms: str) -> dict[str, Callable[..., Tensor]]:
-    return {norm: partial(perturb, threat=Threat(norm, EPS[norm]), steps=2, random_start=False) for norm in norms}
+    return {norm: _Bound(perturb, threat=Threat(norm, EPS[norm]), steps=2, random_start=False) for norm in norms}
 
 
 class _Table(nn.Module):
@@ -166,18 +202,19 @@ def test_smoothness_weighs_by_the_inverse_moving_average_of_the_gradients_change
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("name", ["avg", "max", "adt"])
+@pytest.mark.parametrize("name", ["avg", "max", "adt", "sat", "mix", "eat", "sequential"])
 def test_with_one_threat_every_objective_is_at(
     name: str, norm: str, small_net: nn.Module, images: tuple[Tensor, Tensor]
 ) -> None:
     """Losses, gradients and BN buffers, bit for bit, over two batches."""
     results = []
     for objective in ("at", name):
-        net, options = copy.deepcopy(small_net), OPTIONS[objective]
+        net, options = copy.deepcopy(small_net), OPTIONS.get(objective, Avg(mode="sequential"))
         state, losses = initial_state(options, (norm,)), []
         torch.manual_seed(5)
         for first in (True, False):
-            out = OBJECTIVES[objective](net, *images, Play(_attacks(norm), options, state, first_in_epoch=first))
+            play = Play(_attacks(norm), options, state, step=len(losses), first_in_epoch=first, draw=0.7)
+            out = OBJECTIVES[options.name](net, *images, play)
             out.loss.backward()
             state = out.state
             losses.append(out.loss.detach())
@@ -204,11 +241,11 @@ def test_losses_are_those_of_training_forwards_one_per_threat(
     assert 0 <= out.metrics["robust/union"] <= min(out.metrics[f"robust/{norm}"] for norm in NORMS)
 
 
-@pytest.mark.parametrize("name", ["at", "avg", "max", "adt"])
+@pytest.mark.parametrize("name", OPTIONS)
 def test_a_wrapped_model_trains_as_the_bare_one(
     name: str, small_net: nn.Module, images: tuple[Tensor, Tensor], tmp_path: Path
 ) -> None:
-    norms, options = (NORMS[:1] if name == "at" else NORMS), OPTIONS[name]
+    norms, options = NORMS[: WANTED.get(name, 3)], OPTIONS[name]
     if name == "adt":
         options = Adt(weighting="smoothness")
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
@@ -230,3 +267,31 @@ def test_a_wrapped_model_trains_as_the_bare_one(
         torch.distributed.destroy_process_group()
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_every_objective_of_a_spec_is_there() -> None:
+    assert OPTIONS.keys() == OBJECTIVES.keys()
+    assert all(options.name == name for name, options in OPTIONS.items())
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_state_keeps_its_keys_and_the_old_one_its_values(
+    name: str, small_net: nn.Module, images: tuple[Tensor, Tensor]
+) -> None:
+    norms, options = NORMS[: WANTED.get(name, 3)], OPTIONS[name]
+    state = initial_state(options, norms)
+    kept = {key: value.clone() for key, value in state.items()}
+    out = OBJECTIVES[name](small_net, *images, Play(_attacks(*norms), options, state, draw=0.5))
+    assert out.state.keys() == kept.keys() == state.keys()
+    assert all(torch.equal(kept[key], state[key]) for key in kept)
+    assert all(out.state[key].dtype == kept[key].dtype and out.state[key].shape == kept[key].shape for key in kept)
+    assert not any(value.requires_grad for value in (*out.metrics.values(), *out.state.values()))
+    assert out.loss.ndim == 0
+    assert all(value.ndim == 0 for value in out.metrics.values())
+
+
+@pytest.mark.parametrize("name", ["avg", "max", "adt"])
+def test_a_loss_that_is_not_finite_names_the_example_and_the_step(name: str) -> None:
+    losses = {"linf": [1.0, 1.0, 1.0], "l2": [1.0, 1.0, float("nan")], "l1": [1.0, 1.0, 1.0]}
+    with pytest.raises(PoiseError, match="under l2 of example 2 of the batch is nan at step 41"):
+        _run(OBJECTIVES[name], losses, initial_state(OPTIONS[name], NORMS), OPTIONS[name], n=3, step=41)

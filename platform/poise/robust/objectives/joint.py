@@ -5,10 +5,13 @@ Notation and source as in `norms`.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from poise.robust.attacks import cross_entropy
+from poise.robust.attacks.msd import msd_perturb
 from poise.robust.objectives.norms import single
 from poise.robust.objectives.play import Outcome, Play, bare, outcome
 
@@ -26,11 +29,12 @@ def msd(model: nn.Module, x: Tensor, y: Tensor, play: Play) -> Outcome:
     One perturbation, every step of which is the steepest one, projected, in whichever norm leaves the example the
     highest loss: it lies in the union of the balls and starts at the image. See `attacks.msd_perturb`.
     """
-    from poise.robust.attacks.msd import msd_perturb
-
     threats = {norm: attack.threat for norm, attack in play.attacks.items()}
-    sizes = {norm: float(size) for norm, size in play.options.step_sizes.items()} if play.options.step_sizes else None
-    point = msd_perturb(bare(model), x, y, threats, steps=play.options.steps, step_sizes=sizes, noise=play.noise)
+    sizes = play.options.step_sizes and {norm: float(size) for norm, size in play.options.step_sizes.items()}
+    steps = play.options.steps
+    point = play.craft(
+        partial(msd_perturb, bare(model), x, y, threats, steps=steps, step_sizes=sizes, noise=play.noise)
+    )
     return _at_point(model, point, y, play, "msd")
 
 

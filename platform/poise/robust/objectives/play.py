@@ -37,6 +37,10 @@ def _same(values: Tensor) -> Tensor:
     return values
 
 
+def _now(attack: Callable[[], Tensor]) -> Tensor:
+    return attack()
+
+
 @dataclass(frozen=True)
 class Play:
     """One batch of the game between the attacks and the model.
@@ -50,6 +54,7 @@ class Play:
         draw: uniform in [0, 1), the same on every rank: for choices that a whole batch shares.
         mean: averages a tensor over ranks, so that every rank has the same state.
         noise: draws the noise of this rank's examples.
+        craft: runs an attack that is none of `attacks`, so that the caller can time it, or play it again.
     """
 
     attacks: Mapping[str, Attack]
@@ -61,6 +66,7 @@ class Play:
     draw: float = 0.0
     mean: Callable[[Tensor], Tensor] = _same
     noise: torch.Generator | None = None
+    craft: Callable[[Callable[[], Tensor]], Tensor] = _now
 
 
 @dataclass(frozen=True)
