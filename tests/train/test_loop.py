@@ -91,7 +91,7 @@ def test_rows_cover_every_step_once(bench):
     steps = [row["step"] for row in bench.rows("a") if row["name"] == "loss"]
     assert steps == sorted(set(steps))
     assert steps[-1] == 12
-    assert {row["name"] for row in bench.rows("a")} == {"loss", "noise", "lr", "grad_norm", "score"}
+    assert {row["name"] for row in bench.rows("a")} == {"loss", "noise", "lr", "sum_lr", "grad_norm", "score"}
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_committed(bench, make_spec, make_task):

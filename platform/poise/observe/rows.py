@@ -1,9 +1,9 @@
 """Metrics as Parquet rows in long format: (step, epoch, split, name, value).
 
-Names used by training: loss, accuracy, lr, grad_norm, loss/<threat>, clean, robust/<threat>, robust/average,
-robust/union, weight/<threat>. Timing rows: examples_per_s, seconds/<phase>. Wall-clock numbers live in the split
-"timing" alone, so that the rows of two identical runs are equal bytes. pyarrow is imported at use: a spec is checked
-without it.
+Names used by training: loss, accuracy, lr, sum_lr (the step sizes so far, added up), grad_norm, loss/<threat>, clean,
+robust/<threat>, robust/average, robust/union, weight/<threat>, gap/<threat>, overfitting/<measure>. Timing rows:
+examples_per_s, seconds/<phase>. Wall-clock numbers live in the split "timing" alone, so that the rows of two identical
+runs are equal bytes. pyarrow is imported at use: a spec is checked without it.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ __all__ = ["RunRecord", "is_alarm", "load_record", "when"]
 
 T = TypeVar("T")
 
-ALARMS = ("damage", "error", "fail", "kill", "lost", "restart", "torn")
+ALARMS = ("alarm", "damage", "error", "fail", "kill", "lost", "restart", "torn")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
     for each optimizer step:
         for each of its batches:  data -> the task's step (attack, loss) -> backward
         clip, schedule, optimizer, statistics
-        evaluate? -> new best?    log?    commit?
+        watch? -> alarm: end at the newest checkpoint    evaluate? -> new best?    log?    commit?
 
 A step is a pure function of the committed state and of its number: batches, augmentation and attack noise are drawn
 from (seed, step, rank). So a run that was killed anywhere and goes on from its last commit ends in the same bits.
@@ -16,7 +16,8 @@ import os
 import tempfile
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,19 +34,32 @@ from poise.train.parallel import average_statistics, batch_statistics, distribut
 from poise.train.schedule import factor
 from poise.train.spec import TrainSpec
 from poise.train.state import Best, TrainState, capture_rng, load_state, restore_rng, save_state, seed_rng
-from poise.train.task import Task, Turn
+from poise.train.task import Task, TaskState, Turn
 from poise.train.telemetry import Telemetry
 
-__all__ = ["Fitted", "fit"]
+__all__ = ["Fitted", "Stopped", "fit"]
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """An alarm that has ended a run: at which step it came, and in words why."""
+
+    step: int
+    why: str
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """Where a finished run stands: its last step, the step of its best evaluation, the epochs that it took."""
+    """Where a finished run stands: its last step, the step of its best evaluation, the epochs that it took.
+
+    `state` is the task's at the last step. A run that was stopped has gone back: its last step is before the alarm.
+    """
 
     final_step: int
     best_step: int
     epochs: float
+    stopped: Stopped | None = None
+    state: TaskState = field(default_factory=dict, compare=False)
 
 
 def fit(task: Task, spec: TrainSpec, context: Context) -> Fitted:
@@ -68,6 +82,8 @@ class _Loop:
         self.parameters = [parameter for group in self.state.optimizer.param_groups for parameter in group["params"]]
         self.generator = torch.Generator(context.device)
         self.rows, self.window = Rows(), _Window()
+        self.sum_lr = 0.0
+        self.stopped: Stopped | None = None
         self.telemetry = Telemetry(
             context,
             steps=self.total,
@@ -84,11 +100,11 @@ class _Loop:
         self.model = distribute(self.task.model, self.context)
         self.telemetry.begin(self.state.step)
         self.task.model.train()
-        while self.state.step < self.total:
+        while self.state.step < self.total and not self.stopped:
             self._step()
             self._after_step()
-        best = self.state.best
-        return Fitted(self.total, best.step if best else self.total, self._epoch())
+        best, last = self.state.best, self.state.step
+        return Fitted(last, best.step if best else last, self._epoch(), self.stopped, self.state.task)
 
     def _step(self) -> None:
         turn = self._turn()
@@ -125,10 +141,11 @@ class _Loop:
         if self.spec.clip_norm is not None:
             norm = torch.nn.utils.clip_grad_norm_(self.task.model.parameters(), self.spec.clip_norm)
             self.window.add("grad_norm", norm)
-        scale = factor(self.spec.schedule, self.state.step, self.total)
+        rate = self._rate(self.state.step)
         for group in optimizer.param_groups:
-            group["lr"] = self.spec.optimizer.lr * scale
+            group["lr"] = rate
         optimizer.step()
+        self.sum_lr += rate
         for parameter in self.parameters:  # what zero_grad does, without its profiling hooks
             parameter.grad = None
         average_statistics(self.statistics, self.context.world_size)
@@ -136,14 +153,45 @@ class _Loop:
         if self.task.after is not None:
             self.state.task = self.task.after(self.state.task, self.state.step)
 
+    def _rate(self, step: int) -> float:
+        return self.spec.optimizer.lr * factor(self.spec.schedule, step, self.total)
+
     def _after_step(self) -> None:
         step, end = self.state.step, self.state.step == self.total
-        new_best = self._evaluate() if step % self.evaluate_every == 0 or end else False
+        due = step % self.evaluate_every == 0 or end
+        if due and (alarm := self._watch()):
+            self._go_back(alarm)
+            return
+        new_best = self._evaluate() if due else False
         commit = step % self.commit_every == 0 or end or new_best
         if step % self.spec.log_every == 0 or commit:
             self._log()
         if commit:
             self._commit()
+
+    def _watch(self) -> str | None:
+        """Look at the training itself; the alarm that ends it, if there is one."""
+        if self.task.watch is None:
+            return None
+        seen = self.task.watch(self.state.task)
+        self.state.task = seen.state
+        self.rows.add(self.state.step, self._epoch(), "train", seen.metrics)
+        if seen.alarm:
+            told = event("alarm", step=self.state.step, what=seen.alarm, **self._attempt())
+            self.context.together(lambda: self.context.run.append_events([told]))
+        return seen.alarm if seen.stop else None
+
+    def _go_back(self, alarm: str) -> None:
+        """End the run as it was at its newest checkpoint. One that is started again comes to the same alarm.
+
+        The rows of what led to the alarm are kept; no checkpoint is written behind them.
+        """
+        step = self.state.step
+        self._log()
+        self.context.together(partial(self._write_rows, step))
+        if not self._load("restore"):
+            raise PoiseError(f"{alarm}, at step {step}, and no checkpoint is older: commit more often")
+        self.stopped = Stopped(step, alarm)
 
     def _evaluate(self) -> bool:
         """Measure on held-out data; True when it is the best so far."""
@@ -169,7 +217,7 @@ class _Loop:
                 f"the loss is {metrics['loss']} in the {self.spec.log_every} steps up to step {self.state.step}: lower "
                 "train.optimizer.lr, set train.clip_norm or use train.precision fp32; what was committed before is kept"
             )
-        metrics["lr"] = float(self.state.optimizer.param_groups[0]["lr"])
+        metrics |= {"lr": float(self.state.optimizer.param_groups[0]["lr"]), "sum_lr": self.sum_lr}
         self.rows.add(self.state.step, self._epoch(), "train", metrics)
         self.telemetry.publish(self.state.step, metrics)
 
@@ -184,7 +232,7 @@ class _Loop:
         """Rows first, then the checkpoint whose commit makes them count: a torn attempt writes the same rows again."""
         run, state = self.context.run, self.state
         started = time.perf_counter()
-        run.write(f"metrics/rows-{state.step:08d}.parquet", self.rows.to_parquet())
+        self._write_rows(state.step)
         timing = Rows()
         timing.add(state.step, self._epoch(), "timing", self.telemetry.timing(state.step))
         run.write(f"metrics/timing-{state.step:08d}.parquet", timing.to_parquet())
@@ -196,33 +244,44 @@ class _Loop:
         run.append_events([event("commit", step=state.step, seconds=round(seconds, 3), **self._attempt())])
         self.telemetry.committed(state.step, seconds)
 
+    def _write_rows(self, step: int) -> None:
+        self.context.run.write(f"metrics/rows-{step:08d}.parquet", self.rows.to_parquet())
+
     def _info(self) -> dict[str, float | int | None]:
         best = self.state.best
         return {"world_size": self.context.world_size, "best_step": best.step if best else None, "seed": self.task.seed}
 
     def _resume(self) -> None:
         """Continue from the newest checkpoint that is sound, naming those that are not."""
+        if not self._load("start"):
+            return
+        if self.state.step > self.total:
+            raise PoiseError(f"the run has {self.state.step} committed steps and the spec asks for {self.total}")
+        for step in range(self.state.step):  # in the order in which an uninterrupted run adds
+            self.sum_lr += self._rate(step)
+
+    def _load(self, why: str) -> bool:
+        """Make the newest sound checkpoint the state, and say so in an event `why`; False where there is none."""
         with tempfile.TemporaryDirectory(prefix="poise-") as scratch:
             folder = Path(scratch) / "checkpoint"
             pids = self.context.gather(os.getpid())
-            commit = self.context.together(lambda: self._find(folder, pids))
+            commit = self.context.together(lambda: self._find(folder, why, pids))
             if commit is None:
-                return
+                return False
             if not self.context.leads:
                 self.context.run.checkpoints.fetch(commit, folder)
             load_state(self.state, folder, self.context.device)
             if not restore_rng(folder, self.context.rank, self.context.device):
                 seed_rng(self.task.seed, self.context.rank, self.state.step)
-        if self.state.step > self.total:
-            raise PoiseError(f"the run has {self.state.step} committed steps and the spec asks for {self.total}")
+        return True
 
-    def _find(self, folder: Path, pids: list[int]) -> Commit | None:
+    def _find(self, folder: Path, why: str, pids: list[int]) -> Commit | None:
         run = self.context.run
         commit, damages = run.checkpoints.newest_sound(folder)
         for damage in damages:
             self.context.sink.inc("poise_damaged_checkpoints_total", run=run.name)
             run.append_events([event("damaged", what=str(damage))])
-        run.append_events([event("start", step=commit.step if commit else 0, pids=pids, **self._attempt())])
+        run.append_events([event(why, step=commit.step if commit else 0, pids=pids, **self._attempt())])
         return commit
 
     def _epoch(self) -> float:

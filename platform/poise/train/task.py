@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from poise.observe.timers import PhaseTimers
 
-__all__ = ["StepOutput", "Task", "TaskState", "Turn"]
+__all__ = ["StepOutput", "Task", "TaskState", "Turn", "Watch"]
 
 TaskState = dict[str, Tensor]
 
@@ -35,6 +35,18 @@ class Turn(NamedTuple):
     mean: Callable[[Tensor], Tensor]
 
 
+class Watch(NamedTuple):
+    """What a look at the training itself has found: metrics, the next state of the task, and in words what is wrong.
+
+    With `stop` an alarm ends the run, which then goes back to its newest checkpoint.
+    """
+
+    metrics: dict[str, float]
+    state: TaskState
+    alarm: str | None = None
+    stop: bool = False
+
+
 @dataclass
 class Task:
     """A training task.
@@ -43,7 +55,8 @@ class Task:
     exact. `step` is called under autocast with the (possibly distributed) model. `evaluate` is called by every rank and
     returns the same numbers on each; `monitor` names the one that picks the best checkpoint: the larger the better,
     or the smaller with a `-` before the name. `unit` is what an example is called. `after(state, step)` is called when
-    the optimizer has taken its `step`-th step, and returns the next state: for what follows the weights, as averages do.
+    the optimizer has taken its `step`-th step, and returns the next state: for what follows the weights, as averages
+    do. `watch(state)` is called before each `evaluate`, by every rank, and finds the same on each.
     """
 
     model: nn.Module
@@ -57,3 +70,4 @@ class Task:
     monitor: str = ""
     unit: str = "images"
     after: Callable[[TaskState, int], TaskState] | None = None
+    watch: Callable[[TaskState], Watch] | None = None
