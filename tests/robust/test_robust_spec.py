@@ -10,7 +10,25 @@ import pytest
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from poise.robust.objective_spec import Adt, At, Avg, Max, Objective, check, gradients_per_batch
+from poise.robust.objective_spec import (
+    Adt,
+    At,
+    Avg,
+    Eat,
+    FgsmRs,
+    GradAlign,
+    Mart,
+    Max,
+    Mix,
+    Msd,
+    Objective,
+    Ramp,
+    Sat,
+    Trades,
+    check,
+    gradients_per_batch,
+    losses_per_batch,
+)
 from poise.robust.spec import EvaluateSpec, Threats, ThreatSpec
 
 THREATS = Threats.model_validate(
@@ -82,7 +100,9 @@ def test_malformed_threats_are_refused(section: dict[str, Any], says: str) -> No
 
 def test_objectives_are_told_apart_by_name() -> None:
     read = TypeAdapter(Objective).validate_python
-    assert [type(read({"name": name})) for name in ("at", "avg", "max", "adt")] == [At, Avg, Max, Adt]
+    known = (At, Trades, Mart, Avg, Max, Sat, Msd, Mix, Adt, Eat, Ramp, FgsmRs, GradAlign)
+    assert [type(read({"name": section().name})) for section in known] == list(known)
+    assert read({"name": "ramp", "projection": None}).projection is None
     assert read({"name": "adt", "weighting": "smoothness", "lag": 0, "floor": "1/1000"}).floor == 1e-3
     for wrong in (
         {"name": "mad"},
@@ -90,6 +110,11 @@ def test_objectives_are_told_apart_by_name() -> None:
         {"name": "at", "lag": 1},
         {"name": "adt", "lag": 2},
         {"name": "adt", "floor": 0},
+        {"name": "trades", "beta": -1},
+        {"name": "trades", "spread": 0},
+        {"name": "ramp", "projection": 2},
+        {"name": "msd", "step_sizes": {"linf": 0}},
+        {"name": "fgsm_rs", "step": 0},
     ):
         with pytest.raises(ValidationError):
             read(wrong)
@@ -107,10 +132,82 @@ def test_what_cannot_be_trained_together_is_said() -> None:
         check(Adt(weighting="official_slip"), one)
 
 
-def test_the_cost_of_a_batch_is_that_of_the_page() -> None:
+LINF = Threats(linf=ThreatSpec(eps="8/255"))
+PAIR = Threats(linf=ThreatSpec(eps="8/255"), l1=ThreatSpec(eps=12))
+
+
+@pytest.mark.parametrize("objective", [At(), Trades(), Mart(), FgsmRs(), GradAlign()])
+def test_objectives_of_one_threat_are_given_one(objective: Any) -> None:
+    check(objective, LINF)
+    with pytest.raises(ValueError, match=rf"`{objective.name}` trains on exactly one threat and 3 are given"):
+        check(objective, THREATS)
+
+
+@pytest.mark.parametrize("objective", [Avg(mode="sequential"), Sat(), Msd(), Mix(), Eat()])
+def test_objectives_of_several_threats_take_one_as_well(objective: Any) -> None:
+    for threats in (LINF, PAIR, THREATS):
+        check(objective, threats)
+
+
+def test_ramp_is_given_two_threats() -> None:
+    check(Ramp(), PAIR)
+    for threats in (LINF, THREATS):
+        with pytest.raises(ValueError, match="exactly two threats"):
+            check(Ramp(), threats)
+
+
+@pytest.mark.parametrize(
+    ("objective", "threat", "says"),
+    [
+        (Trades(spread=None), {"random_start": False}, "would stay at the image"),
+        (Trades(), {"attack": "apgd"}, "set objective.spread: null"),
+        (Mart(), {"attack": "apgd"}, "set objective.spread: null"),
+        (Trades(spread=None), {"attack": "apgd"}, "would stay at the image"),
+        (FgsmRs(), {"attack": "apgd"}, "one step of its own"),
+        (GradAlign(), {"attack": "apgd"}, "one step of its own"),
+        (Msd(step_sizes={"l2": 0.1}), {}, "step_sizes are given for l2 and threats for linf"),
+    ],
+)
+def test_an_attack_that_an_objective_cannot_use_is_refused(objective: Any, threat: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        check(objective, Threats(linf=ThreatSpec(eps="8/255", **threat)))
+
+
+def test_what_the_attack_can_do_is_accepted() -> None:
+    apgd = Threats(linf=ThreatSpec(eps="8/255", attack="apgd", random_start=True))
+    for objective in (Trades(spread=None), Mart(spread=None), GradAlign(attack="threat"), Eat(), At()):
+        check(objective, apgd)
+    check(Mart(spread=None), Threats(linf=ThreatSpec(eps="8/255", random_start=False)))
+
+
+def test_sequential_steps_have_no_weights() -> None:
+    with pytest.raises(ValidationError, match="belong to mode `joint`"):
+        Avg(mode="sequential", weights={"linf": 0.5, "l1": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("objective", "threats", "attack", "loss"),
+    [
+        (Adt(), THREATS, 190, 3),
+        (Avg(mode="sequential"), THREATS, 190, 3),
+        (Sat(), THREATS, 63, 1),
+        (Eat(), THREATS, 63, 1),
+        (Msd(), THREATS, 50, 1),
+        (Mix(), THREATS, 190, 1),
+        (At(), LINF, 10, 1),
+        (Trades(), LINF, 10, 2),
+        (Mart(), LINF, 10, 2),
+        (FgsmRs(), LINF, 1, 1),
+        (GradAlign(), LINF, 3, 3),
+        (GradAlign(attack="threat"), LINF, 12, 3),
+        (Ramp(), PAIR, 10, 2),
+        (Ramp(projection=None), PAIR, 20, 2),
+    ],
+)
+def test_the_cost_of_a_batch_is_that_of_the_page(objective: Any, threats: Threats, attack: int, loss: int) -> None:
     """l1 50 steps twice, l2 50, linf 40: 190 attack gradients (papers/adversarial.md, section 3)."""
-    assert gradients_per_batch(Adt(), THREATS) == 190
-    assert gradients_per_batch(At(), Threats(linf=ThreatSpec(eps="8/255"))) == 10
+    assert gradients_per_batch(objective, threats) == attack
+    assert losses_per_batch(objective, threats) == loss
 
 
 def test_evaluation_defaults_to_all_examples_and_the_training_threats() -> None:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from poise.data.spec import DataSpec, known_sizes
 from poise.kinds.specs.cost import in_bytes
 from poise.models.spec import ModelSpec, num_parameters, state_bytes
-from poise.robust.objective_spec import Adt, Objective, check, gradients_per_batch
+from poise.robust.objective_spec import Adt, Objective, check, gradients_per_batch, losses_per_batch
 from poise.robust.spec import EvaluateSpec, Threats
 from poise.spec import RunSpec, mistake
 from poise.train.spec import TrainSpec
@@ -40,9 +40,8 @@ class RobustTrainSpec(RunSpec):
     def cost(self) -> list[str]:
         """Gradients, steps and bytes. Raises UserError when the images are too small for the model."""
         attack = gradients_per_batch(self.objective, self.threats)
-        lines = [
-            f"gradients per batch of {self.data.batch_size}: {attack} for attacks, {len(self.threats)} for the loss"
-        ]
+        loss = losses_per_batch(self.objective, self.threats)
+        lines = [f"gradients per batch of {self.data.batch_size}: {attack} for attacks, {loss} for the loss"]
         sizes = known_sizes(self.data)
         if sizes is None:
             return [*lines, "steps, parameters and bytes: known when the data set is read"]
@@ -57,7 +56,7 @@ class RobustTrainSpec(RunSpec):
             *lines,
             f"{steps:,} optimizer steps, {steps / steps_per_epoch:.4g} epochs of {sizes.train:,} images: "
             f"{images:,} images",
-            f"{images * (attack + len(self.threats)):,} image gradients in all, evaluation not counted",
+            f"{images * (attack + loss):,} image gradients in all, evaluation not counted",
             f"{weights:,} parameters; {in_bytes(checkpoint)} per checkpoint, {in_bytes(total)} kept at most",
             f"{self.workers.count} workers of {self.workers.cpus} CPU and {self.workers.gpus} GPU",
         ]
