@@ -1,12 +1,14 @@
 """What a run is: typed specs, YAML in, precise errors out."""
 
 from poise.spec.base import Section, mistake
+from poise.spec.interval import Every
 from poise.spec.load import dump, json_schema, load, parse, sha256
 from poise.spec.problems import Problem, SpecError
 from poise.spec.run import RunSpec, SamplerSpec, WorkersSpec
 from poise.spec.values import Name, Real, RunName
 
 __all__ = [
+    "Every",
     "Name",
     "Problem",
     "Real",

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from poise.spec.base import Section
+from poise.spec.interval import Every
 from poise.spec.values import Real
 
 __all__ = ["AdamW", "Checkpointing", "Every", "Optimizer", "Schedule", "Sgd", "TrainSpec"]
@@ -108,23 +109,6 @@ class OneCycle(_Warm):
 
 
 Schedule = Annotated[Constant | Piecewise | Linear | Cosine | OneCycle, Field(discriminator="name")]
-
-
-class Every(Section):
-    """An interval, in epochs or in optimizer steps."""
-
-    epochs: int | None = Field(None, ge=1, le=10**6, description="epochs between two")
-    steps: int | None = Field(None, ge=1, le=10**9, description="optimizer steps between two")
-
-    @model_validator(mode="after")
-    def _one(self) -> Every:
-        if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give either epochs or steps")
-        return self
-
-    def in_steps(self, steps_per_epoch: int) -> int:
-        """The interval in optimizer steps."""
-        return self.steps or (self.epochs or 1) * steps_per_epoch
 
 
 class Checkpointing(Section):
