@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from poise.kinds.specs.align import AlignSelfplaySpec
 from poise.kinds.specs.bounds import BoundsReportSpec
 from poise.kinds.specs.calibrate import CalibrateMeasureSpec
+from poise.kinds.specs.evaluation import RobustEvaluateSpec
 from poise.kinds.specs.finetune import FinetuneSftSpec
 from poise.kinds.specs.pipeline import PipelineSpec
 from poise.kinds.specs.robust import RobustTrainSpec
@@ -22,6 +23,7 @@ __all__ = ["KINDS", "run"]
 
 KINDS: Mapping[str, type[RunSpec]] = {
     "robust.train": RobustTrainSpec,
+    "robust.evaluate": RobustEvaluateSpec,
     "bounds.report": BoundsReportSpec,
     "finetune.sft": FinetuneSftSpec,
     "align.selfplay": AlignSelfplaySpec,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from poise.data.sets import ImageSet, unit_pixels
-from poise.robust.attacks import AttackResult, pgd
-from poise.robust.evaluate import Evaluation, EvaluationAttack, evaluate
-from poise.robust.noise import Noise
-from poise.robust.spec import Norm, Threats, ThreatSpec
+from poise.kinds.attacks import bound, search_words
+from poise.robust.attacks import SEARCH
+from poise.robust.evaluate import Evaluation, evaluate
+from poise.robust.spec import Threats
 from poise.robust.threats import Threat
 from poise.train.context import Context
 
@@ -19,7 +19,7 @@ __all__ = ["described", "robust_accuracy"]
 def robust_accuracy(
     model: nn.Module, images: ImageSet, threats: Threats, *, batch_size: int, seed: int, context: Context
 ) -> Evaluation:
-    """Attack `model` on `images` by PGD under each threat.
+    """Attack `model` on `images` under each threat.
 
     The noise of an example depends on `seed` and its index alone, so the result is the same on any number of ranks. All
     ranks call this together and get the same evaluation, its rows in the order of `images`.
@@ -30,7 +30,7 @@ def robust_accuracy(
         model,
         unit_pixels(share.images.to(context.device)),
         share.labels.to(context.device),
-        {norm: _attack(norm, threat) for norm, threat in threats.items()},
+        {norm: bound(SEARCH[each.attack], Threat(norm, each.eps), **each.options()) for norm, each in threats.items()},
         batch_size=batch_size,
         seed=seed,
         indices=mine,
@@ -43,19 +43,4 @@ def robust_accuracy(
 
 def described(threats: Threats) -> dict[str, str]:
     """Each attack in words, for tables and pages."""
-    return {norm: _words(threat) for norm, threat in threats.items()}
-
-
-def _attack(norm: Norm, threat: ThreatSpec) -> EvaluationAttack:
-    ball, options = Threat(norm, threat.eps), threat.options()
-
-    def attack(model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> AttackResult:
-        return pgd(model, x, y, ball, noise=noise, **options)
-
-    return attack
-
-
-def _words(threat: ThreatSpec) -> str:
-    step = threat.step_size or f"{min(2.5 * threat.eps / threat.steps, threat.eps):.4g}"
-    runs = f"{threat.restarts} run{'s' if threat.restarts > 1 else ''}"
-    return f"PGD-{threat.steps}, eps {threat.eps}, step {step}, {runs}"
+    return {norm: search_words(threat) for norm, threat in threats.items()}

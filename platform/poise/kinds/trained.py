@@ -25,7 +25,7 @@ __all__ = ["Trained", "classifier", "open_trained", "trained_runs"]
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained classifier in eval mode with the weights that its run has selected, those of `step`."""
+    """A trained classifier in eval mode with the weights of `step`; `selected` says which these are."""
 
     name: str
     spec: RobustTrainSpec
@@ -61,16 +61,22 @@ def trained_runs(store: str, names: list[str]) -> tuple[list[str], list[str]]:
     return list(dict.fromkeys(found)), unfinished
 
 
-def open_trained(store: str, name: str, device: torch.device) -> Trained:
-    """Read the data and the selected checkpoint of a finished run; DamagedError when the checkpoint is not whole."""
+def open_trained(store: str, name: str, device: torch.device, checkpoint: str | None = None) -> Trained:
+    """Read the data and a checkpoint ("best", "final") of a finished run, by default the one that it has selected.
+
+    UserError when the run has no such checkpoint, DamagedError when that is not whole.
+    """
     run = open_run(store, name, must_exist=True)
     summary, spec = _summary(run), RobustTrainSpec.model_validate(yaml.safe_load(run.read("spec.yaml")))
-    data = load(spec.data, spec.seed)
-    model, step = classifier(spec, data).to(device), summary["best_step" if summary["selected"] == "best" else "step"]
+    data, selected = load(spec.data, spec.seed), checkpoint or summary["selected"]
+    steps = {"best": summary["best_step"], "final": summary["step"]}
+    if selected not in steps:
+        raise UserError(f"run {name!r} has left no {selected} weights: choose one of {', '.join(steps)}")
+    model, step = classifier(spec, data).to(device), steps[selected]
     with tempfile.TemporaryDirectory(prefix="poise-") as scratch:
         folder = run.checkpoints.fetch(run.checkpoints.at(step), Path(scratch) / "checkpoint")
         load_weights(model, folder, device)
-    return Trained(name, spec, data, model.eval(), summary["selected"], step)
+    return Trained(name, spec, data, model.eval(), selected, step)
 
 
 def _summary(run: Run) -> dict[str, Any]:

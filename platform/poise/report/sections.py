@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from poise.report import align, bounds, calibrate, language, robust, sweep
+from poise.report import align, bounds, calibrate, evaluation, language, robust, sweep
 from poise.report.blocks import Section
 from poise.report.record import RunRecord
 
@@ -14,6 +14,7 @@ _NOTHING = Section("Runs", lambda records: (), lambda records: (), lambda anchor
 
 SECTIONS: Mapping[str, Section] = {
     "robust.train": robust.SECTION,
+    "robust.evaluate": evaluation.SECTION,
     "bounds.report": bounds.SECTION,
     "finetune.sft": language.SECTION,
     "align.selfplay": align.SECTION,

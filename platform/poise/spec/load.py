@@ -20,6 +20,9 @@ __all__ = ["dump", "json_schema", "load", "parse", "sha256"]
 
 Kinds = Mapping[str, type[RunSpec]]
 
+_TAGS = ("name", "kind", "attack")
+"""The keys that tell which of several sections one is."""
+
 
 def load(path: str | FilePath, kinds: Kinds, assignments: Sequence[str] = ()) -> RunSpec:
     """Read the spec at `path`, apply `a.b=value` assignments and validate it.
@@ -86,7 +89,7 @@ def _written(loc: Path, tree: Any) -> Path:
         if inside:
             tree = tree[part]
             path.append(part)
-        elif index == len(loc) - 1 and not (isinstance(tree, dict) and part in (tree.get("name"), tree.get("kind"))):
+        elif index == len(loc) - 1 and not (isinstance(tree, dict) and part in map(tree.get, _TAGS)):
             path.append(part)
     return tuple(path)
 
@@ -98,7 +101,8 @@ def _message(detail: ErrorDetails, spec_class: type[RunSpec]) -> str:
     if kind == "missing":
         return "is required and missing"
     if kind == "union_tag_not_found":
-        return f"needs a `name`; valid: {_choices(spec_class, detail['loc'])}"
+        tag = str(context["discriminator"]).strip("'")
+        return f"needs a `{tag}`; valid: {_choices(spec_class, detail['loc'])}"
     if kind in ("union_tag_invalid", "literal_error"):
         allowed = re.findall(r"'([^']*)'", str(context.get("expected_tags") or context.get("expected")))
         shown = context["tag"] if kind == "union_tag_invalid" else given
@@ -144,7 +148,7 @@ def _members(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _tag(member: type[BaseModel]) -> str | None:
-    fields = (member.model_fields.get(key) for key in ("name", "kind"))
+    fields = (member.model_fields.get(key) for key in _TAGS)
     tags = [get_args(field.annotation)[0] for field in fields if field and get_origin(field.annotation) is Literal]
     return str(tags[0]) if tags else None
 

@@ -5,10 +5,18 @@ from __future__ import annotations
 from poise.kinds.specs.align import AlignSelfplaySpec
 from poise.kinds.specs.bounds import BoundsReportSpec
 from poise.kinds.specs.calibrate import CalibrateMeasureSpec
+from poise.kinds.specs.evaluation import RobustEvaluateSpec
 from poise.kinds.specs.finetune import FinetuneSftSpec
 from poise.kinds.specs.robust import RobustTrainSpec
 
 __all__ = ["Job"]
 
-Job = RobustTrainSpec | BoundsReportSpec | FinetuneSftSpec | AlignSelfplaySpec | CalibrateMeasureSpec
+Job = (
+    RobustTrainSpec
+    | RobustEvaluateSpec
+    | BoundsReportSpec
+    | FinetuneSftSpec
+    | AlignSelfplaySpec
+    | CalibrateMeasureSpec
+)
 """The union of the specs of all kinds but `sweep` and `pipeline`; where it is used, `kind` tells which."""

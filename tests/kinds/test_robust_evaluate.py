@@ -1,0 +1,357 @@
+"""Evaluation as a kind: what it finds is what `robust.evaluate` finds, and a kill or another rank changes no byte."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from poise import kinds
+from poise.data.sets import unit_pixels
+from poise.engine.session import claim
+from poise.errors import PoiseError, UserError
+from poise.kinds.specs.evaluation import RobustEvaluateSpec
+from poise.kinds.specs.robust import RobustTrainSpec
+from poise.kinds.trained import open_trained
+from poise.report.curves import wilson
+from poise.robust.attacks import pgd
+from poise.robust.evaluate import evaluate
+from poise.robust.threats import Threat
+from poise.spec import RunSpec, dump
+from poise.spec.seeds import derive_seed
+from poise.store.runs import Run, open_run
+from poise.train.context import Context
+
+LINF, L2 = {"norm": "linf", "eps": "1/20"}, {"norm": "l2", "eps": 0.5}
+ATTACKS = [
+    {"attack": "fgsm", "threat": LINF},
+    {"attack": "pgd", "threat": L2, "steps": 3},
+    {"attack": "pgd", "threat": LINF, "steps": 5, "restarts": 2, "loss": "margin"},
+]
+DIGITS = {"name": "digits", "limit": 300}
+
+
+def finish(spec: RunSpec) -> Run:
+    run = open_run(spec.store, spec.name)
+    with claim(run, spec):
+        kinds.run(spec, Context(run))
+    return run
+
+
+def spec_of(store: str, name: str, **changes: object) -> RobustEvaluateSpec:
+    values = {
+        "kind": "robust.evaluate", "name": name, "store": store, "model": {"run": "small"}, "examples": 90,
+        "batch_size": 20, "attacks": ATTACKS,
+    }  # fmt: skip
+    return RobustEvaluateSpec.model_validate({**values, **changes})
+
+
+def attacked(store: str, name: str, **changes: object) -> Run:
+    return finish(spec_of(store, name, **changes))
+
+
+def refused(store: str, message: str, **changes: object) -> None:
+    with pytest.raises(UserError, match=message):
+        attacked(store, f"refused-{time.monotonic_ns()}", **changes)
+
+
+def told(run: Run) -> dict[str, object]:
+    return json.loads(run.read("artifacts/summary.json"))
+
+
+def matrix(run: Run) -> dict[str, list[bool | None]]:
+    return pq.read_table(io.BytesIO(run.read("artifacts/evaluation.parquet"))).to_pydict()
+
+
+def result(run: Run) -> dict[str, bytes]:
+    """All that must not depend on how the run came to its end."""
+    summary = run.read("artifacts/summary.json").replace(f'"{run.name}"'.encode(), b"")
+    return {name: run.read(name) for name in ("artifacts/evaluation.parquet", "metrics/test.parquet")} | {"": summary}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("runs"))
+    values = {
+        "kind": "robust.train", "name": "small", "store": folder, "model": {"name": "cnn", "width": 4},
+        "data": {"name": "digits", "batch_size": 50, "limit": 600, "validation": 50},
+        "threats": {"linf": {"eps": 0.05, "steps": 1}}, "objective": {"name": "at"},
+        "train": {"epochs": 4, "optimizer": {"name": "sgd", "lr": 0.1}}, "evaluate": {"examples": 20},
+    }  # fmt: skip
+    finish(RobustTrainSpec.model_validate(values))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(store: str) -> Run:
+    return attacked(store, "whole", keep_adversarial=True)
+
+
+def test_it_finds_what_the_science_room_finds(store, finished):
+    trained = open_trained(store, "small", torch.device("cpu"))
+    images = trained.data.test.select(slice(90))
+    attacks = {
+        "pgd-l2": lambda model, x, y, noise: pgd(model, x, y, Threat("l2", 0.5), steps=3, noise=noise),
+        "fgsm-linf": lambda model, x, y, noise: pgd(
+            model, x, y, Threat("linf", 0.05), steps=1, step_size=0.05, random_start=False
+        ),
+    }
+    seed = derive_seed(0, "evaluate")
+    known = evaluate(trained.model, unit_pixels(images.images), images.labels, attacks, batch_size=20, seed=seed)
+    found = matrix(finished)
+    assert found["example"] == list(range(90))
+    for index, name in enumerate(known.names):
+        assert [bool(value) for value in found[name]] == known.correct[:, index].tolist()
+    assert 0.1 < told(finished)["accuracy"]["best"]["robust/linf"] < 0.95  # neither all nor nothing stands
+
+
+def test_only_what_stands_under_a_threat_is_attacked_again(finished):
+    found = matrix(finished)
+    clean, first, other, second = (found[name] for name in ("clean", "fgsm-linf", "pgd-l2", "pgd-linf"))
+    assert [value is None for value in first] == [value is None for value in other] == [not value for value in clean]
+    assert [value is None for value in second] == [not value for value in first]
+    assert found["robust/linf"] == [bool(value) for value in second]
+    assert found["robust/l2"] == [bool(value) for value in other]
+    assert found["robust/union"] == [a and b for a, b in zip(found["robust/linf"], found["robust/l2"], strict=True)]
+    assert sum(found["robust/linf"]) < sum(map(bool, first))  # the later stage does find more
+
+
+def test_the_summary_is_what_the_matrix_says(finished):
+    found, summary = matrix(finished), told(finished)
+    for measure, share in summary["accuracy"]["best"].items():
+        assert share == pytest.approx(sum(found[measure]) / 90)
+        assert summary["intervals"][measure] == pytest.approx(wilson(share, 90))
+    assert summary["threats"] == {"linf": "linf, eps 1/20", "l2": "l2, eps 0.5"}
+    stages = {stage["name"]: stage for stage in summary["stages"]}
+    assert stages["pgd-linf"]["attack"] == "PGD-5, eps 1/20, step 0.025, 2 runs, margin"
+    assert stages["pgd-linf"]["attacked"] == sum(map(bool, found["fgsm-linf"]))
+    assert stages["pgd-linf"]["standing"] == summary["accuracy"]["best"]["robust/linf"]
+    assert stages["pgd-linf"]["union"] == summary["accuracy"]["best"]["robust/union"]
+    assert stages["fgsm-linf"]["gradients"] == stages["fgsm-linf"]["attacked"]
+    assert stages["clean"]["queries"] == 90
+    assert summary["warnings"] == []
+
+
+def test_a_killed_evaluation_goes_on_where_it_stopped(store, finished, tmp_path):
+    """A process that is killed between chunks: what it has committed stays as it is, and the end is the same."""
+    spec = spec_of(store, "killed", keep_adversarial=True)
+    (tmp_path / "spec.yaml").write_text(dump(spec))
+    command = [sys.executable, "-m", "poise", "run", str(tmp_path / "spec.yaml"), "--engine", "local"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        run, deadline = open_run(store, "killed"), time.monotonic() + 60
+        while len(run.files("artifacts/verdicts/")) < 7 and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+    before = {name: run.read(name) for name in run.files("artifacts/")}
+    assert "artifacts/summary.json" not in before, "it was too fast to be killed"
+    finish(spec)
+    after = {name: run.read(name) for name in run.files("artifacts/")}
+    assert before.items() <= after.items()  # the seconds of a verdict are in its bytes: it was not made twice
+    assert result(run) == result(finished)
+    assert run.files("artifacts/verdicts/") == finished.files("artifacts/verdicts/")
+
+
+class Ranks:
+    """Workers of one gang in threads of this process."""
+
+    def __init__(self, count: int) -> None:
+        self.values: list[object] = [None] * count
+        self.barrier = threading.Barrier(count, timeout=60)
+
+    def context(self, run: Run, rank: int) -> Context:
+        def gather(value: object) -> list[object]:
+            self.values[rank] = value
+            self.barrier.wait()
+            values = list(self.values)
+            self.barrier.wait()
+            return values
+
+        context = Context(run, rank, len(self.values))
+        context.gather = gather
+        context.broadcast = lambda value: gather(value)[0]
+        return context
+
+
+def test_two_ranks_find_what_one_finds(store, finished):
+    spec = spec_of(store, "shared", keep_adversarial=True)
+    run, ranks = open_run(store, "shared"), Ranks(2)
+    with ThreadPoolExecutor(2) as pool, claim(run, spec):
+        for done in [pool.submit(kinds.run, spec, ranks.context(run, rank)) for rank in range(2)]:
+            done.result()
+    assert result(run) == result(finished)
+    kept = finished.files("artifacts/adversarial/")
+    assert run.files("artifacts/adversarial/") == kept
+    assert [run.read(name) for name in kept] == [finished.read(name) for name in kept]
+
+
+class Broken(nn.Module):
+    """Right on images of ones, and NaN for every image whose first pixel has this value."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1)[:, :10] / (x.flatten(1).sum(1, keepdim=True) > 0)
+
+
+def npz(folder: Path, images: np.ndarray) -> dict[str, object]:
+    folder.mkdir()
+    labels = np.arange(len(images)) % 2
+    np.savez(folder / "set.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    return {"name": "npz", "root": str(folder), "validation": 0}
+
+
+def test_an_output_that_is_not_finite_names_the_example(store, tmp_path, monkeypatch):
+    images = np.random.default_rng(0).random((30, 1, 4, 4)).astype(np.float32)
+    images[17] = 0
+    (tmp_path / "mine.py").write_text("from test_robust_evaluate import Broken as broken\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    with pytest.raises(PoiseError, match=r"stage clean: example 17: .* not finite"):
+        attacked(store, "nan", model={"function": "mine:broken"}, data=npz(tmp_path / "data", images))
+
+
+def test_pixels_outside_the_box_are_refused(store, tmp_path, monkeypatch):
+    images = np.full((30, 1, 4, 4), 1.5, np.float32)
+    refused(store, "floats from 0 to 1", model={"function": "torch.nn:Flatten"}, data=npz(tmp_path / "data", images))
+
+
+def exported(store: str, folder: Path, change=lambda tensors: tensors) -> str:
+    state = open_trained(store, "small", torch.device("cpu")).model.state_dict()
+    save_file(change(dict(state)), folder / "model.safetensors")
+    return str(folder / "model.safetensors")
+
+
+def test_a_plain_state_dict_is_evaluated_as_the_run_that_it_comes_from(store, finished, tmp_path):
+    model = {"file": exported(store, tmp_path), "name": "cnn", "width": 4}
+    data = {"name": "digits", "limit": 600, "validation": 50}
+    assert matrix(attacked(store, "filed", model=model, data=data)) == matrix(finished)
+
+
+def test_verdicts_on_other_weights_are_not_taken(store, finished, tmp_path):
+    run = open_run(store, "mixed")
+    for name in finished.files("artifacts/verdicts/clean/"):
+        run.write(name, finished.read(name))
+    file = exported(store, tmp_path, lambda state: {name: 2 * value for name, value in state.items()})
+    data = {"name": "digits", "limit": 600, "validation": 50}
+    with pytest.raises(UserError, match="other weights or images"):
+        attacked(store, "mixed", model={"file": file, "width": 4}, data=data)
+
+
+@pytest.mark.parametrize(
+    ("change", "model", "message"),
+    [
+        (
+            lambda state: {name: value for name, value in state.items() if "normalize" not in name},
+            {},
+            r"2 missing \(normalize.mean, normalize.std\); the file has no normalisation inside .* to none",
+        ),
+        (lambda state: state, {"normalize": "none"}, "2 unknown .* has a normalisation inside: set .* to data"),
+        (lambda state: {**state, "extra": torch.ones(1)}, {}, r"1 unknown \(extra\); the file has a normalisation"),
+        (lambda state: state, {"width": 8}, "of another shape .*, not "),
+    ],
+)
+def test_a_state_dict_that_does_not_fit_says_what_differs(store, tmp_path, change, model, message):
+    model = {"file": exported(store, tmp_path, change), "width": 4, **model}
+    refused(store, message, model=model, data=DIGITS)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("gone.safetensors", "there is no"), ("model.pt", "pickles are never read"), ("bad.safetensors", "is damaged")],
+)
+def test_a_file_that_is_no_state_dict_is_refused(store, tmp_path, path, message):
+    (tmp_path / "bad.safetensors").write_bytes(b"not tensors")
+    refused(store, message, model={"file": str(tmp_path / path)}, data=DIGITS)
+
+
+FUNCTIONS = """\
+import torch
+from torch import nn
+
+def linear():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+def soft():
+    return nn.Sequential(linear(), nn.Softmax(1))
+
+def few():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+
+def flat():
+    return nn.Flatten(0)
+
+def wide():
+    return nn.Linear(5, 10)
+
+def number():
+    return 3
+
+def failing():
+    raise RuntimeError("no weights here")
+
+constant = 3
+"""
+
+
+@pytest.fixture
+def functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    name = f"functions_{time.monotonic_ns()}"
+    (tmp_path / f"{name}.py").write_text(FUNCTIONS)
+    monkeypatch.chdir(tmp_path)
+    return name
+
+
+def test_a_function_of_the_users_own_is_evaluated(store, functions):
+    run = attacked(store, "own", model={"function": f"{functions}:linear"}, data=DIGITS)
+    summary = told(run)
+    assert summary["model"] == f"function {functions}:linear"
+    assert list(summary["accuracy"]) == ["function"]
+    assert functions not in sys.path
+
+
+def test_what_makes_a_result_doubtful_is_said(store, functions):
+    run = attacked(store, "doubtful", model={"function": f"{functions}:soft"}, data=DIGITS, attacks=ATTACKS[:1])
+    (warning,) = told(run)["warnings"]
+    assert "probabilities" in warning
+    assert [event["what"] for event in run.events() if event["event"] == "warning"] == [warning]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("number", "returned a int, not an nn.Module"),
+        ("failing", "RuntimeError: no weights here"),
+        ("absent", "no attribute 'absent'"),
+        ("constant", "not callable"),
+        ("few", "tells 3 classes apart and the data set has 10"),
+        ("flat", r"gives torch.float32 \(128,\) for 2 images"),
+        ("wide", r"does not take images \(1, 8, 8\)"),
+    ],
+)
+def test_a_function_that_will_not_do_is_refused(store, functions, name, message):
+    refused(store, message, model={"function": f"{functions}:{name}"}, data=DIGITS)
+
+
+def test_a_module_that_is_not_there_is_named(store):
+    refused(store, "no_such_module", model={"function": "no_such_module:f"}, data=DIGITS)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [({"run": "smal"}, "is it 'small'"), ({"run": "whole"}, "trains no classifier"),
+     ({"run": "small", "checkpoint": "averaged"}, "has left no averaged weights")],
+)  # fmt: skip
+def test_a_run_that_has_no_such_model_is_refused(store, finished, model, message):
+    refused(store, message, model=model)
