@@ -76,7 +76,7 @@ CHANGES = [
     ("threats.linfinity", {"eps": 1}, "unknown key"),
     ("threats.l2", {"eps": 1}, "exactly one threat"),
     ("objective", {"name": "add"}, "did you mean 'adt'"),
-    ("objective", {}, "valid: adt, at, avg, max"),
+    ("objective", {}, "valid: adt, at, avg, eat, fgsm_rs"),
     ("objective", {"name": "adt", "lag": 2}, "is not valid"),
     ("objective", {"name": "adt", "weighting": "inverse"}, "did you mean 'inverse_loss'"),
     ("objective", {"name": "at", "lag": 1}, "unknown key"),

@@ -31,6 +31,10 @@ __all__ = [
 ]
 
 _Weight = Annotated[Real, Field(ge=0, le=1_000)]
+_Spread = Annotated[
+    Annotated[Real, Field(gt=0, le=1)] | None,
+    Field(description="standard deviation of the normal noise that the attack starts with; null: as the threat says"),
+]
 _Length = Annotated[Real, Field(gt=0, le=1_000_000)]
 
 
@@ -40,23 +44,17 @@ class At(Section):
     name: Literal["at"] = Field(default="at", description="mean loss at the adversarial examples of one threat")
 
 
-class _Regularised(Section):
-    spread: Annotated[Real, Field(gt=0, le=1)] | None = Field(
-        default=Real("0.001"),
-        description="standard deviation of the normal noise that the attack starts with; null: as the threat says",
-    )
-
-
-class Trades(_Regularised):
+class Trades(Section):
     """Clean loss and the largest divergence from the clean prediction."""
 
     name: Literal["trades"] = Field(
         default="trades", description="clean loss plus beta times the divergence under attack"
     )
     beta: _Weight = Field(default=Real("6"), description="weight of the divergence")
+    spread: _Spread = Real("0.001")
 
 
-class Mart(_Regularised):
+class Mart(Section):
     """Adversarial training that weighs misclassified examples more."""
 
     name: Literal["mart"] = Field(
@@ -64,6 +62,7 @@ class Mart(_Regularised):
         description="boosted loss under attack plus beta times the divergence, weighed by the error on clean images",
     )
     beta: _Weight = Field(default=Real("5"), description="weight of the divergence")
+    spread: _Spread = Real("0.001")
 
 
 class Avg(Section):
@@ -219,7 +218,7 @@ def _check_attacks(objective: _Objective, threats: Threats) -> None:
     for norm, threat in threats.items():
         if threat.attack == "apgd" and own:
             raise ValueError(f"`{objective.name}` trains with one step of its own: remove threats.{norm}.attack")
-        if isinstance(objective, _Regularised):
+        if isinstance(objective, (Trades, Mart)):
             if threat.attack == "apgd" and objective.spread is not None:
                 raise ValueError(f"a spread is for pgd: set objective.spread: null, or remove threats.{norm}.attack")
             if isinstance(objective, Trades) and objective.spread is None and not threat.options()["random_start"]:
