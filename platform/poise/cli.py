@@ -67,6 +67,9 @@ _set = click.option(
     metavar="PATH=VALUE",
     help="Change a value, such as train.epochs=5; the value is YAML. May be repeated.",
 )
+_profile = click.option(
+    "--profile", metavar="NAME", help="Apply the changes that the spec has under `profiles`; the run is NAME's own."
+)
 _address = click.option(
     "--address",
     envvar="RAY_API_SERVER_ADDRESS",
@@ -80,14 +83,15 @@ _address = click.option(
 @cli.command()
 @_spec
 @_set
-def check(spec: Path, assignments: Sequence[str]) -> None:
+@_profile
+def check(spec: Path, assignments: Sequence[str], profile: str | None) -> None:
     """Print a spec resolved, and its cost.
 
     A spec with mistakes is refused with all of them at once: file, line, key and what to write instead.
     """
     from poise.spec import dump
 
-    resolved = _load(spec, assignments)
+    resolved = _load(spec, assignments, profile)
     click.echo(dump(resolved), nl=False)
     click.echo()
     for line in resolved.cost():
@@ -97,6 +101,7 @@ def check(spec: Path, assignments: Sequence[str]) -> None:
 @cli.command()
 @_spec
 @_set
+@_profile
 @click.option(
     "--engine",
     type=click.Choice(["ray", "local"]),
@@ -113,7 +118,14 @@ def check(spec: Path, assignments: Sequence[str]) -> None:
     metavar="PORT",
     help="Serve Prometheus metrics of this process; 0 picks a port.",
 )
-def run(spec: Path, assignments: Sequence[str], engine: Any, address: str | None, metrics_port: int | None) -> None:
+def run(
+    spec: Path,
+    assignments: Sequence[str],
+    profile: str | None,
+    engine: Any,
+    address: str | None,
+    metrics_port: int | None,
+) -> None:
     """Run a spec, and print what came out.
 
     A run that was stopped or killed goes on from its last commit; one that is finished is only shown.
@@ -121,7 +133,7 @@ def run(spec: Path, assignments: Sequence[str], engine: Any, address: str | None
     from poise.engine.drive import drive, stages_of
     from poise.observe.progress import Display
 
-    resolved = _load(spec, assignments)
+    resolved = _load(spec, assignments, profile)
     stages = stages_of(resolved)
     with Display(runs=[stage.name for stage in stages]) as display:
         drive(resolved, engine, address, display, _sink(metrics_port, display.note))
@@ -132,17 +144,20 @@ def run(spec: Path, assignments: Sequence[str], engine: Any, address: str | None
 @cli.command()
 @_spec
 @_set
+@_profile
 @_address
 @click.option("--job", help="Id of the job; the default is poise-NAME.")
 @click.option("--detach", is_flag=True, help="Return at once instead of following the log.")
-def submit(spec: Path, assignments: Sequence[str], address: str, job: str | None, detach: bool) -> None:
+def submit(
+    spec: Path, assignments: Sequence[str], profile: str | None, address: str, job: str | None, detach: bool
+) -> None:
     """Send a spec to a cluster as a job.
 
     Its log is followed until it ends; Ctrl-C leaves the job running.
     """
     from poise.engine import jobs
 
-    sent = jobs.submit(_load(spec, assignments), address, job)
+    sent = jobs.submit(_load(spec, assignments, profile), address, job)
     click.echo(f"job {sent} is on its way; poise status|logs|stop {sent} --address {address}")
     if not detach:
         _finish_job(jobs.follow(sent, address, lambda text: click.echo(text, nl=False)))
@@ -346,11 +361,11 @@ def cluster_status(folder: Path | None) -> None:
         click.echo(f"job {job.submission_id}: {job.status.value}")
 
 
-def _load(spec: Path, assignments: Sequence[str]) -> RunSpec:
+def _load(spec: Path, assignments: Sequence[str], profile: str | None) -> RunSpec:
     from poise.kinds import KINDS
     from poise.spec import load
 
-    return load(spec, KINDS, assignments)
+    return load(spec, KINDS, assignments, profile)
 
 
 def _open(name: str) -> Run:

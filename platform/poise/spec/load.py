@@ -24,12 +24,13 @@ _TAGS = ("name", "kind", "attack")
 """The keys that tell which of several sections one is."""
 
 
-def load(path: str | FilePath, kinds: Kinds, assignments: Sequence[str] = ()) -> RunSpec:
-    """Read the spec at `path`, apply `a.b=value` assignments and validate it.
+def load(path: str | FilePath, kinds: Kinds, assignments: Sequence[str] = (), profile: str | None = None) -> RunSpec:
+    """Read the spec at `path`, apply one of its `profiles`, then `a.b=value` assignments, and validate it.
 
     Raises UserError when the file cannot be read and SpecError with every mistake when it is not a valid spec.
     """
     document = read_file(FilePath(path))
+    document.take_profile(profile)
     document.override(assignments)
     return parse(document, kinds)
 
@@ -62,6 +63,7 @@ def json_schema(spec_class: type[RunSpec], kind: str) -> dict[str, Any]:
     """The JSON Schema of one kind, for editors."""
     schema = spec_class.model_json_schema()
     schema["properties"]["kind"] = {"const": kind, "description": schema["properties"]["kind"].get("description", "")}
+    schema["properties"]["profiles"] = {"type": "object", "additionalProperties": {"type": "object"}}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": f"poise {kind}"}
 
 

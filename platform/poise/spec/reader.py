@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from poise.errors import UserError
-from poise.spec.problems import Path, Problem, SpecError, dotted
+from poise.spec.problems import Path, Problem, SpecError, dotted, nearest
 
 __all__ = ["Document", "read_document", "read_file"]
 
@@ -49,6 +49,34 @@ class Document:
     def problem(self, path: Path, message: str) -> Problem:
         """A mistake at `path`, placed."""
         return Problem(*self.place(path), path, message)
+
+    def take_profile(self, name: str | None) -> None:
+        """Change the spec as `profiles: {name: ...}` says, and forget the profiles.
+
+        Sections are merged, but one whose `name` changes is replaced, since its other keys belong to the old one. The
+        run of a profile is called `<name>-<profile>` unless the profile names it.
+        """
+        profiles = self.tree.pop("profiles", {})
+        if not isinstance(profiles, dict) or not all(isinstance(changes, dict) for changes in profiles.values()):
+            raise SpecError([self.problem(("profiles",), "a mapping of names to the changes that each makes")])
+        if name is None:
+            return
+        if name not in profiles:
+            hint = nearest(name, profiles) if profiles else "the spec has no `profiles`"
+            raise SpecError([Problem(f"--profile {name}", 0, (), f"is not a profile of {self.source}; {hint}")])
+        if isinstance(self.tree.get("name"), str):
+            self.tree["name"] = f"{self.tree['name']}-{name}"
+        self.tree = self._merged(self.tree, profiles[name], (), ("profiles", name))
+
+    def _merged(self, old: Any, new: Any, path: Path, origin: Path) -> Any:
+        """`new` over `old` at `path`; problems there are shown where `new` was written."""
+        self.lines[path] = self.lines.get(origin, 0) if path else self.lines.get(path, 0)
+        both = isinstance(old, dict) and isinstance(new, dict)
+        if not isinstance(new, dict):
+            return new
+        kept = old if both and (not path or new.get("name", old.get("name")) == old.get("name")) else {}
+        changed = {key: self._merged(kept.get(key), value, (*path, key), (*origin, key)) for key, value in new.items()}
+        return {**kept, **changed}
 
     def override(self, assignments: Sequence[str]) -> None:
         """Apply `a.b=value` assignments; a value is YAML, and sections that are missing are made."""
