@@ -7,50 +7,47 @@ from __future__ import annotations
 
 import io
 import json
-import random
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from poise.data.batches import Batches, Dataset, load
-from poise.data.sets import ImageSet
 from poise.errors import DamagedError
-from poise.kinds.measure import described, robust_accuracy
+from poise.kinds.measure import described
+from poise.kinds.robust_step import RobustStep
+from poise.kinds.robust_watch import RobustWatch, attacked
 from poise.kinds.specs.robust import RobustTrainSpec
 from poise.kinds.trained import classifier
 from poise.observe.progress import Progress
 from poise.observe.rows import Rows
-from poise.robust.attacks import PERTURB, Loss, cross_entropy
+from poise.robust.averaging import assign, reestimate
 from poise.robust.evaluate import Evaluation
-from poise.robust.objectives import OBJECTIVES, Play, initial_state
-from poise.robust.spec import Threats, ThreatSpec
-from poise.robust.threats import Threat
-from poise.spec.seeds import derive_seed
 from poise.train.context import Context
 from poise.train.loop import Fitted, fit
+from poise.train.parallel import average_statistics, batch_statistics
 from poise.train.restore import restore
-from poise.train.task import StepOutput, Task, TaskState, Turn
+from poise.train.task import Task, TaskState
 
 __all__ = ["run"]
 
-_Batch = tuple[Tensor, Tensor]
+AVERAGED = "artifacts/averaged.safetensors"
 
 
 def run(spec: RobustTrainSpec, context: Context) -> None:
-    """Train, then measure the best and the final checkpoint on the test split."""
+    """Train, then measure the best, the final and the averaged weights on the test split."""
     data = load(spec.data, spec.seed)
     model = classifier(spec, data).to(context.device)
-    fitted = fit(_task(spec, data, model, context), spec.train, context)
-    _measure(spec, data, model, fitted, context)
+    batches = _batches(spec, data, context)
+    steps = RobustStep(spec, model, spec.steps_per_epoch(batches.steps_per_epoch))
+    fitted = fit(_task(spec, data, model, batches, steps, context), spec.train, context)
+    _measure(spec, data, model, batches, steps.averaged(fitted.state, fitted.final_step), fitted, context)
 
 
-def _task(spec: RobustTrainSpec, data: Dataset, model: nn.Module, context: Context) -> Task:
-    batches = Batches(
+def _batches(spec: RobustTrainSpec, data: Dataset, context: Context) -> Batches:
+    return Batches(
         data.train.images,
         data.train.labels,
         batch_size=spec.data.batch_size,
@@ -63,71 +60,44 @@ def _task(spec: RobustTrainSpec, data: Dataset, model: nn.Module, context: Conte
         device=context.device,
         resident=spec.data.device_resident,
     )
-    state = initial_state(spec.objective, spec.threats.keys())
+
+
+def _task(
+    spec: RobustTrainSpec, data: Dataset, model: nn.Module, batches: Batches, steps: RobustStep, context: Context
+) -> Task:
+    watch, accumulate = RobustWatch(spec, data, model, context), spec.train.accumulate
+
+    def batch(index: int) -> tuple[Tensor, Tensor]:
+        step, part = divmod(index, accumulate)
+        return batches.batch(step // spec.steps_per_batch * accumulate + part)
+
+    state = steps.initial() | watch.initial()
+    overfitting = spec.monitors.overfitting
     return Task(
         model=model,
-        batch=batches.batch,
-        step=_step(spec),
+        batch=batch,
+        step=steps.step,
         state={name: value.to(context.device) for name, value in state.items()},
-        batches_per_epoch=batches.steps_per_epoch,
+        batches_per_epoch=spec.steps_per_epoch(batches.steps_per_epoch) * accumulate,
         examples_per_batch=spec.data.batch_size,
         seed=spec.seed,
-        evaluate=partial(_validate, spec, model, data.validation, context) if len(data.validation) else None,
+        evaluate=watch.validate if len(data.validation) else None,
         monitor="robust/union",
+        after=steps.after,
+        watch=partial(watch.watch, overfitting) if overfitting is not None else None,
     )
 
 
-def _step(spec: RobustTrainSpec) -> Callable[[nn.Module, _Batch, TaskState, Turn], StepOutput]:
-    """One step: the objective at the adversarial examples of every threat."""
-    objective = OBJECTIVES[spec.objective.name]
-
-    def step(model: nn.Module, batch: _Batch, state: TaskState, turn: Turn) -> StepOutput:
-        play = Play(
-            attacks={norm: _Attack(Threat(norm, each.eps), each, turn) for norm, each in spec.threats.items()},
-            options=spec.objective,
-            state=state,
-            step=turn.step,
-            epoch=turn.epoch,
-            first_in_epoch=turn.first_in_epoch,
-            draw=random.Random(derive_seed(spec.seed, "draw", turn.step)).random(),
-            mean=turn.mean,
-            noise=turn.generator,
-        )
-        outcome = objective(model, *batch, play)
-        return StepOutput(outcome.loss, outcome.metrics, outcome.state)
-
-    return step
-
-
-@dataclass(frozen=True)
-class _Attack:
-    """An attack of one step: its noise is that of the step, its time is charged to the attack phase."""
-
-    threat: Threat
-    spec: ThreatSpec
-    turn: Turn
-
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, loss: Loss = cross_entropy, **options: Any) -> Tensor:
-        with self.turn.timers("attack"):
-            perturb, bound = PERTURB[self.spec.attack], {**self.spec.options(), **options}
-            return perturb(model, x, y, self.threat, loss=loss, noise=self.turn.generator, **bound)
-
-
-def _validate(spec: RobustTrainSpec, model: nn.Module, images: ImageSet, context: Context) -> dict[str, float]:
-    """What picks the best checkpoint: robustness to the threats of training, those of the test may be others."""
-    return _evaluate(spec, spec.threats, model, images, context).summary()
-
-
-def _evaluate(
-    spec: RobustTrainSpec, threats: Threats, model: nn.Module, images: ImageSet, context: Context
-) -> Evaluation:
-    seed = derive_seed(spec.seed, "evaluate")
-    chosen = images.select(slice(spec.evaluate.examples))
-    return robust_accuracy(model, chosen, threats, batch_size=spec.evaluate.batch_size, seed=seed, context=context)
-
-
-def _measure(spec: RobustTrainSpec, data: Dataset, model: nn.Module, fitted: Fitted, context: Context) -> None:
-    """Attack the best and the final weights on the test split; keep what each example withstood."""
+def _measure(
+    spec: RobustTrainSpec,
+    data: Dataset,
+    model: nn.Module,
+    batches: Batches,
+    averaged: TaskState | None,
+    fitted: Fitted,
+    context: Context,
+) -> None:
+    """Attack the best, the final and the averaged weights on the test split; keep what each example withstood."""
     if context.leads:
         epochs, steps = fitted.epochs, fitted.final_step
         context.report(Progress(spec.name, "evaluate", epochs, epochs, steps, steps))
@@ -136,7 +106,7 @@ def _measure(spec: RobustTrainSpec, data: Dataset, model: nn.Module, fitted: Fit
     accuracy: dict[str, dict[str, float]] = {}
     for label, step in {"final": fitted.final_step, "best": fitted.best_step}.items():
         if step not in evaluations and restore(model, step, context):
-            evaluations[step] = _evaluate(spec, threats, model, data.test, context)
+            evaluations[step] = attacked(spec, threats, model, data.test, context)
         if step in evaluations:
             accuracy[label] = evaluations[step].summary()
             context.together(partial(_keep_matrix, context, label, evaluations[step]))
@@ -144,7 +114,21 @@ def _measure(spec: RobustTrainSpec, data: Dataset, model: nn.Module, fitted: Fit
         raise DamagedError(
             f"{context.run.url}: no checkpoint could be measured, all are damaged; run again to mend them"
         )
+    if averaged is not None:
+        _become(model, averaged, batches, context)
+        evaluation = attacked(spec, threats, model, data.test, context)
+        accuracy["averaged"] = evaluation.summary()
+        context.together(partial(_keep_matrix, context, "averaged", evaluation))
     context.together(partial(_keep_summary, spec, data, model, fitted, accuracy, context))
+
+
+def _become(model: nn.Module, averaged: TaskState, batches: Batches, context: Context) -> None:
+    """Make `model` the averaged one, with batch-norm statistics of one clean epoch, and keep it as an artifact."""
+    assign(model, averaged)
+    reestimate(model, (batches.batch(index)[0] for index in range(batches.steps_per_epoch)))
+    average_statistics(batch_statistics(model), context.world_size)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    context.together(lambda: context.run.write(AVERAGED, save(tensors)))
 
 
 def _keep_matrix(context: Context, label: str, evaluation: Evaluation) -> None:
@@ -176,9 +160,17 @@ def _keep_summary(
         "examples": len(data.test.select(slice(spec.evaluate.examples))),
         "attacks": described(spec.evaluate.threats or spec.threats),
         "accuracy": accuracy,
+        "best_minus_final": _difference(accuracy),
+        "stopped": None if fitted.stopped is None else {"step": fitted.stopped.step, "why": fitted.stopped.why},
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
     rows = Rows()
     rows.add(fitted.best_step if selected == "best" else fitted.final_step, 0.0, "test", accuracy[selected])
     context.run.write("metrics/test.parquet", rows.to_parquet())
     context.run.write("artifacts/summary.json", json.dumps(summary, indent=1).encode())
+
+
+def _difference(accuracy: dict[str, dict[str, float]]) -> dict[str, float]:
+    """How much each accuracy of the best checkpoint exceeds that of the final one; empty when one is damaged."""
+    best, final = accuracy.get("best", {}), accuracy.get("final", {})
+    return {name: value - final[name] for name, value in best.items() if name in final}

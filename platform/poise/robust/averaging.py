@@ -98,6 +98,10 @@ class MoreauEnvelope:
         """As for `WeightAverage`."""
         return self.anchor.initial(model)
 
+    def moves(self, step: int) -> int:
+        """As for `WeightAverage`."""
+        return self.anchor.moves(step)
+
     def after(self, model: nn.Module, state: State, step: int) -> dict[str, Tensor]:
         """As for `WeightAverage`."""
         return self.anchor.after(model, state, step)

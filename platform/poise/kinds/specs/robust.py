@@ -9,8 +9,9 @@ from pydantic import Field, model_validator
 from poise.data.spec import DataSpec, known_sizes
 from poise.kinds.specs.cost import in_bytes
 from poise.models.spec import ModelSpec, num_parameters, state_bytes
-from poise.robust.objective_spec import Adt, Objective, check, gradients_per_batch, losses_per_batch
+from poise.robust.objective_spec import Adt, Avg, Objective, Ramp, check, gradients_per_batch, losses_per_batch
 from poise.robust.spec import EvaluateSpec, Threats
+from poise.robust.training_spec import Averaging, Awp, Monitors
 from poise.spec import RunSpec, mistake
 from poise.train.spec import TrainSpec
 
@@ -26,6 +27,9 @@ class RobustTrainSpec(RunSpec):
     threats: Threats = Field(description="attacks that the network is trained under, by norm")
     objective: Objective = Field(Adt(), description="how the losses under the attacks become one")
     train: TrainSpec = Field(description="length, optimizer, schedule, checkpoints")
+    averaging: Averaging | None = Field(None, description="average of the weights, measured beside the others")
+    awp: Awp | None = Field(None, description="adversarial perturbation of the weights, round any objective")
+    monitors: Monitors = Field(Monitors(), description="what is watched at each evaluation")
     evaluate: EvaluateSpec = Field(EvaluateSpec(), description="attacks that the trained network is measured under")
 
     @model_validator(mode="after")
@@ -35,22 +39,35 @@ class RobustTrainSpec(RunSpec):
         except ValueError as error:
             raise mistake("threats", str(error)) from None
         self.workers.check_shares("data.batch_size", self.data.batch_size)
+        if self.monitors.robust_gap and self.data.validation == 0:
+            raise mistake("monitors.robust_gap", "needs a validation split: set data.validation above 0")
         return self
+
+    @property
+    def steps_per_batch(self) -> int:
+        """Optimizer steps in a row that each batch is given to: one, or with sequential `avg` one per threat."""
+        sequential = isinstance(self.objective, Avg) and self.objective.mode == "sequential"
+        return len(self.threats) if sequential else 1
+
+    def steps_per_epoch(self, batches: int) -> int:
+        """Optimizer steps of an epoch of so many batches."""
+        return self.steps_per_batch * max(1, batches // self.train.accumulate)
 
     def cost(self) -> list[str]:
         """Gradients, steps and bytes. Raises UserError when the images are too small for the model."""
         attack = gradients_per_batch(self.objective, self.threats)
-        loss = losses_per_batch(self.objective, self.threats)
+        loss = losses_per_batch(self.objective, self.threats) * (2 if self.awp and self.awp.gamma else 1)
         lines = [f"gradients per batch of {self.data.batch_size}: {attack} for attacks, {loss} for the loss"]
         sizes = known_sizes(self.data)
         if sizes is None:
             return [*lines, "steps, parameters and bytes: known when the data set is read"]
         weights = num_parameters(self.model, sizes.shape, sizes.classes)
         state = state_bytes(self.model, sizes.shape, sizes.classes)
-        checkpoint = state + 4 * weights * (1 if self.train.optimizer.name == "sgd" else 2)
-        steps_per_epoch = max(1, sizes.train // self.data.batch_size // self.train.accumulate)
+        moments = 1 if self.train.optimizer.name == "sgd" else 2
+        checkpoint = state + 4 * weights * (moments + (self.averaging is not None)) + self._projected(state)
+        steps_per_epoch = self.steps_per_epoch(sizes.train // self.data.batch_size)
         steps = self.train.total_steps(steps_per_epoch)
-        images = steps * self.train.accumulate * self.data.batch_size
+        images = steps // self.steps_per_batch * self.train.accumulate * self.data.batch_size
         total = (self.train.checkpoint.keep + 1) * checkpoint
         return [
             *lines,
@@ -60,3 +77,7 @@ class RobustTrainSpec(RunSpec):
             f"{weights:,} parameters; {in_bytes(checkpoint)} per checkpoint, {in_bytes(total)} kept at most",
             f"{self.workers.count} workers of {self.workers.cpus} CPU and {self.workers.gpus} GPU",
         ]
+
+    def _projected(self, state: int) -> int:
+        """Bytes of the two models that RAMP's projection remembers."""
+        return 2 * state if isinstance(self.objective, Ramp) and self.objective.projection is not None else 0
