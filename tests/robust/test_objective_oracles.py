@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from poise.robust.attacks import perturb
+from poise.robust.attacks.msd import msd_perturb
+from poise.robust.awp import WeightPerturbation
 from poise.robust.objective_spec import Avg, Eat, FgsmRs, GradAlign, Mart, Max, Mix, Msd, Ramp, Sat, Trades
 from poise.robust.objectives import OBJECTIVES, Play, eat_probabilities, initial_state
 from poise.robust.objectives.clean import mart_losses, trades_losses
@@ -231,6 +233,23 @@ def test_msd_under_one_norm_is_pgd_from_the_image(linear_problem: Callable[..., 
     batch = (problem.model, problem.x, problem.y)
     pgd_at = OBJECTIVES["at"](*batch, Play({"l2": attack}, None))
     torch.testing.assert_close(OBJECTIVES["msd"](*batch, Play({"l2": attack}, Msd(steps=6))).loss, pgd_at.loss)
+
+
+def test_an_attack_of_msd_is_crafted_once_where_weights_are_perturbed(
+    small_net: nn.Module, images: tuple[Tensor, Tensor]
+) -> None:
+    (x, y), seen = images, list[Tensor]()
+
+    def craft(attack: Callable[[], Tensor]) -> Tensor:
+        seen.append(attack())
+        return seen[-1]
+
+    attacks = {norm: _bound(norm, 0.1) for norm in ("linf", "l2")}
+    expected = msd_perturb(small_net, x, y, {norm: attack.threat for norm, attack in attacks.items()}, steps=3)
+    play = Play(attacks, Msd(steps=3), craft=craft)
+    WeightPerturbation(small_net, 0.1).objective(OBJECTIVES["msd"], small_net, x, y, play)
+    assert len(seen) == 1
+    assert torch.equal(seen[0], expected)
 
 
 # --- RAMP -------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ The state of the task is the states of its parts, each under a prefix: `objectiv
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -97,6 +97,7 @@ class RobustStep:
             draw=random.Random(derive_seed(self._spec.seed, "draw", turn.step)).random(),
             mean=turn.mean,
             noise=turn.generator,
+            craft=partial(_timed, turn),
         )
 
 
@@ -109,6 +110,11 @@ def part(prefix: str, state: Mapping[str, Tensor]) -> TaskState:
     """The state of a part out of that of the task."""
     start = f"{prefix}/"
     return {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
+
+
+def _timed(turn: Turn, attack: Callable[[], Tensor]) -> Tensor:
+    with turn.timers("attack"):
+        return attack()
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,9 @@ class WeightPerturbation:
             return objective(model, x, y, play)
         self._back()
         tape = _Tape()
-        play = replace(play, attacks={norm: _Taped(attack, tape) for norm, attack in play.attacks.items()})
+        attacks = {norm: _Taped(attack, tape) for norm, attack in play.attacks.items()}
+        craft = play.craft
+        play = replace(play, attacks=attacks, craft=lambda attack: tape.point(lambda: craft(attack)))
         self._perturb(self._ascent(objective, x, y, play))
         tape.rewind()
         return objective(model, x, y, play)
