@@ -11,6 +11,7 @@ from poise.kinds.specs.bounds import BoundsReportSpec
 from poise.kinds.specs.calibrate import CalibrateMeasureSpec
 from poise.kinds.specs.evaluation import RobustEvaluateSpec
 from poise.kinds.specs.finetune import FinetuneSftSpec
+from poise.kinds.specs.manifold import RobustManifoldSpec, RobustVaeSpec
 from poise.kinds.specs.pipeline import PipelineSpec
 from poise.kinds.specs.robust import RobustTrainSpec
 from poise.kinds.specs.sweep import SweepSpec
@@ -24,6 +25,8 @@ __all__ = ["KINDS", "run"]
 KINDS: Mapping[str, type[RunSpec]] = {
     "robust.train": RobustTrainSpec,
     "robust.evaluate": RobustEvaluateSpec,
+    "robust.vae": RobustVaeSpec,
+    "robust.manifold": RobustManifoldSpec,
     "bounds.report": BoundsReportSpec,
     "finetune.sft": FinetuneSftSpec,
     "align.selfplay": AlignSelfplaySpec,

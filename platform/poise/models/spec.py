@@ -17,9 +17,11 @@ __all__ = [
     "LanguageModelSpec",
     "ModelSpec",
     "Shape",
+    "VaeSpec",
     "check_shape",
     "num_llama_parameters",
     "num_parameters",
+    "num_vae_parameters",
     "state_bytes",
 ]
 
@@ -154,3 +156,17 @@ def num_llama_parameters(spec: LanguageModelSpec, vocabulary: int) -> int:
     """Trainable numbers of a new model with so many tokens, in closed form: embedding and head are not tied."""
     layer = 4 * spec.hidden**2 + 3 * spec.hidden * (4 * spec.hidden) + 2 * spec.hidden
     return 2 * vocabulary * spec.hidden + spec.layers * layer + spec.hidden
+
+
+class VaeSpec(Section):
+    """A conditional variational autoencoder of images."""
+
+    latent: int = Field(16, ge=1, le=4096, description="latent coordinates of an image")
+    width: int = Field(256, ge=1, le=65_536, description="units of each of the two hidden layers, both ways")
+
+
+def num_vae_parameters(spec: VaeSpec, shape: Shape, classes: int) -> int:
+    """Trainable numbers of the autoencoder of images of `shape` (C, H, W), in closed form."""
+    pixels, width = shape[0] * shape[1] * shape[2], spec.width
+    ends = ((pixels + classes, 2 * spec.latent), (spec.latent + classes, pixels))
+    return sum((inside + 1) * width + (width + 1) * width + (width + 1) * outside for inside, outside in ends)

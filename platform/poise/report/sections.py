@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from poise.report import align, bounds, calibrate, evaluation, language, robust, sweep
+from poise.report import align, bounds, calibrate, evaluation, language, manifold, robust, sweep
 from poise.report.blocks import Section
 from poise.report.record import RunRecord
 
@@ -15,6 +15,8 @@ _NOTHING = Section("Runs", lambda records: (), lambda records: (), lambda anchor
 SECTIONS: Mapping[str, Section] = {
     "robust.train": robust.SECTION,
     "robust.evaluate": evaluation.SECTION,
+    "robust.vae": manifold.SECTION,
+    "robust.manifold": manifold.SECTION,
     "bounds.report": bounds.SECTION,
     "finetune.sft": language.SECTION,
     "align.selfplay": align.SECTION,

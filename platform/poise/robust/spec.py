@@ -17,6 +17,7 @@ from poise.spec import Real, Section
 __all__ = [
     "NORMS",
     "Coordinates",
+    "Eigenspace",
     "EvaluateSpec",
     "Norm",
     "Sparsity",
@@ -117,6 +118,13 @@ class Threats(Section):
 
     def __len__(self) -> int:
         return len(self.keys())
+
+
+class Eigenspace(Section):
+    """The leading principal directions of the training images: what lies along them counts as on the data manifold."""
+
+    rank: int = Field(ge=1, le=1_000_000, description="directions; at most what the images of the smallest class span")
+    shared: bool = Field(default=False, description="one eigenspace of all images, not one of each class")
 
 
 class EvaluateSpec(Section):

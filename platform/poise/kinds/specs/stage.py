@@ -7,6 +7,7 @@ from poise.kinds.specs.bounds import BoundsReportSpec
 from poise.kinds.specs.calibrate import CalibrateMeasureSpec
 from poise.kinds.specs.evaluation import RobustEvaluateSpec
 from poise.kinds.specs.finetune import FinetuneSftSpec
+from poise.kinds.specs.manifold import RobustManifoldSpec, RobustVaeSpec
 from poise.kinds.specs.robust import RobustTrainSpec
 
 __all__ = ["Job"]
@@ -14,6 +15,8 @@ __all__ = ["Job"]
 Job = (
     RobustTrainSpec
     | RobustEvaluateSpec
+    | RobustVaeSpec
+    | RobustManifoldSpec
     | BoundsReportSpec
     | FinetuneSftSpec
     | AlignSelfplaySpec

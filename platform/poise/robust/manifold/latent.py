@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from poise.robust.threats import Threat
 
-__all__ = ["Decoded", "Latent"]
+__all__ = ["Decoded", "Latent", "elbo_parts"]
 
 
 @dataclass(frozen=True)
@@ -53,3 +54,14 @@ class Decoded(nn.Module):
     def forward(self, code: Tensor) -> Tensor:
         logits: Tensor = self.classifier(self.decoder(code))
         return logits
+
+
+def elbo_parts(x: Tensor, pixels: Tensor, mean: Tensor, log_variance: Tensor) -> tuple[Tensor, Tensor]:
+    """What the evidence lower bound loses, per image (N,) in nats: it is minus the sum of the two.
+
+    The cross entropy of images x (N, ...), read as probabilities, from the logits `pixels` (N, d), and the divergence
+    KL(q || N(0, I)) of q = N(mean, exp(log_variance)), (N, m) each (Kingma and Welling, 2014, appendix B).
+    """
+    cross = functional.binary_cross_entropy_with_logits(pixels, x.flatten(1), reduction="none").sum(1)
+    kl = (mean.square() + log_variance.exp() - 1 - log_variance).sum(1) / 2
+    return cross, kl

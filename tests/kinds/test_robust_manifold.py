@@ -1,0 +1,216 @@
+"""An autoencoder and a report on the manifold as a whole: the numbers are those of checkpoints and verdicts."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from rich.console import Console
+
+from poise import kinds
+from poise.data.sets import unit_pixels
+from poise.engine.session import claim
+from poise.errors import UserError
+from poise.kinds import KINDS
+from poise.kinds.robust_vae import held_out, open_vae
+from poise.kinds.trained import open_trained
+from poise.models.spec import VaeSpec, num_vae_parameters
+from poise.models.vae import build_vae
+from poise.observe.rows import read_rows
+from poise.report.page import load_record, render
+from poise.report.table import comparison
+from poise.robust.attacks import pgd
+from poise.robust.manifold import Within, eigenbasis, elbo_parts
+from poise.robust.noise import Noise
+from poise.spec.seeds import derive_seed
+from poise.store.runs import Run, open_run
+from poise.train.context import Context
+
+DATA = {"name": "digits", "batch_size": 50, "limit": 600, "validation": 100}
+CPU = torch.device("cpu")
+
+
+def go(store: str, name: str, kind: str, **values: object) -> Run:
+    run, spec = (
+        open_run(store, name),
+        KINDS[kind].model_validate({"kind": kind, "name": name, "store": store, **values}),
+    )
+    with claim(run, spec):
+        kinds.run(spec, Context(run))
+    return run
+
+
+def vae(store: str, name: str = "vae", **changes: object) -> Run:
+    train = {"epochs": 12, "optimizer": {"name": "adamw", "lr": 0.003}, "evaluate_every": {"epochs": 3}}
+    return go(
+        store, name, "robust.vae", **{"model": {"latent": 6, "width": 64}, "data": DATA, "train": train, **changes}
+    )
+
+
+def manifold(store: str, name: str, **changes: object) -> Run:
+    values = {"runs": ["net"], "eigenspace": {"rank": 12}, "examples": 60, "latent": {"vae": "vae", "steps": 5}}
+    return go(store, name, "robust.manifold", **{**values, **changes})
+
+
+def summary(run: Run) -> dict:
+    return json.loads(run.read("artifacts/summary.json"))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("runs"))
+    go(
+        folder,
+        "net",
+        "robust.train",
+        model={"name": "cnn", "width": 4},
+        data=DATA,
+        threats={"linf": {"eps": 0.05, "steps": 2}},
+        objective={"name": "at"},
+        train={"epochs": 10, "optimizer": {"name": "sgd", "lr": 0.1}, "evaluate_every": {"epochs": 5}},
+        evaluate={"threats": {"linf": {"eps": 0.1, "steps": 4}, "l2": {"eps": 1, "steps": 4}}, "examples": 60},
+    )
+    vae(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(store: str) -> Run:
+    return manifold(store, "where")
+
+
+def test_the_parts_of_the_elbo_are_the_closed_forms() -> None:
+    """KL of normals by torch.distributions; the cross entropy of a fair coin is log 2 a pixel."""
+    mean, log_variance = torch.randn(5, 3, dtype=torch.double), torch.randn(5, 3, dtype=torch.double)
+    cross, kl = elbo_parts(torch.rand(5, 1, 2, 4).double(), torch.zeros(5, 8).double(), mean, log_variance)
+    q = torch.distributions.Normal(mean, (log_variance / 2).exp())
+    assert torch.allclose(kl, torch.distributions.kl_divergence(q, torch.distributions.Normal(0, 1)).sum(1))
+    assert torch.allclose(cross, torch.full_like(cross, 8 * math.log(2)))
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 5, 7)])
+def test_an_autoencoder_is_as_large_as_its_closed_form_and_draws_from_its_seed_alone(
+    shape: tuple[int, int, int],
+) -> None:
+    spec = VaeSpec(latent=5, width=12)
+    before = torch.get_rng_state()
+    one, same, other = (build_vae(spec, shape=shape, classes=4, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert sum(weight.numel() for weight in one.parameters()) == num_vae_parameters(spec, shape, 4)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
+    assert not torch.equal(next(one.parameters()), next(other.parameters()))
+    x, y = torch.rand(6, *shape), torch.arange(6) % 4
+    code = one.code(x, y)
+    assert torch.equal(code[:, 5:], torch.nn.functional.one_hot(y, 4).float())
+    pixels, mean, _ = one(x, y, torch.zeros(6, 5))
+    assert torch.equal(code[:, :5], mean)
+    assert torch.allclose(one.images(code), pixels.sigmoid().view(6, *shape))
+
+
+def test_the_elbo_of_the_summary_is_that_of_the_best_weights_and_training_has_raised_it(store: str) -> None:
+    run = open_run(store, "vae")
+    told, (model, data) = summary(run), open_vae(store, "vae", CPU)
+    again = held_out(model, data.test, 0, Context(run))
+    assert told["measured"] == again
+    x, y = unit_pixels(data.test.images), data.test.labels
+    cross, kl = elbo_parts(x, *model(x, y, Noise.of(0, "elbo", range(len(x))).normal(6)))
+    assert told["measured"]["elbo"] == pytest.approx(-(cross + kl).mean().item(), rel=1e-5)
+    rows = read_rows(run.read(name) for name in run.files("metrics/rows-")).to_pylist()
+    elbo = {row["step"]: row["value"] for row in rows if (row["split"], row["name"]) == ("validation", "elbo")}
+    assert elbo[told["best_step"]] == max(elbo.values()) > min(elbo.values()) + 1
+    assert told["measured"]["elbo"] > -64 * math.log(2) + 10
+    assert told["parameters"] == num_vae_parameters(VaeSpec(latent=6, width=64), (1, 8, 8), 10)
+
+
+def test_the_numbers_are_those_of_the_matrix_of_verdicts(finished: Run) -> None:
+    (net,) = summary(finished)["classifiers"]
+    matrix = pq.read_table(io.BytesIO(finished.read("artifacts/verdicts-net.parquet"))).to_pydict()
+    assert matrix.pop("example") == list(range(60))
+    clean, reconstruction, latent = (sum(matrix[name]) / 60 for name in ("clean", "reconstruction", "latent"))
+    assert net["clean"] == pytest.approx(clean)
+    assert net["latent"] == pytest.approx(
+        {"reconstruction": reconstruction, "accuracy": latent, "success": 1 - latent / reconstruction}
+    )
+    assert set(net["accuracy"]) == {f"{where}/{norm}" for where in ("anywhere", "on", "off") for norm in ("linf", "l2")}
+    for name, accuracy in net["accuracy"].items():
+        assert accuracy == pytest.approx(sum(matrix[name]) / 60)
+        assert net["success"][name] == pytest.approx(1 - accuracy / clean)
+    assert net["dimensions"] == {"anywhere": 64, "on": 12, "off": 52}
+    assert 0.5 < net["explained"] < 1
+
+
+def test_clean_and_anywhere_are_what_the_run_itself_has_measured(store: str, finished: Run) -> None:
+    (net,) = summary(finished)["classifiers"]
+    told = summary(open_run(store, "net"))["accuracy"]["best"]
+    assert net["clean"] == told["clean"]
+    assert net["accuracy"]["anywhere/linf"] == pytest.approx(told["robust/linf"], abs=2 / 60)
+    assert net["accuracy"]["anywhere/l2"] == pytest.approx(told["robust/l2"], abs=2 / 60)
+
+
+def test_on_the_manifold_is_the_eigenspace_of_the_training_images_of_each_class(store: str, finished: Run) -> None:
+    (net,) = summary(finished)["classifiers"]
+    trained = open_trained(store, "net", CPU)
+    train, test = trained.data.train, trained.data.test.select(slice(60))
+    basis = eigenbasis(unit_pixels(train.images), train.labels, 12)
+    assert net["explained"] == basis.explained
+    x, y = unit_pixels(test.images), test.labels
+    assert net["distance"] == pytest.approx(basis.to(x).distance(x, y).mean().item())
+    options = {"steps": 4, "noise": Noise.of(derive_seed(0, "evaluate"), "off/l2", range(60))}
+    off = pgd(trained.model, x, y, Within("l2", 1.0, basis=basis.to(x), labels=y, off=True), **options)
+    assert net["accuracy"]["off/l2"] == pytest.approx(off.correct.double().mean().item(), abs=1 / 60)
+    for where in ("on", "off"):
+        assert 0 <= net["departure"][f"{where}/l2"]["share"] < net["departure"]["anywhere/l2"]["share"] < 1
+
+
+def test_without_an_autoencoder_and_with_one_shared_eigenspace(store: str) -> None:
+    told = summary(manifold(store, "shared", eigenspace={"rank": 30, "shared": True}, latent=None))
+    assert told["eigenspace"] == {"rank": 30, "shared": True}
+    assert told["latent"] is None
+    assert told["classifiers"][0]["latent"] is None
+
+
+def test_both_are_shown_on_a_page_and_in_a_terminal(store: str, finished: Run) -> None:
+    records = [load_record(finished), load_record(open_run(store, "vae"))]
+    page = render(records, "manifold")
+    net = records[0].summary["classifiers"][0]
+    for value in (*net["success"].values(), net["latent"]["success"]):
+        assert f"{100 * value:.1f}" in page
+    assert f"{records[1].summary['measured']['elbo']:.4g}" in page
+    assert page.count("Evidence lower bound") >= 2
+    terminal = Console(file=io.StringIO(), width=120)
+    for table in comparison(records):
+        terminal.print(table)
+    assert all(word in terminal.file.getvalue() for word in ("anywhere", "reconstructions", "ELBO"))
+
+
+def test_at_eps_zero_nothing_falls_and_codes_are_reconstructions(store: str) -> None:
+    run = manifold(store, "none", threats={"l2": {"eps": 0, "steps": 2}}, latent={"vae": "vae", "eps": 0, "steps": 2})
+    (net,) = summary(run)["classifiers"]
+    assert set(net["success"].values()) == {0}
+    assert net["latent"]["success"] == 0
+    assert net["latent"]["accuracy"] == net["latent"]["reconstruction"] > 0.5
+
+
+def test_the_result_does_not_hang_on_the_batch_size(store: str, finished: Run) -> None:
+    again = summary(manifold(store, "batches", batch_size=7))["classifiers"][0]
+    whole = summary(finished)["classifiers"][0]
+    assert again["accuracy"] == pytest.approx(whole["accuracy"], abs=1 / 60)
+    assert again["latent"] == pytest.approx(whole["latent"], abs=2 / 60)
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"eigenspace": {"rank": 64}}, "eigenspace.rank: .* class 0 has .* 64 are too many"),
+        ({"latent": {"vae": "net"}}, "'net' is a robust.train and trains no autoencoder"),
+        ({"runs": ["vae"]}, "is a robust.vae and trains no classifier"),
+        ({"latent": {"vae": "vea"}}, "is it 'vae'"),
+    ],
+)
+def test_runs_and_ranks_that_do_not_fit_are_refused(store: str, changes: dict[str, object], what: str) -> None:
+    with pytest.raises(UserError, match=what):
+        manifold(store, f"bad-{abs(hash(what))}", **changes)
