@@ -159,11 +159,12 @@ def _aims(loss: str, clean: Tensor, y: Tensor, targets: int) -> tuple[_Aimed, Te
 
 
 def _start(threat: Threat, x: Tensor, noise: Noise, *, random: bool, spread: float | None = None) -> Tensor:
+    """Under l1 a random start is N(0, I) projected: as sparse as what is sought, which a point of the ball is not."""
+    if random and threat.norm == "l1" and spread is None:
+        spread = 1.0
     if spread is not None:
         return threat.project(x, spread * noise.normal(x[0].numel(), x.dtype).view_as(x))
-    if not random:
-        return torch.zeros_like(x)
-    return threat.start_from(x, noise.uniform(x[0].numel() + 1, x.dtype))
+    return threat.start_from(x, noise.uniform(x[0].numel() + 1, x.dtype)) if random else torch.zeros_like(x)
 
 
 def _through(
