@@ -197,15 +197,15 @@ class _Search:
         norm, C = self.threat.norm, x.shape[1]
         order = 2 if norm == "l2" else 1
         delta = best - x
-        rest = delta.scatter(2, second, 0).scatter(2, first, 0)
-        total, kept = (t.abs().pow(order).sum(2, keepdim=True) for t in (delta, rest))
+        rest = delta.scatter(2, second, 0).scatter_(2, first, 0)
+        total, kept = (torch.linalg.vector_norm(t, ord=order, dim=2, keepdim=True) ** order for t in (delta, rest))
         unused = (self.threat.eps**order - total.sum(1, keepdim=True)).clamp(min=0)
         budget = (unused / C + (total - kept).clamp(min=0)) * (C if norm == "l1" else 1)
         new = _unit(bumps + _unit(delta.gather(2, first), order), order) * budget.pow(1 / order)
-        moved = rest.scatter(2, first, new)
+        moved = rest.scatter_(2, first, new)
         if norm == "l1" and C > 1:
             return x + self.threat.project(x, moved)
-        return x + self.threat.confine(x, self.threat.shrink(moved))
+        return (x + self.threat.shrink(moved)).clamp(0, 1)
 
     def places(self, draw: Tensor, window: tuple[int, int]) -> Tensor:
         """Flat indices (n, C, area) of a window whose corner the two numbers draw (n, 2) choose."""
