@@ -46,17 +46,17 @@ def spec_of(name: str, case: dict[str, Any], **train: Any) -> RobustTrainSpec:
     values = {
         "kind": "robust.train",
         "name": name,
-        "model": {"name": "cnn", "width": 2},
+        "model": {"name": "vgg11", "width": 2},
         "data": {"name": "digits", "batch_size": 40, "limit": 140, "validation": 20},
         "train": {
-            "steps": 7,
+            "steps": 6,
             "optimizer": {"name": "sgd", "lr": 0.1},
-            "checkpoint": {"every": {"steps": 2}, "keep": 10},
-            "evaluate_every": {"steps": 3},
+            "checkpoint": {"every": {"steps": 4}},
+            "evaluate_every": {"steps": 4},
             "log_every": 1,
             **train,
         },
-        "evaluate": {"examples": 30},
+        "evaluate": {"examples": 20},
     }
     return RobustTrainSpec.model_validate({**values, **case, "objective": objective})
 
