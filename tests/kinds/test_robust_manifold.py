@@ -16,19 +16,22 @@ from poise.data.sets import unit_pixels
 from poise.engine.session import claim
 from poise.errors import UserError
 from poise.kinds import KINDS
+from poise.kinds.robust_step import RobustStep
 from poise.kinds.robust_vae import held_out, open_vae
 from poise.kinds.trained import open_trained
 from poise.models.spec import VaeSpec, num_vae_parameters
 from poise.models.vae import build_vae
 from poise.observe.rows import read_rows
+from poise.observe.timers import PhaseTimers
 from poise.report.page import load_record, render
 from poise.report.table import comparison
 from poise.robust.attacks import pgd
-from poise.robust.manifold import Within, eigenbasis, elbo_parts
+from poise.robust.manifold import Within, departure, eigenbasis, elbo_parts
 from poise.robust.noise import Noise
 from poise.spec.seeds import derive_seed
 from poise.store.runs import Run, open_run
 from poise.train.context import Context
+from poise.train.task import Turn
 
 DATA = {"name": "digits", "batch_size": 50, "limit": 600, "validation": 100}
 CPU = torch.device("cpu")
@@ -45,7 +48,8 @@ def go(store: str, name: str, kind: str, **values: object) -> Run:
 
 
 def vae(store: str, name: str = "vae", **changes: object) -> Run:
-    train = {"epochs": 12, "optimizer": {"name": "adamw", "lr": 0.003}, "evaluate_every": {"epochs": 3}}
+    train = {"epochs": 12, "optimizer": {"name": "adamw", "lr": 0.003}, "evaluate_every": {"epochs": 6}}
+    train["checkpoint"] = {"every": {"epochs": 12}}
     return go(
         store, name, "robust.vae", **{"model": {"latent": 6, "width": 64}, "data": DATA, "train": train, **changes}
     )
@@ -71,7 +75,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
         data=DATA,
         threats={"linf": {"eps": 0.05, "steps": 2}},
         objective={"name": "at"},
-        train={"epochs": 10, "optimizer": {"name": "sgd", "lr": 0.1}, "evaluate_every": {"epochs": 5}},
+        train={
+            "epochs": 10,
+            "optimizer": {"name": "sgd", "lr": 0.1},
+            "evaluate_every": {"epochs": 10},
+            "checkpoint": {"every": {"epochs": 10}},
+        },
         evaluate={"threats": {"linf": {"eps": 0.1, "steps": 4}, "l2": {"eps": 1, "steps": 4}}, "examples": 60},
     )
     vae(folder)
@@ -205,7 +214,7 @@ def test_the_result_does_not_hang_on_the_batch_size(store: str, finished: Run) -
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        ({"eigenspace": {"rank": 64}}, "eigenspace.rank: .* class 0 has .* 64 are too many"),
+        ({"eigenspace": {"rank": 64}}, "eigenspace.rank: class 0 has .* 64 are too many"),
         ({"latent": {"vae": "net"}}, "'net' is a robust.train and trains no autoencoder"),
         ({"runs": ["vae"]}, "is a robust.vae and trains no classifier"),
         ({"latent": {"vae": "vea"}}, "is it 'vae'"),
@@ -214,3 +223,56 @@ def test_the_result_does_not_hang_on_the_batch_size(store: str, finished: Run) -
 def test_runs_and_ranks_that_do_not_fit_are_refused(store: str, changes: dict[str, object], what: str) -> None:
     with pytest.raises(UserError, match=what):
         manifold(store, f"bad-{abs(hash(what))}", **changes)
+
+
+@pytest.mark.parametrize("objective", ["at", "trades", "msd", "fgsm_rs"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_eigenspace_adversarial_training_stays_in_the_eigenspace_of_each_class(objective: str, precision: str) -> None:
+    """Whatever the objective makes of them, what the network is trained on differs from the images within the span."""
+    spec = KINDS["robust.train"].model_validate(
+        {
+            "kind": "robust.train",
+            "name": "within",
+            "model": {"name": "cnn"},
+            "data": DATA,
+            "threats": {"linf" if objective == "fgsm_rs" else "l2": {"eps": 0.2, "steps": 3}},
+            "objective": {"name": objective},
+            "train": {"steps": 1},
+        }
+    )
+    x, y = torch.rand(80, 1, 5, 5), torch.arange(80) % 2
+    basis = eigenbasis(x, y, 6)
+    x, y, seen = 0.3 + 0.4 * x[:10], y[:10], []
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(25, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()) if module.training else None)
+    step = RobustStep(spec, model.train(), 10, basis)
+    generator = torch.Generator().manual_seed(0)
+    turn = Turn(0, 0, True, generator, PhaseTimers(), lambda value: value)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        step.step(model, (x, y), step.initial(), turn)
+    moved = [point - x for point in seen if not torch.equal(point, x)]
+    assert moved
+    within = Within("l2", 0.2, basis=basis.to(x), labels=y)
+    for delta in moved:
+        assert departure(x, x + delta, within).share.max() < 1e-4
+        assert delta.flatten(1).norm(dim=1).median() > 0.1
+
+
+def test_a_run_within_eigenspaces_is_another_run_and_a_rank_too_high_is_refused(store: str) -> None:
+    values = {
+        "model": {"name": "cnn", "width": 4},
+        "data": DATA,
+        "threats": {"linf": {"eps": 0.1, "steps": 2}},
+        "objective": {"name": "at"},
+        "train": {"epochs": 1, "optimizer": {"name": "sgd", "lr": 0.1}},
+        "evaluate": {"examples": 10},
+    }
+    runs = [
+        go(store, f"space-{rank}", "robust.train", **values, **({"eigenspace": {"rank": rank}} if rank else {}))
+        for rank in (0, 5)
+    ]
+    weights = [open_trained(store, run.name, CPU).model.state_dict()["body.0.weight"] for run in runs]
+    assert not torch.equal(*weights)
+    with pytest.raises(UserError, match=r"eigenspace.rank: class 0 has .* 60 are too many"):
+        go(store, "space-60", "robust.train", **values, eigenspace={"rank": 60})

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from poise.data.batches import Dataset
 from poise.data.sets import ImageSet, unit_pixels
 from poise.errors import UserError
+from poise.kinds.eigenspaces import eigenspaces
 from poise.kinds.measure import described
 from poise.kinds.robust_vae import open_vae
 from poise.kinds.specs.manifold import LatentSpec, RobustManifoldSpec
@@ -29,7 +30,7 @@ from poise.observe.events import event
 from poise.observe.progress import Progress
 from poise.robust.attacks import SEARCH, AttackResult, pgd
 from poise.robust.evaluate import Evaluation, EvaluationAttack, evaluate
-from poise.robust.manifold import Decoded, Departure, Eigenbasis, Latent, Within, departure, eigenbasis
+from poise.robust.manifold import Decoded, Departure, Eigenbasis, Latent, Within, departure
 from poise.robust.noise import Noise
 from poise.robust.spec import Norm, ThreatSpec
 from poise.robust.threats import Threat
@@ -60,7 +61,7 @@ def _measured(
 ) -> dict[str, Any]:
     """All that is said of one classifier."""
     threats = spec.threats or trained.spec.evaluate.threats or trained.spec.threats
-    basis = context.together(partial(_basis, spec, trained))
+    basis = context.together(partial(eigenspaces, spec.eigenspace, trained.data.train))
     bench = _Bench(spec, trained.data.test.select(slice(spec.examples)), context)
     searches = [_Search(where, norm, each, basis) for norm, each in threats.items() for where in _WHERE]
     found = bench.evaluate(trained.model, {f"{each.where}/{each.norm}": each for each in searches})
@@ -85,14 +86,6 @@ def _measured(
         "departure": {f"{each.where}/{each.norm}": each.left(bench) for each in searches},
         "latent": None if codes is None else _of_codes(codes),
     }
-
-
-def _basis(spec: RobustManifoldSpec, trained: Trained) -> Eigenbasis:
-    train, space = trained.data.train, spec.eigenspace
-    try:
-        return eigenbasis(unit_pixels(train.images), train.labels, space.rank, shared=space.shared)
-    except ValueError as error:
-        raise UserError(f"eigenspace.rank: in the training images of {trained.name!r} {error}") from None
 
 
 class _Search:

@@ -18,9 +18,10 @@ from poise.kinds.specs.robust import RobustTrainSpec
 from poise.robust.attacks import PERTURB, Loss, cross_entropy
 from poise.robust.averaging import MoreauEnvelope, WeightAverage
 from poise.robust.awp import WeightPerturbation
+from poise.robust.manifold import Eigenbasis, Within
 from poise.robust.objective_spec import Ramp
 from poise.robust.objectives import OBJECTIVES, GradientProjection, Play, initial_state
-from poise.robust.spec import ThreatSpec
+from poise.robust.spec import Norm, ThreatSpec
 from poise.robust.threats import Threat
 from poise.robust.training_spec import Averaging, Ema, Swa
 from poise.spec.seeds import derive_seed
@@ -34,9 +35,15 @@ _Batch = tuple[Tensor, Tensor]
 class RobustStep:
     """What a task of robust training does with each batch and after each step of the optimizer."""
 
-    def __init__(self, spec: RobustTrainSpec, model: nn.Module, steps_per_epoch: int) -> None:
-        """Raises UserError when averaging or the perturbation of weights would begin too late to do anything."""
+    def __init__(
+        self, spec: RobustTrainSpec, model: nn.Module, steps_per_epoch: int, basis: Eigenbasis | None = None
+    ) -> None:
+        """With a `basis`, perturbations stay in the eigenspace of each image's class (eigenspace adversarial training).
+
+        Raises UserError when averaging or the perturbation of weights would begin too late to do anything.
+        """
         self._spec, self._model = spec, model
+        self._basis = None if basis is None else basis.to(next(model.parameters()))
         total = spec.train.total_steps(steps_per_epoch)
         self._average = None if spec.averaging is None else _average(spec.averaging, steps_per_epoch, total)
         self._awp, self._awp_start = None, 0
@@ -65,7 +72,7 @@ class RobustStep:
         objective = OBJECTIVES[self._spec.objective.name]
         if self._awp is not None and turn.step >= self._awp_start:
             objective = partial(self._awp.objective, objective)
-        outcome = objective(model, *batch, self._play(part("objective", state), turn))
+        outcome = objective(model, *batch, self._play(batch[1], part("objective", state), turn))
         after = state | under("objective", outcome.state)
         if pull is None:
             return StepOutput(outcome.loss, outcome.metrics, after)
@@ -85,10 +92,13 @@ class RobustStep:
         """The averaged parameters after `step` steps; None without averaging, and before its first move."""
         return part("average", state) if self._average is not None and self._average.moves(step) else None
 
-    def _play(self, state: TaskState, turn: Turn) -> Play:
+    def _threat(self, norm: Norm, eps: float, y: Tensor) -> Threat:
+        return Threat(norm, eps) if self._basis is None else Within(norm, eps, basis=self._basis, labels=y)
+
+    def _play(self, y: Tensor, state: TaskState, turn: Turn) -> Play:
         threats = self._spec.threats.items()
         return Play(
-            attacks={norm: _Attack(Threat(norm, each.eps), each, turn) for norm, each in threats},
+            attacks={norm: _Attack(self._threat(norm, each.eps, y), each, turn) for norm, each in threats},
             options=self._spec.objective,
             state=state,
             step=turn.step,

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from poise.data.batches import Batches, Dataset, load
 from poise.errors import DamagedError
+from poise.kinds.eigenspaces import eigenspaces
 from poise.kinds.measure import described
 from poise.kinds.robust_step import RobustStep
 from poise.kinds.robust_watch import RobustWatch, attacked
 from poise.kinds.specs.robust import RobustTrainSpec
-from poise.kinds.trained import classifier
+from poise.kinds.trained import AVERAGED, classifier
 from poise.observe.progress import Progress
 from poise.observe.rows import Rows
 from poise.robust.averaging import assign, reestimate
@@ -33,15 +34,14 @@ from poise.train.task import Task, TaskState
 
 __all__ = ["run"]
 
-AVERAGED = "artifacts/averaged.safetensors"
-
 
 def run(spec: RobustTrainSpec, context: Context) -> None:
     """Train, then measure the best, the final and the averaged weights on the test split."""
     data = load(spec.data, spec.seed)
     model = classifier(spec, data).to(context.device)
     batches = _batches(spec, data, context)
-    steps = RobustStep(spec, model, spec.steps_per_epoch(batches.steps_per_epoch))
+    basis = context.together(partial(eigenspaces, spec.eigenspace, data.train)) if spec.eigenspace else None
+    steps = RobustStep(spec, model, spec.steps_per_epoch(batches.steps_per_epoch), basis)
     fitted = fit(_task(spec, data, model, batches, steps, context), spec.train, context)
     _measure(spec, data, model, batches, steps.averaged(fitted.state, fitted.final_step), fitted, context)
 

@@ -10,7 +10,7 @@ from poise.data.spec import DataSpec, known_sizes
 from poise.kinds.specs.cost import in_bytes
 from poise.models.spec import ModelSpec, num_parameters, state_bytes
 from poise.robust.objective_spec import Adt, Avg, Objective, Ramp, check, gradients_per_batch, losses_per_batch
-from poise.robust.spec import EvaluateSpec, Threats
+from poise.robust.spec import Eigenspace, EvaluateSpec, Threats
 from poise.robust.training_spec import Averaging, Awp, Monitors
 from poise.spec import RunSpec, mistake
 from poise.train.spec import TrainSpec
@@ -25,6 +25,9 @@ class RobustTrainSpec(RunSpec):
     model: ModelSpec = Field(description="architecture")
     data: DataSpec = Field(description="data set, batches and augmentation")
     threats: Threats = Field(description="attacks that the network is trained under, by norm")
+    eigenspace: Eigenspace | None = Field(
+        None, description="where perturbations of training stay; validation and test search the whole balls"
+    )
     objective: Objective = Field(Adt(), description="how the losses under the attacks become one")
     train: TrainSpec = Field(description="length, optimizer, schedule, checkpoints")
     averaging: Averaging | None = Field(None, description="average of the weights, measured beside the others")

@@ -52,9 +52,10 @@ class Within(Threat):
         """The nearest point of the subspace to each of delta (N, ...)."""
         flat = delta.flatten(1)
         inside = torch.empty_like(flat)
-        for rows, index in self._groups:
-            directions = self.basis.directions[index]
-            inside[rows] = flat[rows] @ directions.T @ directions
+        with torch.autocast(delta.device.type, enabled=False):  # in bf16 nothing would stay in the subspace
+            for rows, index in self._groups:
+                directions = self.basis.directions[index]
+                inside[rows] = flat[rows] @ directions.T @ directions
         return (flat - inside if self.off else inside).view_as(delta)
 
     def project(self, x: Tensor, delta: Tensor) -> Tensor:

@@ -1,0 +1,18 @@
+"""The eigenspaces of a data set, for kinds that train or attack within them."""
+
+from __future__ import annotations
+
+from poise.data.sets import ImageSet, unit_pixels
+from poise.errors import UserError
+from poise.robust.manifold import Eigenbasis, eigenbasis
+from poise.robust.spec import Eigenspace
+
+__all__ = ["eigenspaces"]
+
+
+def eigenspaces(spec: Eigenspace, train: ImageSet) -> Eigenbasis:
+    """The leading principal directions of the training images. UserError when these span too few."""
+    try:
+        return eigenbasis(unit_pixels(train.images), train.labels, spec.rank, shared=spec.shared)
+    except ValueError as error:
+        raise UserError(f"eigenspace.rank: {error}") from None
