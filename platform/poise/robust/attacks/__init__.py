@@ -6,9 +6,11 @@ from torch import Tensor
 
 from poise.robust.attacks.apgd import apgd, apgd_perturb
 from poise.robust.attacks.contract import AttackResult, BNMode, attack_mode
+from poise.robust.attacks.fab import fab
 from poise.robust.attacks.losses import LOSSES, Loss, cross_entropy, dlr, kl_from, margin
 from poise.robust.attacks.msd import msd, msd_perturb
 from poise.robust.attacks.pgd import perturb, pgd
+from poise.robust.attacks.square import square
 
 __all__ = [
     "LOSSES",
@@ -22,12 +24,14 @@ __all__ = [
     "attack_mode",
     "cross_entropy",
     "dlr",
+    "fab",
     "kl_from",
     "margin",
     "msd",
     "msd_perturb",
     "perturb",
     "pgd",
+    "square",
 ]
 
 SEARCH: dict[str, Callable[..., AttackResult]] = {"pgd": pgd, "apgd": apgd}

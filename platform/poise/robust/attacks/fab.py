@@ -1,0 +1,166 @@
+"""FAB-T, the targeted Fast Adaptive Boundary attack: looks for the nearest point that the model gets wrong.
+
+Source: Croce and Hein, "Minimally distorted adversarial examples with a fast adaptive boundary attack", 2020.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+
+from poise.robust.attacks.contract import (
+    AttackResult,
+    attack_mode,
+    column,
+    input_gradient,
+    require_finite,
+    scores,
+)
+from poise.robust.attacks.hyperplanes import Hyperplanes
+from poise.robust.attacks.losses import margin, targeted_margin
+from poise.robust.noise import Source, as_noise
+from poise.robust.spec import Norm
+from poise.robust.threats import ORDERS, Threat
+
+__all__ = ["Run", "fab"]
+
+_ALPHA_MAX, _OVERSHOOT, _BACKWARD = 0.1, 1.05, 0.9
+
+
+def fab(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: Threat,
+    *,
+    steps: int = 100,
+    restarts: int = 1,
+    targets: int | None = 9,
+    noise: Source = None,
+) -> AttackResult:
+    """Attack for evaluation: an example is fooled if the nearest wrong point, brought into the ball, is still wrong.
+
+    Targets are the classes of the highest logits at the image, one run each on the examples that stand. Later restarts
+    of a target start at random in the ball of radius eps / 2. Who stands keeps the image as `adversarial`.
+
+    Args:
+        model: maps (N, ...) images to (N, K) logits.
+        x, y: images (N, ...) in [0, 1]; true labels (N,) int64.
+        steps: gradients of one run; each costs two forwards and one backward.
+        restarts: runs for each target.
+        targets: how many of the K - 1 wrong classes are tried; None is all of them.
+        noise: see `noise.Source`.
+
+    Raises:
+        ValueError: a count below 1, or a model of one class.
+        PoiseError: the gradient of an example was not finite.
+    """
+    if min(steps, restarts, 1 if targets is None else targets) < 1:
+        raise ValueError(f"steps, restarts and targets are at least 1, not {steps}, {restarts} and {targets}")
+    streams, half = as_noise(noise, x), Threat(threat.norm, threat.eps / 2)
+    with attack_mode(model):
+        logits = scores(model, x)
+        adversarial, correct, ranked = x.clone(), logits.argmax(1) == y, _ranked(logits, y, targets)
+        for rank, restart in product(range(ranked.shape[1]), range(restarts)):
+            alive = correct.nonzero().flatten()
+            if len(alive) == 0:
+                break
+            image, label, start = x[alive], y[alive], x[alive]
+            if restart > 0:
+                draws = streams.pick(alive).at(rank).at(restart)
+                start = image + half.start_from(image, draws.uniform(image[0].numel() + 1, x.dtype))
+            run = Run(model, threat.norm, steps, alive)
+            point, _ = run.closest(image, label, ranked[alive, rank], start)
+            point = image + threat.project(image, point - image)
+            fooled = scores(model, point).argmax(1) != label
+            adversarial[alive], correct[alive] = torch.where(column(fooled, x), point, image), ~fooled
+    return AttackResult(adversarial, correct)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run towards one target per example; `rows` (N,): the places of the examples in their batch."""
+
+    model: nn.Module
+    norm: Norm
+    steps: int
+    rows: Tensor
+
+    def closest(self, x: Tensor, y: Tensor, target: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest point to x that the model gets wrong, of all that are met, and its distance (N,); x, inf if none.
+
+        Each step takes the tangent of f(z) = z_target - z_y at the point and goes beyond its zero, drawn a little
+        towards the zero nearest to the image; from a wrong point it then turns back towards the image. A search along
+        the segment to the image ends the run. Call it in `attack_mode`.
+        """
+        difference = partial(targeted_margin, target=target)
+        point, nearest = start, _Nearest(x, y, self.norm)
+        finite = torch.full((len(x),), self.steps, device=x.device)
+        for step in range(self.steps):
+            grad, value, logits = input_gradient(self.model, point, y, difference)
+            finite = torch.where(grad.flatten(1).abs().amax(1).isfinite(), finite, finite.clamp(max=step))
+            nearest.see(point, logits)
+            point = _step(x, point, grad, value, self.norm)
+            wrong = nearest.see(point, scores(self.model, point))
+            point = torch.where(column(wrong, x), torch.lerp(x, point, _BACKWARD), point)
+        require_finite(finite, self.steps, self.rows)
+        _search_segment(self.model, x, nearest)
+        return nearest.point, nearest.distance
+
+
+class _Nearest:
+    """Keeps, of the points it is shown, the nearest of each example that the model gets wrong."""
+
+    def __init__(self, x: Tensor, y: Tensor, norm: Norm) -> None:
+        self.x, self.y, self.order = x, y, ORDERS[norm]
+        self.point, self.margin = x, x.new_zeros(len(x))
+        self.distance = torch.full_like(self.margin, torch.inf)
+
+    def see(self, point: Tensor, logits: Tensor) -> Tensor:
+        """Whether the model is wrong at each point, bool (N,)."""
+        wrong = logits.argmax(1) != self.y
+        distance = torch.linalg.vector_norm((point - self.x).flatten(1), ord=self.order, dim=1)
+        nearer = wrong & (distance < self.distance)
+        self.point = torch.where(column(nearer, point), point, self.point)
+        self.distance = torch.where(nearer, distance, self.distance)
+        self.margin = torch.where(nearer, margin(logits, self.y).to(distance.dtype), self.margin)
+        return wrong
+
+
+def _ranked(logits: Tensor, y: Tensor, targets: int | None) -> Tensor:
+    """The wrong classes by falling logit, (N, targets) at most."""
+    classes = logits.shape[1]
+    if classes < 2:
+        raise ValueError("FAB needs a wrong class to aim at, the model has one class")
+    count = classes - 1 if targets is None else min(targets, classes - 1)
+    return logits.scatter(1, y.unsqueeze(1), -torch.inf).topk(count, dim=1).indices
+
+
+def _step(x: Tensor, point: Tensor, grad: Tensor, value: Tensor, norm: Norm) -> Tensor:
+    """From the tangent of f at `point`, `value` + grad . (z - point): beyond its zero, mixed with the image's."""
+    image, here, slope = x.flatten(1), point.flatten(1), grad.flatten(1)
+    value = value.to(slope.dtype)
+    planes = Hyperplanes(slope, norm)
+    own = planes.reach(here, -value)
+    other = planes.reach(image, torch.linalg.vecdot(slope, here - image) - value)
+    near, far = (torch.linalg.vector_norm(d, ord=ORDERS[norm], dim=1, keepdim=True) for d in (own, other))
+    alpha = (near / (near + far).clamp(min=torch.finfo(near.dtype).tiny)).clamp(max=_ALPHA_MAX)
+    mixed = torch.lerp(here + _OVERSHOOT * own, image + _OVERSHOOT * other, alpha)
+    return mixed.clamp(0, 1).view_as(x)
+
+
+def _search_segment(model: nn.Module, x: Tensor, nearest: _Nearest) -> None:
+    """Three secant steps on the segment from x to the nearest wrong point; each aims just beyond the boundary."""
+    right, below = x, margin(scores(model, x), nearest.y).to(x.dtype)
+    for _ in range(3):
+        rise = (nearest.margin - below).clamp(min=torch.finfo(x.dtype).tiny)
+        share = ((0.01 * nearest.margin - below) / rise).clamp(0, 1)
+        middle = torch.lerp(right, nearest.point, column(share, x))
+        logits = scores(model, middle)
+        wrong = nearest.see(middle, logits)
+        right = torch.where(column(wrong, x), right, middle)
+        below = torch.where(wrong, below, margin(logits, nearest.y).to(x.dtype))
