@@ -10,17 +10,22 @@ from typing import Any
 
 import torch
 import yaml
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from torch import Tensor, nn
 
 from poise.data.batches import Dataset, load
-from poise.errors import UserError
+from poise.errors import DamagedError, UserError
 from poise.kinds.specs.robust import RobustTrainSpec
 from poise.models.build import build
 from poise.spec.seeds import derive_seed
 from poise.store.runs import Run, open_run
 from poise.train.state import load_weights
 
-__all__ = ["Trained", "classifier", "open_trained", "trained_runs"]
+__all__ = ["AVERAGED", "Trained", "classifier", "open_trained", "trained_runs"]
+
+AVERAGED = "artifacts/averaged.safetensors"
+"""Where a run keeps its averaged model, if it has one: a plain state dict."""
 
 
 @dataclass(frozen=True)
@@ -61,22 +66,31 @@ def trained_runs(store: str, names: list[str]) -> tuple[list[str], list[str]]:
     return list(dict.fromkeys(found)), unfinished
 
 
-def open_trained(store: str, name: str, device: torch.device, checkpoint: str | None = None) -> Trained:
-    """Read the data and a checkpoint ("best", "final") of a finished run, by default the one that it has selected.
+def open_trained(store: str, name: str, device: torch.device, weights: str | None = None) -> Trained:
+    """Read the data and the "best", "final" or "averaged" weights of a finished run, by default what it has selected.
 
-    UserError when the run has no such checkpoint, DamagedError when that is not whole.
+    UserError when the run has no such weights, DamagedError when they are not whole.
     """
     run = open_run(store, name, must_exist=True)
     summary, spec = _summary(run), RobustTrainSpec.model_validate(yaml.safe_load(run.read("spec.yaml")))
-    data, selected = load(spec.data, spec.seed), checkpoint or summary["selected"]
-    steps = {"best": summary["best_step"], "final": summary["step"]}
-    if selected not in steps:
-        raise UserError(f"run {name!r} has left no {selected} weights: choose one of {', '.join(steps)}")
-    model, step = classifier(spec, data).to(device), steps[selected]
-    with tempfile.TemporaryDirectory(prefix="poise-") as scratch:
-        folder = run.checkpoints.fetch(run.checkpoints.at(step), Path(scratch) / "checkpoint")
-        load_weights(model, folder, device)
+    data, selected = load(spec.data, spec.seed), weights or summary["selected"]
+    model, step = classifier(spec, data).to(device), summary["best_step" if selected == "best" else "step"]
+    if selected == "averaged":
+        model.load_state_dict(_averaged(run))
+    else:
+        with tempfile.TemporaryDirectory(prefix="poise-") as scratch:
+            folder = run.checkpoints.fetch(run.checkpoints.at(step), Path(scratch) / "checkpoint")
+            load_weights(model, folder, device)
     return Trained(name, spec, data, model.eval(), selected, step)
+
+
+def _averaged(run: Run) -> dict[str, Tensor]:
+    try:
+        return dict(load_tensors(run.read(AVERAGED)))
+    except FileNotFoundError:
+        raise UserError(f"run {run.name!r} has left no averaged weights: it has best and final ones") from None
+    except SafetensorError as error:
+        raise DamagedError(f"{run.url}/{AVERAGED} is damaged: {error}") from None
 
 
 def _summary(run: Run) -> dict[str, Any]:
