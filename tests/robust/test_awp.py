@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from poise.robust.attacks import perturb
 from poise.robust.awp import WeightPerturbation, direction
-from poise.robust.objective_spec import At, Max
+from poise.robust.objective_spec import At, Max, Msd
 from poise.robust.objectives import OBJECTIVES, Play
 from poise.robust.threats import Threat
 
@@ -76,6 +76,26 @@ def test_the_loss_is_that_of_the_perturbed_weights_at_points_crafted_once_before
     losses = [nn.functional.cross_entropy(plain(point), y, reduction="none") for point in (x + 0.05, x)]
     assert torch.equal(out.loss, torch.stack(losses).amax(0).mean())
     assert all(torch.equal(a, b) for a, b in zip(net.buffers(), plain.buffers(), strict=True))  # two forwards, at w'
+
+
+def test_an_attack_on_several_threats_at_once_is_crafted_once_too(net, images):
+    crafted = []
+
+    def craft(attack: Callable[[], Tensor]) -> Tensor:
+        crafted.append(attack())
+        return crafted[-1]
+
+    attacks = {norm: _Ball(Threat(norm, eps)) for norm, eps in (("linf", 0.1), ("l2", 0.5))}
+    awp = WeightPerturbation(net, GAMMA)
+    out = awp.objective(OBJECTIVES["msd"], net, *images, Play(attacks, Msd(steps=2), craft=craft))
+    assert len(crafted) == 1
+    net.train()
+    assert torch.equal(out.loss, nn.functional.cross_entropy(net(crafted[0]), images[1]))
+
+
+class _Ball:
+    def __init__(self, threat: Threat) -> None:
+        self.threat = threat
 
 
 def test_without_a_step_the_weights_come_back_bit_for_bit_and_with_one_they_move_by_its_difference(net, images):
