@@ -75,7 +75,6 @@ def window_share(step: int, queries: int, p_init: float = 0.8) -> float:
     return p_init * 0.5 ** bisect_left(_HALVINGS, step * 10_000 // queries)
 
 
-@lru_cache(maxsize=64)
 def pair(height: int, width: int, order: int) -> Tensor:
     """(height, width) float64: two bumps, the upper positive and the lower negative, of l_order length one together.
 
@@ -92,6 +91,14 @@ def _bump(height: int, width: int, power: int) -> Tensor:
     tail = (torch.arange(1, max(height, width) // 2 + 2, dtype=torch.float64) ** -power).flip(0).cumsum(0).flip(0)
     away = [(torch.arange(n) - n // 2).abs() for n in (height, width)]
     return tail[torch.maximum(away[0].unsqueeze(1), away[1])]
+
+
+@lru_cache(maxsize=64)
+def _patterns(height: int, width: int, norm: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(2, height * width): the pair of bumps one above the other, and side by side."""
+    order = 2 if norm == "l2" else 1
+    both = torch.stack([pair(height, width, order).flatten(), pair(width, height, order).T.flatten()])
+    return both.to(device, dtype)
 
 
 @dataclass(frozen=True)
@@ -164,7 +171,8 @@ class _Search:
         side = max(min(H, W) // 5, 1)
         rows, columns = H // side, W // side
         draws = noise.uniform((C + 1) * rows * columns, torch.float64).view(-1, C + 1, rows * columns, 1)
-        patterns = self.patterns(side, side, x)[(draws[:, -1:, :, 0] < 0.5).long()]  # (n, 1, tiles, area)
+        turn = (draws[:, -1:, :, 0] < 0.5).long()
+        patterns = _patterns(side, side, self.threat.norm, x.dtype, x.device)[turn]  # (n, 1, tiles, area)
         tiles = (patterns * _signs(draws[:, :-1]).to(x.dtype)).transpose(2, 3).flatten(1, 2)
         down, right = H - rows * side, W - columns * side
         delta = nn.functional.fold(tiles, (H - down, W - right), side, stride=side)
@@ -177,7 +185,7 @@ class _Search:
         first = self.places(draw[:, 0:2], window)
         if self.threat.norm == "linf":
             return self.flip(x, best, first, signs)
-        turned = self.patterns(*window, x)[(draw[:, 4:5] < 0.5).long()]
+        turned = _patterns(*window, self.threat.norm, x.dtype, x.device)[(draw[:, 4:5] < 0.5).long()]
         return self.move(x, best, first, self.places(draw[:, 2:4], window), turned * signs)
 
     def flip(self, x: Tensor, best: Tensor, index: Tensor, signs: Tensor) -> Tensor:
@@ -211,16 +219,10 @@ class _Search:
         """Flat indices (n, C, area) of a window whose corner the two numbers draw (n, 2) choose."""
         C, H, W = self.grid
         height, width = window
-        corner = (draw * draw.new_tensor([H - height + 1, W - width + 1])).long()
+        top, left = (draw[:, :1] * (H - height + 1)).long(), (draw[:, 1:] * (W - width + 1)).long()
         rows, columns = (torch.arange(n, device=draw.device) for n in window)
         inside = (rows.unsqueeze(1) * W + columns).flatten()
-        return (corner[:, :1] * W + corner[:, 1:] + inside).unsqueeze(1).expand(-1, C, -1)
-
-    def patterns(self, height: int, width: int, like: Tensor) -> Tensor:
-        """(2, area): the pair of bumps one above the other, and side by side."""
-        order = 2 if self.threat.norm == "l2" else 1
-        both = torch.stack([pair(height, width, order).flatten(), pair(width, height, order).T.flatten()])
-        return both.to(like)
+        return (top * W + left + inside).unsqueeze(1).expand(-1, C, -1)
 
 
 def _require_numbers(sound: Tensor, steps: range, names: Tensor) -> None:
