@@ -104,9 +104,7 @@ def images() -> tuple[Tensor, Tensor]:
     return x, torch.randint(0, 5, (12,), generator=generator)
 
 
-@pytest.fixture(scope="session")
-def mnist(shared_data: Path) -> SimpleNamespace:
-    """The adversarially trained network `model` (linf 0.3) and the first 500 test images `x` and labels `y`."""
+def _mnist(shared_data: Path) -> SimpleNamespace:
     images, classifiers = shared_data / "images" / "mnist", shared_data / "classifiers"
     model = nn.Sequential(
         *(nn.Conv2d(1, 4, 5, 2, 2), nn.ReLU(), nn.Conv2d(4, 8, 5, 2, 2), nn.ReLU(), nn.Flatten()),
@@ -116,3 +114,9 @@ def mnist(shared_data: Path) -> SimpleNamespace:
     x = torch.tensor(idx((images / "t10k-images-idx3-ubyte.gz").read_bytes(), 3)[:500, None]) / 255
     y = torch.tensor(idx((images / "t10k-labels-idx1-ubyte.gz").read_bytes(), 1)[:500]).long()
     return SimpleNamespace(model=model, x=x, y=y)
+
+
+@pytest.fixture(scope="session")
+def mnist(shared_data: Path) -> SimpleNamespace:
+    """The adversarially trained network `model` (linf 0.3) and the first 500 test images `x` and labels `y`."""
+    return _mnist(shared_data)

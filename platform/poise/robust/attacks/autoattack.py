@@ -1,0 +1,170 @@
+"""AutoAttack: four attacks, none of which has anything to tune, each on the examples that withstood those before it.
+
+Source: Croce and Hein, 2020 and (l1) 2021; papers/adversarial.md, section 8.
+"""
+
+from __future__ import annotations
+
+import warnings
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from poise.robust.attacks.apgd import apgd
+from poise.robust.attacks.checks import masking, require_images, require_logits, suspicions
+from poise.robust.attacks.contract import AttackResult, attack_mode, scores
+from poise.robust.attacks.fab import fab
+from poise.robust.attacks.square import square
+from poise.robust.noise import Noise, Source, as_noise
+from poise.robust.threats import Threat
+
+__all__ = ["Stage", "UnionResult", "autoattack", "stages", "union_attack"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """An attack with all but the images bound: (model, x, y, noise) -> AttackResult."""
+
+    name: str
+    attack: Callable[..., AttackResult]
+    threat: Threat
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, noise: Source = None) -> AttackResult:
+        """Attack images x (N, ...) with labels (N,); of the noise it uses the streams that its name labels."""
+        streams = as_noise(noise, x).at(zlib.crc32(self.name.encode()))
+        return self.attack(model, x, y, self.threat, noise=streams, **self.options)
+
+
+def stages(threat: Threat, num_classes: int) -> tuple[Stage, ...]:
+    """The `standard` sequence: APGD-CE, APGD-T, FAB-T and Square, for a job to run one by one.
+
+    APGD takes 100 steps; under l1 its 100 are spread over radii 3, 2 and 1 times eps, with 5 runs of APGD-CE and 5
+    targets of APGD-T instead of 1 and 9. FAB-T has 9 targets, Square 5,000 queries. There are never more targets than
+    other classes; with 2 or 3 classes APGD-T climbs the targeted margin, since the targeted DLR loss needs 4.
+
+    Raises:
+        ValueError: fewer than two classes.
+    """
+    if num_classes < 2:
+        raise ValueError(f"an attack needs at least 2 classes to move between, not {num_classes}")
+    runs, targets = (5, 5) if threat.norm == "l1" else (1, 9)
+    others = num_classes - 1
+    return (
+        Stage("apgd-ce", apgd, threat, {"loss": "ce", "steps": 100, "restarts": runs}),
+        Stage("apgd-t", apgd, threat, {"loss": "targeted", "steps": 100, "targets": min(targets, others)}),
+        Stage("fab-t", fab, threat, {"steps": 100, "targets": min(9, others)}),
+        Stage("square", square, threat, {"queries": 5000}),
+    )
+
+
+def autoattack(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: Threat,
+    *,
+    version: Literal["standard"] = "standard",
+    noise: Source = None,
+    batch_size: int = 256,
+) -> AttackResult:
+    """Run `stages(threat, K)`, each from the original images of those examples that stand under all before it.
+
+    `adversarial` holds the point that fooled the model, or the image itself where none did. What should make one
+    doubt the result (see `checks`) is a UserWarning; the signs before the attack are sought on the first batch.
+
+    Args:
+        model: maps (N, ...) images to (N, K) logits, K >= 2.
+        x, y: images (N, ...) in [0, 1], N > 0; true labels (N,) int64.
+        noise: see `noise.Source`. The result hangs neither on the batch size nor on the other examples (up to the
+            rounding of the model).
+        batch_size: examples attacked at once.
+
+    Raises:
+        ValueError: no examples, pixels outside [0, 1] or not a number, labels that are no class, another version.
+        PoiseError: logits, or a gradient, that are not finite.
+    """
+    if version != "standard":
+        raise ValueError(f"version {version!r} of AutoAttack is not known here: use 'standard'")
+    clean, num_classes = _prepare(model, x, y, batch_size)
+    return _sequence(model, x, y, clean, stages(threat, num_classes), as_noise(noise, x), batch_size)
+
+
+@dataclass(frozen=True)
+class UnionResult:
+    """Which example withstood which threats.
+
+    Attributes:
+        names: of the threats, in the order in which they were tried.
+        adversarial: like x, the point that fooled the model first, or the image itself.
+        standing: bool (N, threats); column t is True where the model withstood threats 0..t. An example that has
+            fallen is not attacked again, so that a later False says nothing of that threat alone.
+    """
+
+    names: tuple[str, ...]
+    adversarial: Tensor
+    standing: Tensor
+
+    @property
+    def correct(self) -> Tensor:
+        """bool (N,): the examples that withstood the union of all threats."""
+        return self.standing[:, -1]
+
+
+def union_attack(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threats: Mapping[str, Threat],
+    *,
+    noise: Source = None,
+    batch_size: int = 256,
+) -> UnionResult:
+    """AutoAttack under each threat in turn, on the examples that stand under all threats before it.
+
+    The union is exact, and an example costs no more than its first defeat. Arguments, warnings and errors are those of
+    `autoattack`; also ValueError without a threat.
+    """
+    if not threats:
+        raise ValueError("a union of no threats: name at least one")
+    standing, num_classes = _prepare(model, x, y, batch_size)
+    streams, columns = as_noise(noise, x), []
+    adversarial = x.clone()
+    for name, threat in threats.items():
+        labelled = streams.at(zlib.crc32(name.encode()))
+        found = _sequence(model, x, y, standing, stages(threat, num_classes), labelled, batch_size)
+        fallen = standing & ~found.correct
+        adversarial[fallen], standing = found.adversarial[fallen], found.correct
+        columns.append(standing)
+    return UnionResult(tuple(threats), adversarial, torch.stack(columns, dim=1))
+
+
+def _prepare(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> tuple[Tensor, int]:
+    """Refuse what is no input, warn of what hides gradients: (which examples are right, bool (N,); classes)."""
+    require_images(x)
+    with attack_mode(model):
+        logits = torch.cat([scores(model, batch) for batch in torch.split(x, batch_size)])
+    require_logits(logits, y)
+    for sign in suspicions(model, x[:batch_size], y[:batch_size]):
+        warnings.warn(sign, stacklevel=3)
+    return logits.argmax(1) == y, logits.shape[1]
+
+
+def _sequence(
+    model: nn.Module, x: Tensor, y: Tensor, standing: Tensor, sequence: tuple[Stage, ...], noise: Noise, batch_size: int
+) -> AttackResult:
+    adversarial = x.clone()
+    for stage in sequence:
+        before, standing = standing, standing.clone()
+        for rows in torch.split(before.nonzero().flatten(), batch_size):
+            if len(rows):
+                found = stage(model, x[rows], y[rows], noise.pick(rows))
+                fallen = rows[~found.correct]
+                standing[rows], adversarial[fallen] = found.correct, found.adversarial[~found.correct]
+        if stage.name == "square" and (sign := masking(before, standing)):
+            warnings.warn(sign, stacklevel=3)
+    return AttackResult(adversarial, standing)

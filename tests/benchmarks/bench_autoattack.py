@@ -1,0 +1,99 @@
+"""AutoAttack beside pyautoattack: who stands under each, and seconds. Aims: one of 500 more at most, half the time.
+
+A linear model whose exact robustness is known, and the adversarially trained MNIST network of the shared data. Both run
+in one process on one thread; seconds are those of the processor, which other programs on the machine do not add to.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import time
+import warnings
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyautoattack
+import torch
+from torch import Tensor, nn
+
+from poise.robust.attacks.autoattack import autoattack
+from poise.robust.threats import Threat
+
+BATCH = 500
+LINEAR = {"linf": 0.014, "l2": 0.16, "l1": 1.5}
+MNIST = {"linf": 0.3, "l2": 1.5, "l1": 7.0}
+TESTS = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("POISE_SHARED_DATA", TESTS.parents[1] / "shared" / "data"))
+ORACLES = runpy.run_path(str(TESTS / "robust" / "conftest.py"))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model under a threat; `robust` bool (N,) is the truth where it is known."""
+
+    name: str
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    threat: Threat
+    robust: Tensor | None = None
+
+
+def cases() -> Iterator[Case]:
+    """64 images 3x8x8 of ten classes with the exact answer, then 500 of MNIST."""
+    generator = torch.Generator().manual_seed(0)
+    model, x = ORACLES["_Linear"](192, 10), torch.rand(64, 3, 8, 8, generator=generator)
+    nn.init.normal_(model.weight, generator=generator)
+    nn.init.zeros_(model.bias)
+    y = model(x).argmax(1)
+    for norm, eps in LINEAR.items():
+        robust = ORACLES["_slack"](deepcopy(model).double(), x.double(), y, norm, eps) > 0
+        yield Case("linear", model, x, y, Threat(norm, eps), robust)
+    if SHARED.is_dir():
+        mnist = ORACLES["_mnist"](SHARED)
+        for norm, eps in MNIST.items():
+            yield Case("mnist", mnist.model, mnist.x, mnist.y, Threat(norm, eps))
+
+
+def ours(case: Case) -> tuple[Tensor, float]:
+    """(which examples stand, seconds)."""
+    began = time.process_time()
+    standing = autoattack(case.model, case.x, case.y, case.threat, batch_size=BATCH).correct
+    return standing, time.process_time() - began
+
+
+def theirs(case: Case) -> tuple[Tensor, float]:
+    """(which examples stand, seconds)."""
+    began = time.process_time()
+    peer = pyautoattack.AutoAttack(case.model, norm=case.threat.norm.capitalize(), eps=case.threat.eps, seed=0)
+    adversarial, _ = peer.run_standard_evaluation(case.x, case.y, batch_size=BATCH)
+    return case.model(adversarial).argmax(1) == case.y, time.process_time() - began
+
+
+def compare(case: Case) -> None:
+    (mine, my_seconds), (reference, seconds) = ours(case), theirs(case)
+    words = [
+        f"  {case.name:<6} {case.threat.norm:<4} eps {case.threat.eps:<5g} {len(case.x)} images",
+        f"standing {int(mine.sum())} and {int(reference.sum())} (pyautoattack)",
+        f"{int((mine & ~reference).sum())} and {int((~mine & reference).sum())} under that one alone",
+        f"seconds {my_seconds:.1f} and {seconds:.1f}, ratio {my_seconds / seconds:.2f}",
+    ]
+    if case.robust is not None:
+        wrong, wrong_reference = (int((found != case.robust).sum()) for found in (mine, reference))
+        words.append(f"mismatches with the closed form {wrong} and {wrong_reference}")
+    print("   ".join(words), flush=True)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for case in cases():
+            compare(case)
+
+
+if __name__ == "__main__":
+    main()
