@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from poise.robust.attacks.apgd import apgd, apgd_perturb
+from poise.robust.attacks.autoattack import UnionResult, autoattack, union_attack
 from poise.robust.attacks.contract import AttackResult, BNMode, attack_mode
 from poise.robust.attacks.fab import fab
 from poise.robust.attacks.losses import LOSSES, Loss, cross_entropy, dlr, kl_from, margin
@@ -19,9 +20,11 @@ __all__ = [
     "AttackResult",
     "BNMode",
     "Loss",
+    "UnionResult",
     "apgd",
     "apgd_perturb",
     "attack_mode",
+    "autoattack",
     "cross_entropy",
     "dlr",
     "fab",
@@ -32,6 +35,7 @@ __all__ = [
     "perturb",
     "pgd",
     "square",
+    "union_attack",
 ]
 
 SEARCH: dict[str, Callable[..., AttackResult]] = {"pgd": pgd, "apgd": apgd}
