@@ -295,3 +295,24 @@ def test_a_loss_that_is_not_finite_names_the_example_and_the_step(name: str) -> 
     losses = {"linf": [1.0, 1.0, 1.0], "l2": [1.0, 1.0, float("nan")], "l1": [1.0, 1.0, 1.0]}
     with pytest.raises(PoiseError, match="under l2 of example 2 of the batch is nan at step 41"):
         _run(OBJECTIVES[name], losses, initial_state(OPTIONS[name], NORMS), OPTIONS[name], n=3, step=41)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("case", ["constant", "two classes, one example", "a thousand classes", "eps 0"])
+def test_the_ends_of_the_range_are_handled(name: str, case: str) -> None:
+    classes, n = (2, 1) if "two" in case else (1000 if "thousand" in case else 5, 6)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 16), nn.ReLU(), nn.Linear(16, classes))
+    if case == "constant":
+        nn.init.zeros_(model[3].weight)
+    norms, options = NORMS[: WANTED.get(name, 3)], OPTIONS[name]
+    threats = {norm: Threat(norm, 0.0 if case == "eps 0" else EPS[norm]) for norm in norms}
+    attacks = {norm: _Bound(perturb, threat=threat, steps=2) for norm, threat in threats.items()}
+    x = torch.rand(n, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(n) % classes
+    out = OBJECTIVES[name](model, x, y, Play(attacks, options, initial_state(options, norms), draw=0.9))
+    out.loss.backward()
+    assert out.loss.isfinite()
+    assert all(value.isfinite() for value in out.metrics.values())
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+    if case == "eps 0" and name not in {"mart", "gradalign"}:
+        torch.testing.assert_close(out.loss, nn.functional.cross_entropy(model(x), y))
