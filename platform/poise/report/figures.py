@@ -32,6 +32,7 @@ __all__ = [
     "legend",
     "loss_curves",
     "phase_bars",
+    "plot",
     "speed",
     "to_svg",
     "weight_curves",
@@ -92,7 +93,7 @@ def _swatch(tone: str, text: str, shade: float = 1.0) -> Line2D:
     return Line2D([], [], color=tone, alpha=shade, lw=7, solid_capstyle="butt", label=text)
 
 
-def _plot(axes: Axes, rows: pa.Table, split: str, name: str, **style: Any) -> bool:
+def plot(axes: Axes, rows: pa.Table, split: str, name: str, **style: Any) -> bool:
     """Draw one series against epochs, if the run has it; a single point gets a marker, or nothing would be seen."""
     series = curve(rows, split, name).thinned()
     if len(series):
@@ -110,10 +111,10 @@ def loss_curves(rows: pa.Table) -> Figure | None:
     """Training objective, its parts per threat and the validation loss; None without any."""
     figure, axes = canvas(HALF, 2.9, "epoch", "loss (nats)")
     threats = _several(names(rows, "train", "loss/"))
-    drawn = [_plot(axes, rows, "train", f"loss/{t}", color=colour(t, threats), lw=1.1, label=label(t)) for t in threats]
+    drawn = [plot(axes, rows, "train", f"loss/{t}", color=colour(t, threats), lw=1.1, label=label(t)) for t in threats]
     drawn += [
-        _plot(axes, rows, "train", "loss", color=INK, label="training objective"),
-        _plot(axes, rows, "validation", "loss", color=INK, ls=(0, (3, 2)), lw=1.3, label="validation"),
+        plot(axes, rows, "train", "loss", color=INK, label="training objective"),
+        plot(axes, rows, "validation", "loss", color=INK, ls=(0, (3, 2)), lw=1.3, label="validation"),
     ]
     if not any(drawn):
         return None
@@ -133,7 +134,7 @@ def accuracy_curves(rows: pa.Table, best_step: int | None = None) -> Figure | No
         found = _accuracies(rows, split)
         for measure, name in found.items():
             width = 1.9 if split == "validation" else 1.2
-            _plot(axes, rows, split, name, color=colour(measure, list(found)), ls=style, lw=width)
+            plot(axes, rows, split, name, color=colour(measure, list(found)), ls=style, lw=width)
             measures.setdefault(measure, []).append(split)
     if not measures:
         return None
@@ -184,7 +185,7 @@ def weight_curves(rows: pa.Table) -> Figure | None:
         return None
     figure, axes = canvas(HALF, 2.9, "epoch", "weight in the objective")
     for threat in threats:
-        _plot(axes, rows, "train", f"weight/{threat}", color=colour(threat, threats), label=label(threat))
+        plot(axes, rows, "train", f"weight/{threat}", color=colour(threat, threats), label=label(threat))
     axes.set_ylim(bottom=0)
     legend(axes)
     return figure
@@ -203,7 +204,7 @@ def speed(rows: pa.Table) -> Figure | None:
 @matplotlib.rc_context(STYLE)
 def _single(rows: pa.Table, split: str, name: str, ylabel: str) -> Figure | None:
     figure, axes = canvas(HALF, 2.5, "epoch", ylabel)
-    if not _plot(axes, rows, split, name, color=INK):
+    if not plot(axes, rows, split, name, color=INK):
         return None
     axes.set_ylim(bottom=0)
     return figure

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from poise.report import figures
-from poise.report.blocks import Cell, Column, Drawn, Grid, Line, Section, draw, percent
+from poise.report import figures, figures_robust
+from poise.report.blocks import Cell, Column, Drawn, Grid, Line, Section, draw, number, percent
 from poise.report.curves import colour, label, ordered
 from poise.report.record import RunRecord
 
@@ -26,7 +26,30 @@ def _grids(records: Sequence[RunRecord]) -> Iterator[Grid]:
         columns=[Column(label(m), _css(colour(m, measures))) for m in measures],
         lines=[_line(r, c, measures, top) for r in records for c in r.checkpoints or [""]],
     )
+    yield from _overfitting(records, measures)
     yield from _attacks(records)
+
+
+def _overfitting(records: Sequence[RunRecord], measures: Sequence[str]) -> Iterator[Grid]:
+    """How much better the best checkpoint is than the final one; a run that was stopped says why."""
+    differences = {record.name: record.summary.get("best_minus_final") or {} for record in records}
+    if not any(differences.values()):
+        return
+    lines = []
+    for record in records:
+        found = {name.removeprefix("robust/"): value for name, value in differences[record.name].items()}
+        points = {m: None if found.get(m) is None else 100 * found[m] for m in measures}
+        stopped = record.summary.get("stopped") or {}
+        note = f"stopped at step {stopped['step']:,}: {stopped['why']}" if stopped else ""
+        lines.append(Line(record.name, note, [number(value, form="+.1f") for value in points.values()], True))
+    yield Grid(
+        title="",
+        caption="Test accuracy of the best checkpoint minus that of the final one, in points. The best is chosen on "
+        "held-out training images. A large difference is robust overfitting.",
+        heading="run",
+        columns=[Column(label(m)) for m in measures],
+        lines=lines,
+    )
 
 
 def _css(tone: str) -> str:
@@ -77,6 +100,13 @@ def _details(anchor: str, record: RunRecord) -> Iterator[Drawn | None]:
                "training attack. A widening gap is robust overfitting.")  # fmt: skip
     yield draw(f"{anchor}-weights", "Adaptive weights", figures.weight_curves(rows),
                "Weight of each threat in the training objective.")  # fmt: skip
+    yield draw(f"{anchor}-gap", "Robust gap", figures_robust.gap_curves(rows),
+               "Accuracy on training images minus that on held-out ones, under equal attacks.")  # fmt: skip
+    yield draw(f"{anchor}-overfitting", "Catastrophic overfitting", figures_robust.overfitting_curves(rows),
+               "A fixed batch of training images: accuracy under one step and under many, and the cosine between input "
+               "gradients at the image and at a random point of the ball. Dashed: alarm.")  # fmt: skip
+    yield draw(f"{anchor}-steps", "Sum of step sizes", figures_robust.step_sizes(rows),
+               "Bounds on the robust gap by stability grow with it.")  # fmt: skip
 
 
 SECTION = Section("Robustness", _grids, _drawings, _details)
