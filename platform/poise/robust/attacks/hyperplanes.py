@@ -55,8 +55,8 @@ def _level(size: Tensor, pull: Tensor, room: Tensor, need: Tensor) -> Tensor:
     gain, slope, t = size * room, size * pull, torch.zeros_like(need)
     for _ in range(_ROUNDS):
         free = room > t * pull
-        missing = need - gain.masked_fill(free, 0).sum(1, keepdim=True)
-        steepness = (slope * free).sum(1, keepdim=True).clamp(min=_tiny(need))
+        missing = need - torch.where(free, 0, gain).sum(1, keepdim=True)
+        steepness = torch.where(free, slope, 0).sum(1, keepdim=True).clamp(min=_tiny(need))
         before, t = t, torch.maximum(t, missing / steepness).clamp(max=torch.finfo(need.dtype).max)
         if t.device.type == "cpu" and torch.equal(before, t):  # elsewhere the question costs more than the rounds
             break
