@@ -47,7 +47,7 @@ class Mea(_Average):
     )
     every: Every = Field(default=Every(epochs=1), description="interval between two moves of the anchor")
     pull: Annotated[Real, Field(ge=0, le=1_000_000)] = Field(
-        default=Real("5e-4"), description="p of the penalty, p/2 times the squared distance of weights and anchor; 0: none"
+        default=Real("5e-4"), description="p of the penalty: p/2 times the squared distance to the anchor; 0: none"
     )
     rule: Literal["swa", "const", "ema"] = Field(
         default="swa", description="how far the t-th move of the anchor goes: 1/t, `rate`, or as an EMA with `decay`"
