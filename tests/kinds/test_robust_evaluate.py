@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import save_file
+from pydantic import ValidationError
+from rich.console import Console
+from safetensors.torch import load, save, save_file
 from torch import nn
 
 from poise import kinds
 from poise.data.sets import unit_pixels
 from poise.engine.session import claim
-from poise.errors import PoiseError, UserError
-from poise.kinds.specs.evaluation import RobustEvaluateSpec
+from poise.errors import DamagedError, PoiseError, UserError
+from poise.kinds.specs.evaluation import AUTOATTACK, RobustEvaluateSpec
 from poise.kinds.specs.robust import RobustTrainSpec
-from poise.kinds.trained import open_trained
+from poise.kinds.trained import AVERAGED, open_trained
 from poise.report.curves import wilson
+from poise.report.evaluation import falling
+from poise.report.page import load_record, render
+from poise.report.table import comparison
 from poise.robust.attacks import pgd
+from poise.robust.attacks.autoattack import stages as standard
 from poise.robust.evaluate import evaluate
 from poise.robust.threats import Threat
 from poise.spec import RunSpec, dump
@@ -88,7 +97,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
         "kind": "robust.train", "name": "small", "store": folder, "model": {"name": "cnn", "width": 4},
         "data": {"name": "digits", "batch_size": 50, "limit": 600, "validation": 50},
         "threats": {"linf": {"eps": 0.05, "steps": 1}}, "objective": {"name": "at"},
-        "train": {"epochs": 4, "optimizer": {"name": "sgd", "lr": 0.1}}, "evaluate": {"examples": 20},
+        "train": {"epochs": 4, "optimizer": {"name": "sgd", "lr": 0.1}}, "evaluate": {"examples": 60},
+        "averaging": {"name": "ema", "decay": 0.5},
     }  # fmt: skip
     finish(RobustTrainSpec.model_validate(values))
     return folder
@@ -133,15 +143,80 @@ def test_the_summary_is_what_the_matrix_says(finished):
     for measure, share in summary["accuracy"]["best"].items():
         assert share == pytest.approx(sum(found[measure]) / 90)
         assert summary["intervals"][measure] == pytest.approx(wilson(share, 90))
-    assert summary["threats"] == {"linf": "linf, eps 1/20", "l2": "l2, eps 0.5"}
+    assert summary["threats"] == {"linf": "linf eps 1/20", "l2": "l2 eps 0.5"}
     stages = {stage["name"]: stage for stage in summary["stages"]}
-    assert stages["pgd-linf"]["attack"] == "PGD-5, eps 1/20, step 0.025, 2 runs, margin"
+    assert stages["pgd-linf"]["attack"] == "PGD, eps 1/20, loss margin, steps 5, restarts 2, random start"
     assert stages["pgd-linf"]["attacked"] == sum(map(bool, found["fgsm-linf"]))
     assert stages["pgd-linf"]["standing"] == summary["accuracy"]["best"]["robust/linf"]
     assert stages["pgd-linf"]["union"] == summary["accuracy"]["best"]["robust/union"]
     assert stages["fgsm-linf"]["gradients"] == stages["fgsm-linf"]["attacked"]
     assert stages["clean"]["queries"] == 90
     assert summary["warnings"] == []
+
+
+L1 = {"norm": "l1", "eps": 2}
+EVERY = [
+    {"attack": "fgsm", "threat": LINF},
+    {"attack": "pgd", "threat": L1, "steps": 3, "sparsity": [2, 5], "restarts": 2},
+    {"attack": "apgd", "threat": L2, "steps": 10},
+    {"attack": "apgd", "threat": L1, "steps": 10, "name": "apgd-l1"},
+    {"attack": "apgd", "threat": LINF, "steps": 8, "loss": "targeted", "targets": 2, "restarts": 2},
+    {"attack": "fab", "threat": L2, "steps": 5, "targets": 2, "restarts": 2},
+    {"attack": "square", "threat": LINF, "queries": 40, "restarts": 2},
+    {"attack": "msd", "threats": {"linf": "1/20", "l1": 2}, "steps": 5, "restarts": 2},
+]
+
+
+@pytest.fixture(scope="module")
+def every(store: str) -> Run:
+    return attacked(store, "every", attacks=EVERY, examples=40, batch_size=40)
+
+
+def test_every_attack_keeps_to_what_was_estimated(every):
+    stages = told(every)["stages"][1:]
+    spec = spec_of("runs", "every", attacks=EVERY)
+    assert [stage["name"] for stage in stages] == [
+        "fgsm-linf", "pgd-l1", "apgd-ce-l2", "apgd-l1", "apgd-targeted-linf", "fab-l2", "square-linf", "msd-linf-l1"
+    ]  # fmt: skip
+    for stage, planned in zip(stages, spec.attacks, strict=True):
+        gradients, queries = planned.spent()
+        assert 0 < stage["queries"] <= queries * stage["attacked"], stage
+        assert stage["gradients"] <= gradients * stage["attacked"], stage
+        assert (stage["gradients"] == 0) == (stage["name"] == "square-linf")
+    assert stages[4]["attack"] == "APGD, eps 1/20, loss targeted, steps 8, restarts 2, targets 2"
+    assert stages[7]["attack"] == "MSD, linf eps 1/20 and l1 eps 2, steps 5, restarts 2"
+
+
+def test_a_union_of_balls_is_tried_on_what_stands_under_each(every):
+    found, summary = matrix(every), told(every)
+    alone = [a and b for a, b in zip(found["robust/linf"], found["robust/l1"], strict=True)]
+    assert [value is not None for value in found["msd-linf-l1"]] == alone
+    assert found["robust/linf+l1"] == [bool(value) for value in found["msd-linf-l1"]]
+    assert summary["accuracy"]["best"]["robust/union"] <= summary["accuracy"]["best"]["robust/linf+l1"]
+
+
+def test_autoattack_is_its_four_stages_under_each_threat(store):
+    attacks = [{"attack": "autoattack", "threats": {"l2": 5, "linf": "1/2"}, "name": "aa"}]
+    run = attacked(store, "standard", attacks=attacks, examples=8)
+    parts = ["apgd-ce", "apgd-t", "fab-t", "square"]
+    stages = told(run)["stages"][1:]
+    assert [stage["name"] for stage in stages] == [f"aa-{part}-{norm}" for norm in ("l2", "linf") for part in parts]
+    assert stages[1]["attack"] == "AutoAttack apgd-t, eps 5, loss targeted, steps 100, targets 9"
+    assert told(run)["accuracy"]["best"]["robust/union"] == 0
+    keys = [key for stage in spec_of("runs", "x", attacks=attacks).attacks for key in stage.keys]
+    assert [part.name for part in standard(Threat("l2", 1), 10)] == list(AUTOATTACK)
+    assert keys == [stage["name"] for stage in stages]
+
+
+def test_two_radii_of_one_norm_are_two_threats(store):
+    attacks = [
+        {"attack": "fgsm", "threat": {"norm": "linf", "eps": eps}, "name": name}
+        for name, eps in [("a", 0), ("b", "1/5")]
+    ]
+    run = attacked(store, "radii", attacks=attacks)
+    accuracy = told(run)["accuracy"]["best"]
+    assert list(accuracy) == ["clean", "robust/linf 0", "robust/linf 1/5", "robust/union"]
+    assert accuracy["robust/linf 0"] == accuracy["clean"] > accuracy["robust/linf 1/5"] == accuracy["robust/union"]
 
 
 def test_a_killed_evaluation_goes_on_where_it_stopped(store, finished, tmp_path):
@@ -266,6 +341,23 @@ def test_a_state_dict_that_does_not_fit_says_what_differs(store, tmp_path, chang
     refused(store, message, model=model, data=DIGITS)
 
 
+@pytest.mark.parametrize("weights", ["best", "final", "averaged"])
+def test_all_weights_of_a_run_can_be_chosen(store, finished, weights):
+    run = attacked(
+        store, f"of-{weights}", model={"run": "small", "checkpoint": weights}, attacks=ATTACKS[:1], examples=60
+    )
+    known = told(open_run(store, "small"))["accuracy"]
+    assert told(run)["accuracy"][weights]["clean"] == known[weights]["clean"]
+    same = told(run)["weights_sha256"] == told(finished)["weights_sha256"]
+    assert same == (weights == "best") or weights == "final"  # the final weights may be the best ones
+
+
+def test_a_run_without_an_average_has_no_averaged_weights(store):
+    shutil.copytree(Path(store, "small"), Path(store, "plain"))
+    Path(store, "plain", AVERAGED).unlink()
+    refused(store, "has left no averaged weights", model={"run": "plain", "checkpoint": "averaged"})
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [("gone.safetensors", "there is no"), ("model.pt", "pickles are never read"), ("bad.safetensors", "is damaged")],
@@ -350,8 +442,105 @@ def test_a_module_that_is_not_there_is_named(store):
 
 @pytest.mark.parametrize(
     ("model", "message"),
-    [({"run": "smal"}, "is it 'small'"), ({"run": "whole"}, "trains no classifier"),
-     ({"run": "small", "checkpoint": "averaged"}, "has left no averaged weights")],
-)  # fmt: skip
+    [({"run": "smal"}, "is it 'small'"), ({"run": "whole"}, "trains no classifier")],
+)
 def test_a_run_that_has_no_such_model_is_refused(store, finished, model, message):
     refused(store, message, model=model)
+
+
+def test_kept_points_are_judged_again(store, finished):
+    run = attacked(store, "again", model=None, examples=None, attacks=[], reverify={"run": "whole"})
+    rows = pq.read_table(io.BytesIO(run.read("artifacts/reverified.parquet"))).to_pylist()
+    found, summary = matrix(finished), told(run)
+    for stage in ("fgsm-linf", "pgd-l2", "pgd-linf"):
+        fooled = [example for example, value in enumerate(found[stage]) if value is False]
+        assert [row["example"] for row in rows if row["stage"] == stage] == fooled
+        assert summary["reverified"]["stages"][stage] == dict.fromkeys(("kept", "fools", "feasible"), len(fooled))
+    assert all(row["excess"] <= 0 and row["outside"] == 0 and row["margin"] > 0 for row in rows)
+    assert summary["warnings"] == []
+
+
+def test_drift_of_what_was_kept_is_seen(store, finished):
+    """A run whose points were made under other weights, in a larger ball, and of which one is outside the box."""
+    attacks = [{"attack": "pgd", "threat": {"norm": "linf", "eps": 0.2}, "steps": 3, "name": "far"}]
+    spec = spec_of(store, "far", attacks=attacks, keep_adversarial=True, batch_size=90)
+    run = finish(spec)
+    near = spec.model_copy(update={"attacks": spec_of(store, "x", attacks=[{**attacks[0], "threat": LINF}]).attacks})
+    run.write("spec.yaml", dump(near).encode())
+    (name,) = run.files("artifacts/adversarial/")
+    kept = load(run.read(name))
+    trained = open_trained(store, "small", torch.device("cpu"))
+    kept["image"][0] = trained.data.test.images[kept["example"][0]]  # back at the image, where the model is right
+    kept["image"][1, 0, 0, 0] = 1.5
+    data = save(kept)
+    run.write(name, data)
+    with pytest.raises(DamagedError, match="SHA-256"):
+        attacked(store, "not-vouched-for", model=None, examples=None, attacks=[], reverify={"run": "far"})
+    verdict = name.replace("adversarial", "verdicts").replace("safetensors", "parquet")
+    table = pq.read_table(io.BytesIO(run.read(verdict)))
+    told_of_it = json.loads(table.schema.metadata[b"poise"]) | {"sha256": hashlib.sha256(data).hexdigest()}
+    sink = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata({"poise": json.dumps(told_of_it)}), sink)
+    run.write(verdict, sink.getvalue())
+    again = attacked(store, "drift", model=None, examples=None, attacks=[], reverify={"run": "far"})
+    rows = pq.read_table(io.BytesIO(again.read("artifacts/reverified.parquet"))).to_pylist()
+    assert (rows[0]["fools"], rows[0]["feasible"], rows[0]["excess"]) == (False, True, pytest.approx(-0.05, rel=1e-3))
+    assert rows[1]["outside"] == pytest.approx(0.5)
+    assert rows[2]["excess"] == pytest.approx(0.15, abs=1e-4)
+    count = len(rows)
+    assert told(again)["reverified"]["stages"]["far"] == {"kept": count, "fools": count - 1, "feasible": 1}
+    assert len(told(again)["warnings"]) == 2
+
+
+@pytest.mark.parametrize(("name", "message"), [("small", "attacks nothing"), ("unkept", "kept no adversarial example")])
+def test_a_run_that_has_kept_nothing_is_refused(store, finished, name, message):
+    if name == "unkept":
+        attacked(store, "unkept", attacks=ATTACKS[:1])
+    refused(store, message, model=None, examples=None, attacks=[], reverify={"run": name})
+
+
+@pytest.mark.parametrize(
+    ("changes", "path", "message"),
+    [
+        ({"model": None}, "model", "run: RUN, file: FILE or function"),
+        ({"model": {}}, "model", "one of run"),
+        ({"model": {"run": "a", "file": "b"}}, "model", "one of run"),
+        ({"model": {"run": "a", "width": 3}}, "width", "that of a run is known"),
+        ({"model": {"function": "a.b"}}, "function", "not of the form"),
+        ({"model": {"function": "a:b", "checkpoint": "best"}}, "checkpoint", "only a run"),
+        ({"model": {"file": "a"}}, "data", "is required"),
+        ({"attacks": []}, "attacks", "at least one"),
+        ({"attacks": [ATTACKS[0], ATTACKS[0]]}, "attacks.1", "fgsm-linf is taken"),
+        ({"attacks": [{**ATTACKS[0], "name": "clean"}]}, "attacks.0", "clean is taken"),
+        ({"attacks": [{**ATTACKS[1], "sparsity": 3}]}, "sparsity", "l1 alone"),
+        ({"attacks": [{"attack": "apgd", "threat": L2, "targets": 3}]}, "targets", "has no targets"),
+        ({"reverify": {"run": "a"}}, "model", "a has chosen that"),
+    ],
+)
+def test_a_spec_that_makes_no_sense_is_refused(changes, path, message):
+    with pytest.raises(ValidationError) as caught:
+        spec_of("runs", "bad", **changes)
+    (problem,) = caught.value.errors()
+    assert message in problem["msg"]
+    assert problem.get("ctx", {}).get("path", "model") == path
+
+
+def test_it_is_shown_on_a_page_and_in_a_terminal(store, finished):
+    record = load_record(finished)
+    page = render([record], "evaluation")
+    for text in ("Each stage attacks", "PGD, eps 1/20,", "Accuracy along the stages", "run small, best, test, n=90"):
+        assert text in page
+    low, high = wilson(record.accuracy()["union"], 90)
+    assert f"{100 * low:.1f}\u2013{100 * high:.1f}" in page
+    (axes,) = falling(record.summary["stages"]).axes
+    lines = {line.get_label(): line.get_ydata() for line in axes.get_lines()}
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["clean", "fgsm-linf", "pgd-l2", "pgd-linf"]
+    assert lines["union"][-1] == record.accuracy()["union"]
+    assert all(before >= after for line in lines.values() for before, after in pairwise(line))
+    terminal = Console(file=io.StringIO(), width=80)
+    for table in comparison([record]):
+        terminal.print(table)
+    assert "pgd-linf" in terminal.file.getvalue()
+    assert max(map(len, terminal.file.getvalue().splitlines())) <= 80
+    again = attacked(store, "paged", model=None, examples=None, attacks=[], reverify={"run": "whole"})
+    assert "Kept adversarial examples" in render([load_record(again)], "again")

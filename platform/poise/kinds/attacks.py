@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
 
 from poise.errors import UserError
-from poise.kinds.specs.evaluation import BallSpec, FgsmStage, PgdStage, Stage
-from poise.robust.attacks import LOSSES, AttackResult, pgd
+from poise.kinds.specs.evaluation import AutoAttackStage, BallSpec, MsdStage, Stage
+from poise.robust.attacks import LOSSES, AttackResult, apgd, fab, msd, pgd, square
+from poise.robust.attacks.autoattack import stages as standard
 from poise.robust.evaluate import EvaluationAttack
 from poise.robust.noise import Noise
-from poise.robust.spec import ThreatSpec
 from poise.robust.threats import Threat
 
-__all__ = ["BoundStage", "bind", "bound", "search_words", "threat_names"]
+__all__ = ["BoundStage", "bind", "bound", "threat_names"]
 
 
 @dataclass(frozen=True)
@@ -40,21 +40,15 @@ class BoundStage:
         return "+".join(self.threats)
 
 
-def bound(attack: Callable[..., AttackResult], threat: Threat, **options: Any) -> EvaluationAttack:
+def bound(
+    attack: Callable[..., AttackResult], threat: Threat | Mapping[str, Threat], **options: Any
+) -> EvaluationAttack:
     """An attack of the robust room with all but the images bound."""
 
     def attacked(model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> AttackResult:
         return attack(model, x, y, threat, noise=noise, **options)
 
     return attacked
-
-
-def search_words(threat: ThreatSpec) -> str:
-    """Gradient ascent for tables and pages, eps as it was written."""
-    if threat.attack == "apgd":
-        return f"APGD-{threat.steps}, eps {threat.eps}, {_runs(threat.restarts)}"
-    step = threat.step_size or f"{min(2.5 * threat.eps / threat.steps, threat.eps):.4g}"
-    return f"PGD-{threat.steps}, eps {threat.eps}, step {step}, {_runs(threat.restarts)}"
 
 
 def threat_names(stages: Sequence[Stage]) -> dict[BallSpec, str]:
@@ -74,17 +68,38 @@ def bind(stages: Sequence[Stage], num_classes: int) -> list[BoundStage]:
 
 
 def _bound(stage: Stage, names: dict[BallSpec, str], num_classes: int) -> Iterator[BoundStage]:
-    ball = Threat(stage.threat.norm, stage.threat.eps)
-    one = partial(BoundStage, stage.key, (names[stage.threat],))
-    match stage:
-        case FgsmStage():
-            attack = bound(pgd, ball, steps=1, step_size=float(ball.eps), random_start=False)
-            yield one(attack, f"FGSM, eps {stage.threat.eps}")
-        case PgdStage():
-            search = stage.search()
-            attack = bound(pgd, ball, loss=LOSSES[stage.loss], **search.options())
-            yield one(attack, f"{search_words(search)}, {stage.loss}")
+    """What a stage of the spec runs: itself, or the attacks that it stands for."""
+    threats: dict[str, Threat] = {ball.norm: Threat(ball.norm, ball.eps) for ball in stage.balls}
+    if isinstance(stage, AutoAttackStage):
+        parts = chain.from_iterable(
+            ((ball, part) for part in standard(threats[ball.norm], num_classes)) for ball in stage.balls
+        )
+        for key, (ball, part) in zip(stage.keys, parts, strict=True):
+            words = ", ".join(
+                [f"AutoAttack {part.name}", f"eps {ball.eps}", *(f"{k} {v}" for k, v in part.options.items())]
+            )
+            yield BoundStage(key, (names[ball],), part, words, part.name == "square")
+        return
+    faced = threats if isinstance(stage, MsdStage) else threats[stage.threat.norm]
+    attack = bound(_ATTACKS[stage.attack], faced, **stage.options())
+    yield BoundStage(
+        stage.keys[0], tuple(names[b] for b in stage.balls), attack, stage.words(), stage.attack == "square"
+    )
 
 
-def _runs(count: int) -> str:
-    return f"{count} run{'s' if count > 1 else ''}"
+def _fgsm(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, noise: Noise) -> AttackResult:
+    return pgd(model, x, y, threat, steps=1, step_size=threat.eps, random_start=False, noise=noise)
+
+
+def _pgd(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, loss: str, **options: Any) -> AttackResult:
+    return pgd(model, x, y, threat, loss=LOSSES[loss], **options)
+
+
+_ATTACKS: dict[str, Callable[..., AttackResult]] = {
+    "fgsm": _fgsm,
+    "pgd": _pgd,
+    "apgd": apgd,
+    "fab": fab,
+    "square": square,
+    "msd": msd,
+}

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from poise.data.sets import ImageSet, unit_pixels
-from poise.kinds.attacks import bound, search_words
+from poise.kinds.attacks import bound
 from poise.robust.attacks import SEARCH
 from poise.robust.evaluate import Evaluation, evaluate
-from poise.robust.spec import Threats
+from poise.robust.spec import Threats, ThreatSpec
 from poise.robust.threats import Threat
 from poise.train.context import Context
 
@@ -43,4 +43,12 @@ def robust_accuracy(
 
 def described(threats: Threats) -> dict[str, str]:
     """Each attack in words, for tables and pages."""
-    return {norm: search_words(threat) for norm, threat in threats.items()}
+    return {norm: _words(threat) for norm, threat in threats.items()}
+
+
+def _words(threat: ThreatSpec) -> str:
+    runs = f"{threat.restarts} run{'s' if threat.restarts > 1 else ''}"
+    if threat.attack == "apgd":
+        return f"APGD-{threat.steps}, eps {threat.eps}, {runs}"
+    step = threat.step_size or f"{min(2.5 * threat.eps / threat.steps, threat.eps):.4g}"
+    return f"PGD-{threat.steps}, eps {threat.eps}, step {step}, {runs}"

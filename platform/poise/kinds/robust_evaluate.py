@@ -100,7 +100,7 @@ def _keep(spec: RobustEvaluateSpec, subject: Subject, findings: Findings, doubts
         "run": spec.name,
         "kind": spec.kind,
         "seed": spec.seed,
-        "model": _source(spec),
+        "model": _source(spec, subject),
         "selected": subject.weights,
         "split": spec.split,
         "examples": findings.n,
@@ -123,6 +123,7 @@ def _keep(spec: RobustEvaluateSpec, subject: Subject, findings: Findings, doubts
     context.run.write("artifacts/summary.json", json.dumps(summary, indent=1, allow_nan=False).encode())
 
 
-def _source(spec: RobustEvaluateSpec) -> str:
-    assert spec.model is not None
-    return f"{spec.model.source} {getattr(spec.model, spec.model.source)}"
+def _source(spec: RobustEvaluateSpec, subject: Subject) -> str:
+    assert spec.model is not None  # the spec asks for it
+    source = f"{spec.model.source} {getattr(spec.model, spec.model.source)}"
+    return source if spec.model.run is None else f"{source}, {subject.weights}"

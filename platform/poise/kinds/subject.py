@@ -134,11 +134,12 @@ def _of_function(spec: SubjectSpec) -> nn.Module:
     """What the user's function returns. The folder where the command was given is searched for its module first."""
     module, _, name = str(spec.function).partition(":")
     with _explained(f"model.function: {spec.function}"):
-        sys.path.insert(0, str(Path.cwd()))
+        here = str(Path.cwd())
+        sys.path.insert(0, here)
         try:
             function = getattr(importlib.import_module(module), name)
         finally:
-            sys.path.pop(0)
+            sys.path.remove(here)
         model = function()
     if not isinstance(model, nn.Module):
         raise UserError(f"model.function: {spec.function} returned a {type(model).__name__}, not an nn.Module")

@@ -35,7 +35,7 @@ def _accuracies(records: Sequence[RunRecord]) -> Grid:
     lines = [
         Line(
             record.name,
-            f"{record.summary['model']}, {record.checkpoints[0]}, {record.summary['split']}, n={record.examples:,}",
+            f"{record.summary['model']}, {record.summary['split']}, n={record.examples:,}",
             [percent(record.accuracy().get(measure, math.nan), record.examples) for measure in measures],
         )
         for record in records

@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from poise.data.spec import DataSpec
 from poise.models.spec import ModelSpec
-from poise.robust.spec import Coordinates, Norm, ThreatSpec
+from poise.robust.spec import Coordinates, Norm
 from poise.spec import Name, Real, RunName, RunSpec, Section, mistake
 
-__all__ = ["BallSpec", "FgsmStage", "PgdStage", "ReverifySpec", "RobustEvaluateSpec", "Stage", "SubjectSpec"]
+__all__ = [
+    "AUTOATTACK",
+    "ApgdStage",
+    "AutoAttackStage",
+    "BallSpec",
+    "FabStage",
+    "FgsmStage",
+    "MsdStage",
+    "PgdStage",
+    "ReverifySpec",
+    "RobustEvaluateSpec",
+    "SquareStage",
+    "Stage",
+    "SubjectSpec",
+]
 
 Eps = Annotated[Real, Field(ge=0, le=1_000_000)]
+Restarts = Annotated[
+    int, Field(ge=1, le=1000, description="runs, each on what still stands; later ones start at random")
+]
+_HEAD = ("name", "attack", "threat", "threats")
+AUTOATTACK = ("apgd-ce", "apgd-t", "fab-t", "square")
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
@@ -58,26 +77,60 @@ class BallSpec(Section):
     eps: Eps = Field(description="radius of the ball, pixels in [0, 1]; a fraction such as 8/255 is exact")
 
     def __str__(self) -> str:
-        return f"{self.norm}, eps {self.eps}"
+        return f"{self.norm} eps {self.eps}"
 
 
 class _Stage(Section):
     name: Name | None = Field(None, description="name of the stage; default attack and norm, such as pgd-linf")
-    threat: BallSpec = Field(description="what the adversary may change")
 
     @property
-    def key(self) -> str:
-        """The name of the stage, in paths and columns."""
-        return self.name or f"{getattr(self, 'attack')}-{self.threat.norm}"  # noqa: B009
+    def prefix(self) -> str:
+        """What its name begins with by default."""
+        return str(getattr(self, "attack"))  # noqa: B009 - every stage has one, of a type of its own
 
     @property
     def balls(self) -> tuple[BallSpec, ...]:
-        """The balls in whose union the attack stays."""
+        """The balls that the attack may use."""
+        raise NotImplementedError
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The names of what it runs, in paths and columns."""
+        return (self.name or "-".join([self.prefix, *(ball.norm for ball in self.balls)]),)
+
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments that it decides, of the attack that it names."""
+        written = {key: value for key, value in self if key not in _HEAD and value is not None}
+        return {key: float(value) if isinstance(value, Real) else value for key, value in written.items()}
+
+    def words(self) -> str:
+        """Itself for tables and pages, eps as it was written."""
+        balls = " and ".join(map(str, self.balls)) if len(self.balls) > 1 else f"eps {self.balls[0].eps}"
+        said = {key.replace("_", " "): value for key, value in self if key not in _HEAD and value not in (None, False)}
+        options = [key if value is True else f"{key} {value}" for key, value in said.items()]
+        return ", ".join([str(getattr(self, "attack")).upper(), balls, *options])  # noqa: B009
+
+
+class _OneBall(_Stage):
+    threat: BallSpec = Field(description="what the adversary may change")
+
+    @property
+    def balls(self) -> tuple[BallSpec, ...]:
+        """Its threat alone."""
         return (self.threat,)
 
 
-class FgsmStage(_Stage):
-    """One step of the sign of the gradient, or the steepest of another norm."""
+class _SeveralBalls(_Stage):
+    threats: dict[Norm, Eps] = Field(min_length=1, description="radius of each ball, by norm, such as {linf: 8/255}")
+
+    @property
+    def balls(self) -> tuple[BallSpec, ...]:
+        """In the order in which they were written."""
+        return tuple(BallSpec(norm=norm, eps=eps) for norm, eps in self.threats.items())
+
+
+class FgsmStage(_OneBall):
+    """One step along the gradient."""
 
     attack: Literal["fgsm"] = Field(description="one gradient step to the surface of the ball")
 
@@ -86,16 +139,16 @@ class FgsmStage(_Stage):
         return 1, 3
 
 
-class PgdStage(_Stage):
+class PgdStage(_OneBall):
     """Projected gradient ascent."""
 
     attack: Literal["pgd"] = Field(description="projected gradient ascent")
     loss: Literal["ce", "margin", "dlr"] = Field("ce", description="loss that is climbed")
-    steps: int = Field(40, ge=1, le=100_000, description="gradient steps of one run")
+    steps: int = Field(40, ge=1, le=1000, description="gradient steps of one run")
     step_size: Annotated[Real, Field(gt=0, le=1_000_000)] | None = Field(
         None, description="length of a step in the norm of the threat; default 2.5 * eps / steps, at most eps"
     )
-    restarts: int = Field(1, ge=1, le=1000, description="runs, each on what still stands; the later start at random")
+    restarts: Restarts = 1
     random_start: bool = Field(True, description="start the first run at random in the ball, not at the image")
     sparsity: Coordinates | None = Field(
         None, description="l1 only: coordinates that a step moves, a count or a range [low, high]; default [5, 20]"
@@ -107,17 +160,105 @@ class PgdStage(_Stage):
             raise mistake("sparsity", f"sparsity belongs to l1 alone: remove it from {self.threat.norm}")
         return self
 
-    def search(self) -> ThreatSpec:
-        """The same search as training has it."""
-        keys = ("steps", "step_size", "restarts", "random_start", "sparsity")
-        return ThreatSpec(eps=self.threat.eps, **{key: getattr(self, key) for key in keys})
-
     def spent(self) -> tuple[int, int]:
         """Gradients and queries per example, at most."""
         return self.steps * self.restarts, (self.steps + 1) * self.restarts + 1
 
 
-Stage = FgsmStage | PgdStage
+class ApgdStage(_OneBall):
+    """Auto-PGD."""
+
+    attack: Literal["apgd"] = Field(description="Auto-PGD, which chooses its steps itself")
+    loss: Literal["ce", "margin", "dlr", "targeted"] = Field(
+        "ce", description="loss that is climbed; targeted: the targeted DLR, one run for each target"
+    )
+    steps: int = Field(100, ge=1, le=100_000, description="gradient steps of one run")
+    restarts: Restarts = 1
+    targets: int | None = Field(
+        None,
+        ge=1,
+        le=100_000,
+        description="targeted only: how many of the likeliest wrong classes are tried; default 9",
+    )
+
+    @model_validator(mode="after")
+    def _targets_of_targeted(self) -> ApgdStage:
+        if self.targets is not None and self.loss != "targeted":
+            raise mistake("targets", f"the loss {self.loss} has no targets: remove them, or set loss to targeted")
+        return self
+
+    @property
+    def prefix(self) -> str:
+        """With the loss, of which several are often tried one after the other."""
+        return f"apgd-{self.loss}"
+
+    def spent(self) -> tuple[int, int]:
+        """Gradients and queries per example, at most: each ball of a run takes one more than its steps."""
+        runs = self.restarts * ((self.targets or 9) if self.loss == "targeted" else 1)
+        gradients = runs * (self.steps + (3 if self.threat.norm == "l1" else 1))
+        return gradients, gradients + 1
+
+
+class FabStage(_OneBall):
+    """Targeted Fast Adaptive Boundary attack."""
+
+    attack: Literal["fab"] = Field(description="the nearest wrong point that linearised boundaries lead to")
+    steps: int = Field(100, ge=1, le=100_000, description="gradient steps of one run")
+    restarts: Restarts = 1
+    targets: int = Field(9, ge=1, le=100_000, description="how many of the likeliest wrong classes are tried")
+
+    def spent(self) -> tuple[int, int]:
+        """Gradients and queries per example, at most."""
+        runs = self.restarts * self.targets
+        return runs * self.steps, runs * (2 * self.steps + 5) + 1
+
+
+class SquareStage(_OneBall):
+    """Random search that sees no gradient."""
+
+    attack: Literal["square"] = Field(description="random search over windows of the image, without a gradient")
+    queries: int = Field(5000, ge=1, le=10_000_000, description="points that one run tries")
+    restarts: Restarts = 1
+    p_init: Annotated[Real, Field(gt=0, le=1)] = Field(
+        Real("0.8"), description="share of the image that the first windows cover"
+    )
+
+    def spent(self) -> tuple[int, int]:
+        """Gradients and queries per example, at most."""
+        return 0, self.queries * self.restarts + 1
+
+
+class MsdStage(_SeveralBalls):
+    """Multi steepest descent, in the union of several balls."""
+
+    attack: Literal["msd"] = Field(description="steepest ascent that takes the best norm at each step")
+    steps: int = Field(50, ge=1, le=100_000, description="gradient steps of one run")
+    restarts: Restarts = 1
+
+    def spent(self) -> tuple[int, int]:
+        """Gradients and queries per example, at most."""
+        gradients = self.steps * self.restarts
+        return gradients, gradients * (len(self.threats) + 1) + self.restarts + 1
+
+
+class AutoAttackStage(_SeveralBalls):
+    """The four attacks of AutoAttack, under one threat after the other."""
+
+    attack: Literal["autoattack"] = Field(description="APGD-CE, APGD-T, FAB-T and Square for each threat in turn")
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Those of its attacks, with the norm behind, and its own name before if it has one."""
+        before = f"{self.name}-" if self.name else ""
+        return tuple(f"{before}{attack}-{ball.norm}" for ball in self.balls for attack in AUTOATTACK)
+
+    def spent(self) -> tuple[int, int]:
+        """Gradients and queries per example, at most; a model of few classes has fewer targets."""
+        gradients = [1924 if norm == "l1" else 1910 for norm in self.threats]
+        return sum(gradients), sum(gradients) + 5950 * len(gradients)
+
+
+Stage = FgsmStage | PgdStage | ApgdStage | FabStage | SquareStage | MsdStage | AutoAttackStage
 
 
 class ReverifySpec(Section):
@@ -159,19 +300,17 @@ class RobustEvaluateSpec(RunSpec):
             raise mistake("data", f"is required: a {self.model.source} does not say what it was trained on")
         if not self.attacks:
             raise mistake("attacks", "at least one is needed, such as {attack: pgd, threat: {norm: linf, eps: 8/255}}")
-        keys = ["clean", *(stage.key for stage in self.attacks)]
-        for index, key in enumerate(keys[1:], 1):
-            if key in keys[:index]:
-                raise mistake(f"attacks.{index - 1}", f"the name {key} is taken: give this stage another `name`")
+        taken = {"clean"}
+        for index, stage in enumerate(self.attacks):
+            if again := taken.intersection(stage.keys):
+                raise mistake(f"attacks.{index}", f"the name {min(again)} is taken: give this stage another `name`")
+            taken.update(stage.keys)
         return self
 
     def cost(self) -> list[str]:
         """What each stage takes of an example that stands to its end."""
         if self.reverify is not None:
             return [f"one query for each adversarial example that {self.reverify.run} has kept"]
-        spent = [(stage.key, *stage.spent()) for stage in self.attacks]
-        lines = [
-            f"{key}: at most {gradients:,} gradients and {queries:,} queries per example"
-            for key, gradients, queries in spent
-        ]
+        spent = [(", ".join(stage.keys), *stage.spent()) for stage in self.attacks]
+        lines = [f"{keys}: at most {g:,} gradients and {q:,} queries per example" for keys, g, q in spent]
         return [*lines, f"{self.workers.count} workers of {self.workers.cpus} CPU and {self.workers.gpus} GPU"]

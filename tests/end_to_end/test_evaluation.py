@@ -1,0 +1,80 @@
+"""An evaluation by two processes under torchrun, killed on the way and finished by one: the bytes of a run of one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from poise import kinds
+from poise.engine.session import claim
+from poise.kinds.specs.evaluation import RobustEvaluateSpec
+from poise.spec import dump
+from poise.store.runs import Run, open_run
+from poise.train.context import Context
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+MODEL = """\
+import torch
+from torch import nn
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+"""
+LINF = {"norm": "linf", "eps": "1/100"}
+
+
+def spec_of(store: str, name: str) -> RobustEvaluateSpec:
+    attacks = [
+        {"attack": "square", "threat": LINF, "queries": 300},
+        {"attack": "pgd", "threat": LINF, "steps": 100},
+        {"attack": "apgd", "threat": {"norm": "l2", "eps": "1/10"}, "steps": 100},
+    ]
+    values = {"kind": "robust.evaluate", "name": name, "store": store, "model": {"function": "of_a_test:network"}}
+    values |= {"data": {"name": "digits"}, "split": "train", "batch_size": 8, "keep_adversarial": True}
+    return RobustEvaluateSpec.model_validate({**values, "attacks": attacks, "examples": 1000})
+
+
+def finish(spec: RobustEvaluateSpec) -> Run:
+    run = open_run(spec.store, spec.name)
+    with claim(run, spec):
+        kinds.run(spec, Context(run))
+    return run
+
+
+def result(run: Run) -> dict[str, bytes]:
+    """All but the verdicts, which hold how long they took; of these, the names."""
+    found = {name: run.read(name) for name in run.files("artifacts/") if "/verdicts/" not in name}
+    found["artifacts/summary.json"] = found["artifacts/summary.json"].replace(run.name.encode(), b"")
+    return {**found, "verdicts": "".join(run.files("artifacts/verdicts/")).encode()}
+
+
+def test_two_ranks_that_are_killed_and_one_that_goes_on_are_one_that_was_left_alone(tmp_path, monkeypatch):
+    (tmp_path / "of_a_test.py").write_text(MODEL)
+    monkeypatch.chdir(tmp_path)
+    store = str(tmp_path / "runs")
+    spec = spec_of(store, "killed")
+    (tmp_path / "spec.yaml").write_text(dump(spec))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, "-m", "poise", "run", "spec.yaml", "--engine", "local"]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+    run, deadline = open_run(store, "killed"), time.monotonic() + 120
+    while len(run.files("artifacts/verdicts/square-linf/")) < 3 and time.monotonic() < deadline:
+        assert process.poll() is None, "it ended before it was killed"
+        time.sleep(0.005)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    for each in (*workers, process):
+        each.kill()
+    process.wait()
+    psutil.wait_procs(workers, timeout=30)
+    before = {name: run.read(name) for name in run.files("artifacts/")}
+    assert "artifacts/summary.json" not in before
+    finish(spec)
+    assert before.items() <= {name: run.read(name) for name in run.files("artifacts/")}.items()
+    assert result(run) == result(finish(spec_of(store, "whole")))
