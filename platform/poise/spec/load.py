@@ -63,7 +63,11 @@ def json_schema(spec_class: type[RunSpec], kind: str) -> dict[str, Any]:
     """The JSON Schema of one kind, for editors."""
     schema = spec_class.model_json_schema()
     schema["properties"]["kind"] = {"const": kind, "description": schema["properties"]["kind"].get("description", "")}
-    schema["properties"]["profiles"] = {"type": "object", "additionalProperties": {"type": "object"}}
+    schema["properties"]["profiles"] = {
+        "type": "object",
+        "additionalProperties": {"type": "object"},
+        "description": "changes by name, which --profile applies",
+    }
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": f"poise {kind}"}
 
 
