@@ -190,15 +190,17 @@ def _keep_matrix(name: str, found: Evaluation, codes: Evaluation | None, context
 
 
 def _keep(spec: RobustManifoldSpec, classifiers: list[dict[str, Any]], context: Context) -> None:
-    latent = spec.latent
     summary = {
         "run": spec.name,
         "kind": spec.kind,
         "seed": spec.seed,
         "eigenspace": {"rank": spec.eigenspace.rank, "shared": spec.eigenspace.shared},
-        "latent": None
-        if latent is None
-        else f"codes of {latent.vae}, PGD-{latent.steps}, {latent.norm}, eps {latent.eps}, {latent.restarts} runs",
+        "latent": None if spec.latent is None else _words(spec.latent),
         "classifiers": classifiers,
     }
     context.run.write("artifacts/summary.json", json.dumps(summary, indent=1).encode())
+
+
+def _words(latent: LatentSpec) -> str:
+    runs = f"{latent.restarts} run{'s' if latent.restarts > 1 else ''}"
+    return f"codes of {latent.vae}, PGD-{latent.steps}, {latent.norm}, eps {latent.eps}, {runs}"

@@ -82,11 +82,11 @@ def held_out(model: ConditionalVae, images: ImageSet, seed: int, context: Contex
         part = images.select(rows)
         x, y = unit_pixels(part.images.to(context.device)), part.labels.to(context.device)
         noise = Noise.of(seed, "elbo", rows, context.device).normal(model.latent)
-        cross, kl = elbo_parts(x, *model(x, y, noise))
+        density, kl = elbo_parts(x, *model(x, y, noise))
         error = (model.images(model.code(x, y)) - x).square().flatten(1).mean(1)
-        totals += torch.stack([part.double().sum() for part in (cross, kl, error)]).cpu()
-    cross, kl, error = (sum(context.gather(totals), torch.zeros_like(totals)) / len(images)).tolist()
-    return {"elbo": -cross - kl, "reconstruction": cross, "kl": kl, "error": error}
+        totals += torch.stack([part.double().sum() for part in (density, kl, error)]).cpu()
+    density, kl, error = (sum(context.gather(totals), torch.zeros_like(totals)) / len(images)).tolist()
+    return {"elbo": -density - kl, "reconstruction": density, "kl": kl, "error": error}
 
 
 def _model(spec: RobustVaeSpec, data: Dataset) -> ConditionalVae:
@@ -125,9 +125,9 @@ def _step(latent: int) -> Callable[[nn.Module, tuple[Tensor, Tensor], TaskState,
     def step(model: nn.Module, batch: tuple[Tensor, Tensor], state: TaskState, turn: Turn) -> StepOutput:
         x, y = batch
         noise = torch.randn(len(x), latent, generator=turn.generator, device=x.device)
-        cross, kl = (part.mean() for part in elbo_parts(x, *model(x, y, noise)))
-        loss = cross + kl
-        return StepOutput(loss, {"elbo": -loss.detach(), "reconstruction": cross.detach(), "kl": kl.detach()}, state)
+        density, kl = (part.mean() for part in elbo_parts(x, *model(x, y, noise)))
+        loss = density + kl
+        return StepOutput(loss, {"elbo": -loss.detach(), "reconstruction": density.detach(), "kl": kl.detach()}, state)
 
     return step
 

@@ -16,6 +16,9 @@ __all__ = ["ConditionalVae", "build_vae"]
 class ConditionalVae(nn.Module):
     """q(z | x, y) and p(x | z, y), each of two hidden layers, for images (N, *shape) and labels (N,).
 
+    Given z and y, pixels are normal around what the decoder says, with one learned deviation for all (Rybkin et al.,
+    2021): a fixed one weighs the pixels against the codes arbitrarily, and codes that cost too much go unused.
+
     A code is (N, latent + classes): z, then the label as a one-hot row.
     """
 
@@ -25,13 +28,14 @@ class ConditionalVae(nn.Module):
         pixels = math.prod(shape)
         self.encoder = _perceptron(pixels + classes, spec.width, 2 * spec.latent)
         self.decoder = _perceptron(spec.latent + classes, spec.width, pixels)
+        self.log_deviation = nn.Parameter(torch.tensor(math.log(0.2)))
 
-    def forward(self, x: Tensor, y: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits of the pixels (N, d) at z = mean + std * noise, and mean and log variance (N, latent) of q."""
+    def forward(self, x: Tensor, y: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Images at z = mean + std * noise, mean and log variance (N, latent) of q, log deviation of the pixels ()."""
         label = self._one_hot(y, x)
         mean, log_variance = self.encoder(torch.cat([x.flatten(1), label], 1)).chunk(2, dim=1)
         z = mean + (log_variance / 2).exp() * noise
-        return self.decoder(torch.cat([z, label], 1)), mean, log_variance
+        return self.images(torch.cat([z, label], 1)), mean, log_variance, self.log_deviation
 
     def code(self, x: Tensor, y: Tensor) -> Tensor:
         """The code of each image: the mean of q, and its label."""

@@ -79,10 +79,11 @@ def _autoencoders(records: Sequence[RunRecord]) -> Grid:
     measures = ("elbo", "reconstruction", "kl", "error")
     return Grid(
         title="Autoencoders on test images: evidence lower bound, nats per image",
-        caption="Evidence lower bound (ELBO) of the test images given their labels, pixels read as probabilities, in "
-        "nats per image, and its two parts. Error: mean square of a pixel of the reconstruction.",
+        caption="Evidence lower bound (ELBO) of the test images given their labels, in nats per image, and the two "
+        "parts that it loses; pixels are normal around the decoded image. Error: mean square of what a pixel of the "
+        "reconstruction is off.",
         heading="run",
-        columns=[*map(Column, ("ELBO", "cross entropy", "KL", "error"))],
+        columns=[*map(Column, ("ELBO", "reconstruction", "KL", "error"))],
         lines=[
             Line(
                 record.name,

@@ -5,11 +5,11 @@ A code is (N, m + K): the m latent coordinates of each image, then its label as 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from poise.robust.threats import Threat
 
@@ -56,12 +56,17 @@ class Decoded(nn.Module):
         return logits
 
 
-def elbo_parts(x: Tensor, pixels: Tensor, mean: Tensor, log_variance: Tensor) -> tuple[Tensor, Tensor]:
+def elbo_parts(
+    x: Tensor, images: Tensor, mean: Tensor, log_variance: Tensor, log_deviation: Tensor
+) -> tuple[Tensor, Tensor]:
     """What the evidence lower bound loses, per image (N,) in nats: it is minus the sum of the two.
 
-    The cross entropy of images x (N, ...), read as probabilities, from the logits `pixels` (N, d), and the divergence
-    KL(q || N(0, I)) of q = N(mean, exp(log_variance)), (N, m) each (Kingma and Welling, 2014, appendix B).
+    Minus the log density of images x (N, ...), whose pixels are normal around `images` (N, ...) with one standard
+    deviation exp(log_deviation) for all, and the divergence KL(q || N(0, I)) of q = N(mean, exp(log_variance)), (N, m)
+    each (Kingma and Welling, 2014, appendices B and C.2). In the precision of x.
     """
-    cross = functional.binary_cross_entropy_with_logits(pixels, x.flatten(1), reduction="none").sum(1)
+    images, mean, log_variance = (part.to(x.dtype) for part in (images, mean, log_variance))
+    squares = ((x - images) * (-log_deviation).exp()).square().flatten(1)
+    density = (squares / 2 + log_deviation + math.log(2 * math.pi) / 2).sum(1)
     kl = (mean.square() + log_variance.exp() - 1 - log_variance).sum(1) / 2
-    return cross, kl
+    return density, kl
