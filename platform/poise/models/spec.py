@@ -169,4 +169,4 @@ def num_vae_parameters(spec: VaeSpec, shape: Shape, classes: int) -> int:
     """Trainable numbers of the autoencoder of images of `shape` (C, H, W), in closed form."""
     pixels, width = shape[0] * shape[1] * shape[2], spec.width
     ends = ((pixels + classes, 2 * spec.latent), (spec.latent + classes, pixels))
-    return sum((inside + 1) * width + (width + 1) * width + (width + 1) * outside for inside, outside in ends)
+    return 1 + sum((inside + 1) * width + (width + 1) * width + (width + 1) * outside for inside, outside in ends)
