@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from poise.errors import PoiseError
 from poise.robust.attacks import AttackResult, apgd, apgd_perturb, attack_mode, cross_entropy, kl_from, margin
-from poise.robust.attacks.apgd import checkpoints
+from poise.robust.attacks.apgd import _Halving, _Thinning, checkpoints
 from poise.robust.noise import Noise
 from poise.robust.threats import ORDERS, Threat
 
@@ -132,6 +132,32 @@ def test_l1_steps_grow_sparse_where_few_coordinates_matter(linear_problem: Calla
     assert (changed <= 6).double().mean() > 0.9
     first = apgd_perturb(problem.model, problem.x, problem.y, Threat("l1", 1.2), steps=1) - problem.x
     assert ((first.flatten(1) != 0).sum(1) >= 9).all()
+
+
+def test_the_rules_that_judge_steps_at_a_checkpoint() -> None:
+    """Four steps since the last one; the three examples rose 2, 3 and 4 times, and the last found nothing better."""
+    walk = SimpleNamespace(rises=torch.tensor([2, 3, 4]), best_loss=torch.tensor([5.0, 5.0, 1.0]))
+    pace = _Halving(torch.full((3,), 0.2), torch.ones(3), torch.zeros(3, dtype=torch.bool))
+    pace, back = pace.judged(walk, 4)
+    assert back.tolist() == [True, False, True]
+    torch.testing.assert_close(pace.size, torch.tensor([0.1, 0.2, 0.1]))
+    walk.rises = torch.tensor([4, 4, 4])
+    pace, back = pace.judged(walk, 4)
+    assert back.tolist() == [False, True, False]  # nobody found better points; two were halved last time
+
+    best = (torch.arange(100) < torch.tensor([[90], [96], [0]])).float()
+    walk = SimpleNamespace(best=best, best_loss=torch.zeros(3), x=torch.zeros(3, 100))
+    thinning = _Thinning.begin(Threat("l1", 1.0), walk, 0.2)
+    assert thinning.count.tolist() == [20, 20, 20]
+    thinning, back = thinning.judged(walk, 4)
+    assert back.tolist() == [True, False, True]
+    assert thinning.count.tolist() == [60, 64, 1]
+    torch.testing.assert_close(thinning.size, torch.tensor([1.0, 1 / 1.5, 1.0]))
+    for _ in range(8):
+        thinning, back = thinning.judged(walk, 4)
+        assert not back.any()
+    torch.testing.assert_close(thinning.size, torch.full((3,), 0.1))
+    assert _Thinning.begin(Threat("l1", 1.0), walk, None).count.tolist() == [60, 64, 1]
 
 
 def test_large_radii_come_first_and_what_is_found_there_does_not_count() -> None:
