@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load, load_file
 
 from poise import kinds
@@ -21,7 +25,7 @@ from poise.kinds.specs.robust import RobustTrainSpec
 from poise.kinds.trained import classifier
 from poise.observe.rows import read_rows
 from poise.robust.monitors import Probe
-from poise.spec import SpecError
+from poise.spec import SpecError, dump
 from poise.spec.seeds import derive_seed
 from poise.store.runs import Run, open_run
 from poise.train.context import Context
@@ -160,7 +164,38 @@ def test_an_average_that_never_moves_is_refused(tmp_path: Path) -> None:
 
 
 def test_keys_of_another_rule_and_a_gap_without_validation_are_refused() -> None:
+    for average in ({"name": "mea"}, {"name": "ema"}, {"name": "swa", "start": {"epochs": 1}}):
+        spec = spec_of(averaging=average, awp={}, monitors={"overfitting": {}})
+        assert RobustTrainSpec.model_validate(yaml.safe_load(dump(spec))) == spec  # as the run keeps it
     with pytest.raises(ValueError, match="rate belongs to rule `const`"):
-        spec_of(averaging={"name": "mea", "rate": 0.5})
+        spec_of(averaging={"name": "mea", "rate": 0.25})
     with pytest.raises((ValueError, SpecError), match="validation"):
         spec_of(data={"name": "digits", "validation": 0}, monitors={"robust_gap": True})
+
+
+@pytest.mark.slow
+def test_two_ranks_take_the_steps_of_one(tmp_path: Path) -> None:
+    """Without batch norm and noise: the direction of the weights is that of the whole batch, the anchor is shared."""
+    threats = {"linf": {"eps": 0.05, "steps": 1, "random_start": False}}
+    options: dict[str, Any] = {
+        "model": {"name": "cnn", "width": 4},
+        "threats": threats,
+        "train": {"steps": 6, "optimizer": {"name": "sgd", "lr": 0.1}, "log_every": 1},
+        "averaging": {"name": "mea", "pull": 0.5, "every": {"steps": 2}},
+        "awp": {"gamma": 0.05},
+        "monitors": {"overfitting": {"examples": 20, "gap": 1, "fall": 1}, "robust_gap": True},
+    }
+    alone, _ = finished(tmp_path / "alone", **options)
+    spec = spec_of(store=str(tmp_path / "both"), workers={"count": 2}, **options)
+    (tmp_path / "spec.yaml").write_text(dump(spec))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run(
+        [*launcher, "-m", "poise", "run", str(tmp_path / "spec.yaml"), "--engine", "local"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True,
+    )  # fmt: skip
+    both = open_run(tmp_path / "both", "small")
+    one, two = (load(run.read("artifacts/averaged.safetensors")) for run in (alone, both))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
+    for name in ("loss", "pull", "sum_lr"):
+        assert values(both, name) == pytest.approx(values(alone, name), rel=1e-4)

@@ -60,10 +60,10 @@ class Mea(_Average):
 
     @model_validator(mode="after")
     def _of_its_rule(self) -> Mea:
-        belong = {"rate": "const", "decay": "ema", "warm_up": "ema"}
-        for key in self.model_fields_set & set(belong):
-            if self.rule != belong[key]:
-                raise ValueError(f"{key} belongs to rule `{belong[key]}`: remove it, or set the rule")
+        for key, rule in {"rate": "const", "decay": "ema", "warm_up": "ema"}.items():
+            changed = getattr(self, key) != type(self).model_fields[key].default  # a resolved spec has every key
+            if changed and self.rule != rule:
+                raise ValueError(f"{key} belongs to rule `{rule}`: remove it, or set the rule")
         return self
 
 
