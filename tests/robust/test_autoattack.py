@@ -6,6 +6,7 @@ import importlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pyautoattack
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from poise.errors import PoiseError
+from poise.robust.attacks.apgd import apgd
 from poise.robust.attacks.autoattack import Stage, autoattack, stages, union_attack
 from poise.robust.attacks.contract import AttackResult
+from poise.robust.attacks.fab import fab
 from poise.robust.noise import Noise
 from poise.robust.threats import Threat
 
@@ -25,9 +28,9 @@ STANDARD = stages
 BUDGET = {"apgd-ce": {"steps": 20}, "apgd-t": {"steps": 20}, "fab-t": {"steps": 20}, "square": {"queries": 100}}
 
 
-def _small(threat: Threat, num_classes: int) -> tuple[Stage, ...]:
+def _small(threat: Threat, num_classes: int, batch_size: int | None = None) -> tuple[Stage, ...]:
     """The real stages with a budget for tests."""
-    return tuple(replace(s, options={**s.options, **BUDGET[s.name]}) for s in STANDARD(threat, num_classes))
+    return tuple(replace(s, options={**s.options, **BUDGET[s.name]}) for s in STANDARD(threat, num_classes, batch_size))
 
 
 @pytest.fixture
@@ -67,7 +70,7 @@ class StandIn:
 def _stand_ins(monkeypatch: pytest.MonkeyPatch, attacks: Mapping[str, StandIn]) -> list[Threat]:
     asked: list[Threat] = []
 
-    def sequence(threat: Threat, num_classes: int) -> tuple[Stage, ...]:
+    def sequence(threat: Threat, num_classes: int, batch_size: int) -> tuple[Stage, ...]:
         assert num_classes == 3
         asked.append(threat)
         return tuple(Stage(name, attack, threat) for name, attack in attacks.items())
@@ -187,6 +190,26 @@ def test_the_standard_stages_as_data() -> None:
         assert [s.options.get("targets") for s in stages(THREAT, classes)] == [None, classes - 1, classes - 1, None]
     with pytest.raises(ValueError, match="at least 2 classes"):
         stages(THREAT, 1)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l1"])
+def test_runs_side_by_side_find_what_they_find_one_by_one(
+    norm: str, linear_problem: Callable[..., SimpleNamespace]
+) -> None:
+    """Restarts and targets, each example with the noise of its own run; radii at which the first run misses some."""
+    problem = linear_problem(seed=4, classes=6, shape=(1, 5, 5), n=40)
+    threat, noise = Threat(norm, {"linf": 0.05, "l1": 0.7}[norm]), Noise.of(1, "test", range(40))
+    for attack, options in (
+        (apgd, {"loss": "ce", "steps": 4, "restarts": 5}),
+        (apgd, {"loss": "targeted", "steps": 4, "restarts": 2}),
+        (fab, {"steps": 2, "restarts": 2}),
+    ):
+        run = partial(attack, problem.model, problem.x, problem.y, threat, noise=noise, **options)
+        alone, side_by_side = run(), [run(batch_size=size) for size in (100, 1000)]
+        assert 2 < int(alone.correct.sum()) < 38
+        for result in side_by_side:
+            assert torch.equal(result.correct, alone.correct)
+            assert torch.allclose(result.adversarial, alone.adversarial, rtol=0, atol=1e-12)
 
 
 RADII = {"linf": 0.03, "l2": 0.16, "l1": 0.6}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from poise.robust.attacks.contract import (
     AttackResult,
     BNMode,
+    at_once,
     attack_mode,
     column,
     input_gradient,
@@ -49,6 +50,7 @@ def apgd(
     large_eps: bool = True,
     noise: Source = None,
     bn_mode: BNMode = "eval",
+    batch_size: int | None = None,
 ) -> AttackResult:
     """APGD for evaluation: an example is correct only if the model withstands every feasible point that was visited.
 
@@ -66,6 +68,8 @@ def apgd(
             point of the one before.
         noise: see `noise.Source`.
         bn_mode: as for `pgd`.
+        batch_size: examples that the model may be given at once: as many runs as fit go side by side, with the result
+            of one after the other. None is one run at a time.
 
     Raises:
         ValueError: an unknown loss, a count below 1, or "dlr" for a model of fewer than three classes.
@@ -79,16 +83,19 @@ def apgd(
         aimed, aims = _aims(loss, clean, y, targets)
         delta, height = torch.zeros_like(x), lowest(x)
         height[clean.argmax(1) != y] = torch.inf
-        for run, (aim, restart) in enumerate(product(aims.unbind(1), range(restarts))):
-            alive = (height < torch.inf).nonzero().flatten()
-            if len(alive) == 0:
-                break
-            among = [(ball.pick(alive), count) for ball, count in stages]
-            start = _start(among[0][0], x[alive], streams.pick(alive).at(run), random=random_start or restart > 0)
-            found, reached = _through(among, model, aimed, x[alive], y[alive], aim[alive], start, alive)
-            better = reached > height[alive]
-            delta[alive] = torch.where(column(better, x), found, delta[alive])
-            height[alive] = torch.where(better, reached, height[alive])
+        runs = [(streams.at(i), *run) for i, run in enumerate(product(aims.unbind(1), range(restarts)))]
+        while runs and len(alive := (height < torch.inf).nonzero().flatten()):
+            group = runs[: at_once(len(alive), batch_size)]
+            runs, rows = runs[len(group) :], alive.repeat(len(group))
+            among = [(ball.pick(rows), count) for ball, count in stages]
+            first = stages[0][0].pick(alive)
+            starts = [_start(first, x[alive], draws.pick(alive), random=random_start or n > 0) for draws, _, n in group]
+            target = torch.cat([aim[alive] for _, aim, _ in group])
+            found, reached = _through(among, model, aimed, x[rows], y[rows], target, torch.cat(starts), rows)
+            for point, top in zip(found.chunk(len(group)), reached.chunk(len(group)), strict=True):
+                better = top > height[alive]
+                delta[alive] = torch.where(column(better, x), point, delta[alive])
+                height[alive] = torch.where(better, top, height[alive])
     return AttackResult(x + delta, height < torch.inf)
 
 

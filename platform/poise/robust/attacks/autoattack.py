@@ -33,19 +33,23 @@ class Stage:
     attack: Callable[..., AttackResult]
     threat: Threat
     options: Mapping[str, Any] = field(default_factory=dict)
+    batch_size: int | None = None
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, noise: Source = None) -> AttackResult:
         """Attack images x (N, ...) with labels (N,); of the noise it uses the streams that its name labels."""
         streams = as_noise(noise, x).at(zlib.crc32(self.name.encode()))
-        return self.attack(model, x, y, self.threat, noise=streams, **self.options)
+        batch = {} if self.batch_size is None else {"batch_size": self.batch_size}
+        return self.attack(model, x, y, self.threat, noise=streams, **self.options, **batch)
 
 
-def stages(threat: Threat, num_classes: int) -> tuple[Stage, ...]:
+def stages(threat: Threat, num_classes: int, batch_size: int | None = None) -> tuple[Stage, ...]:
     """The `standard` sequence: APGD-CE, APGD-T, FAB-T and Square, for a job to run one by one.
 
     APGD takes 100 steps; under l1 its 100 are spread over radii 3, 2 and 1 times eps, with 5 runs of APGD-CE and 5
     targets of APGD-T instead of 1 and 9. FAB-T has 9 targets, Square 5,000 queries. There are never more targets than
     other classes; with 2 or 3 classes APGD-T climbs the targeted margin, since the targeted DLR loss needs 4.
+
+    Where few examples are left, runs towards several targets share batches of up to `batch_size`, with the same result.
 
     Raises:
         ValueError: fewer than two classes.
@@ -55,9 +59,9 @@ def stages(threat: Threat, num_classes: int) -> tuple[Stage, ...]:
     runs, targets = (5, 5) if threat.norm == "l1" else (1, 9)
     others = num_classes - 1
     return (
-        Stage("apgd-ce", apgd, threat, {"loss": "ce", "steps": 100, "restarts": runs}),
-        Stage("apgd-t", apgd, threat, {"loss": "targeted", "steps": 100, "targets": min(targets, others)}),
-        Stage("fab-t", fab, threat, {"steps": 100, "targets": min(9, others)}),
+        Stage("apgd-ce", apgd, threat, {"loss": "ce", "steps": 100, "restarts": runs}, batch_size),
+        Stage("apgd-t", apgd, threat, {"loss": "targeted", "steps": 100, "targets": min(targets, others)}, batch_size),
+        Stage("fab-t", fab, threat, {"steps": 100, "targets": min(9, others)}, batch_size),
         Stage("square", square, threat, {"queries": 5000}),
     )
 
@@ -91,7 +95,7 @@ def autoattack(
     if version != "standard":
         raise ValueError(f"version {version!r} of AutoAttack is not known here: use 'standard'")
     clean, num_classes = _prepare(model, x, y, batch_size)
-    return _sequence(model, x, y, clean, stages(threat, num_classes), as_noise(noise, x), batch_size)
+    return _sequence(model, x, y, clean, stages(threat, num_classes, batch_size), as_noise(noise, x), batch_size)
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ def union_attack(
     adversarial = x.clone()
     for name, threat in threats.items():
         labelled = streams.at(zlib.crc32(name.encode()))
-        found = _sequence(model, x, y, standing, stages(threat, num_classes), labelled, batch_size)
+        found = _sequence(model, x, y, standing, stages(threat, num_classes, batch_size), labelled, batch_size)
         fallen = standing & ~found.correct
         adversarial[fallen], standing = found.adversarial[fallen], found.correct
         columns.append(standing)

@@ -22,7 +22,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from poise.errors import PoiseError
 from poise.robust.attacks.losses import Loss
 
-__all__ = ["AttackResult", "BNMode", "attack_mode", "column", "input_gradient", "lowest", "require_finite", "scores"]
+__all__ = [
+    "AttackResult",
+    "BNMode",
+    "at_once",
+    "attack_mode",
+    "column",
+    "input_gradient",
+    "lowest",
+    "require_finite",
+    "scores",
+]
 
 BNMode = Literal["eval", "train"]
 
@@ -102,3 +112,8 @@ def column(values: Tensor, like: Tensor) -> Tensor:
 def lowest(x: Tensor) -> Tensor:
     """A loss (N,) below that of any point, in the type of the losses of images x (N, ...)."""
     return torch.full((len(x),), -torch.inf, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def at_once(examples: int, batch_size: int | None) -> int:
+    """How many runs over so many examples (> 0) share a batch, at least one; None is one at a time."""
+    return max((batch_size or 0) // examples, 1)

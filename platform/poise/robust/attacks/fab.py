@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from poise.robust.attacks.contract import (
     AttackResult,
+    at_once,
     attack_mode,
     column,
     input_gradient,
@@ -22,7 +23,7 @@ from poise.robust.attacks.contract import (
 )
 from poise.robust.attacks.hyperplanes import Hyperplanes
 from poise.robust.attacks.losses import margin, targeted_margin
-from poise.robust.noise import Source, as_noise
+from poise.robust.noise import Noise, Source, as_noise
 from poise.robust.spec import Norm
 from poise.robust.threats import ORDERS, Threat
 
@@ -41,6 +42,7 @@ def fab(
     restarts: int = 1,
     targets: int | None = 9,
     noise: Source = None,
+    batch_size: int | None = None,
 ) -> AttackResult:
     """Attack for evaluation: an example is fooled if the nearest wrong point, brought into the ball, is still wrong.
 
@@ -54,6 +56,7 @@ def fab(
         restarts: runs for each target.
         targets: how many of the K - 1 wrong classes are tried; None is all of them.
         noise: see `noise.Source`.
+        batch_size: as for `apgd`.
 
     Raises:
         ValueError: a count below 1, or a model of one class.
@@ -65,19 +68,19 @@ def fab(
     with attack_mode(model):
         logits = scores(model, x)
         adversarial, correct, ranked = x.clone(), logits.argmax(1) == y, _ranked(logits, y, targets)
-        for rank, restart in product(range(ranked.shape[1]), range(restarts)):
-            alive = correct.nonzero().flatten()
-            if len(alive) == 0:
-                break
-            image, label, start = x[alive], y[alive], x[alive]
-            if restart > 0:
-                draws = streams.pick(alive).at(rank).at(restart)
-                start = image + half.start_from(image, draws.uniform(image[0].numel() + 1, x.dtype))
-            run = Run(model, threat.norm, steps, alive)
-            point, _ = run.closest(image, label, ranked[alive, rank], start)
+        runs = list(product(range(ranked.shape[1]), range(restarts)))
+        while runs and len(alive := correct.nonzero().flatten()):
+            group = runs[: at_once(len(alive), batch_size)]
+            runs, rows = runs[len(group) :], alive.repeat(len(group))
+            image, label = x[rows], y[rows]
+            starts = [_start(half, x[alive], streams.pick(alive).at(rank), restart) for rank, restart in group]
+            target = torch.cat([ranked[alive, rank] for rank, _ in group])
+            point, _ = Run(model, threat.norm, steps, rows).closest(image, label, target, torch.cat(starts))
             point = image + threat.project(image, point - image)
             fooled = scores(model, point).argmax(1) != label
-            adversarial[alive], correct[alive] = torch.where(column(fooled, x), point, image), ~fooled
+            for found, fell in zip(point.chunk(len(group)), fooled.chunk(len(group)), strict=True):
+                first = fell & correct[alive]
+                adversarial[alive[first]], correct[alive[first]] = found[first], False
     return AttackResult(adversarial, correct)
 
 
@@ -129,6 +132,13 @@ class _Nearest:
         self.distance = torch.where(nearer, distance, self.distance)
         self.margin = torch.where(nearer, margin(logits, self.y).to(distance.dtype), self.margin)
         return wrong
+
+
+def _start(ball: Threat, x: Tensor, noise: Noise, restart: int) -> Tensor:
+    """The image itself, or at a later restart a random point of the ball."""
+    if restart == 0:
+        return x
+    return x + ball.start_from(x, noise.at(restart).uniform(x[0].numel() + 1, x.dtype))
 
 
 def _ranked(logits: Tensor, y: Tensor, targets: int | None) -> Tensor:
