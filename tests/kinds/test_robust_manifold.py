@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pyarrow.parquet as pq
 import pytest
@@ -20,7 +23,7 @@ from poise.kinds.robust_step import RobustStep
 from poise.kinds.robust_vae import held_out, open_vae
 from poise.kinds.trained import open_trained
 from poise.models.spec import VaeSpec, num_vae_parameters
-from poise.models.vae import build_vae
+from poise.models.vae import ConditionalVae, build_vae
 from poise.observe.rows import read_rows
 from poise.observe.timers import PhaseTimers
 from poise.report.page import load_record, render
@@ -220,6 +223,62 @@ def test_the_result_does_not_hang_on_the_batch_size(store: str, finished: Run) -
     whole = summary(finished)["classifiers"][0]
     assert again["accuracy"] == pytest.approx(whole["accuracy"], abs=1 / 60)
     assert again["latent"] == pytest.approx(whole["latent"], abs=2 / 60)
+
+
+class Ranked(Context):
+    """A rank among threads of one process."""
+
+    def gather(self, value: object) -> list[object]:
+        self.box[self.rank] = value
+        self.barrier.wait()
+        values = list(self.box)
+        self.barrier.wait()
+        return values
+
+    def broadcast(self, value: object) -> object:
+        return self.gather(value)[0]
+
+
+def test_two_ranks_find_what_one_finds(store: str, finished: Run) -> None:
+    values = {"runs": ["net"], "eigenspace": {"rank": 12}, "examples": 60, "latent": {"vae": "vae", "steps": 5}}
+    spec = KINDS["robust.manifold"].model_validate({"kind": "robust.manifold", "name": "two", "store": store, **values})
+    run, box, barrier = open_run(store, "two"), [None, None], threading.Barrier(2, timeout=60)
+    ranks = [Ranked(run, rank=rank, world_size=2) for rank in (0, 1)]
+    for rank in ranks:
+        rank.box, rank.barrier = box, barrier
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(partial(kinds.run, spec), ranks))
+    (one,), (two,) = summary(finished)["classifiers"], summary(run)["classifiers"]
+    assert two["accuracy"] == pytest.approx(one["accuracy"], abs=1.01 / 60)
+    assert two["distance"] == pytest.approx(one["distance"], rel=1e-5)
+    assert two["departure"]["on/l2"] == pytest.approx(one["departure"]["on/l2"], rel=0.02)
+    assert two["latent"]["reconstruction"] == one["latent"]["reconstruction"]
+
+
+def test_an_autoencoder_that_is_killed_ends_in_the_same_bits(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = {"steps": 8, "optimizer": {"name": "adamw"}, "checkpoint": {"every": {"steps": 3}}, "log_every": 1}
+    whole = vae(store, "whole", train=train)
+
+    class Killed(BaseException):
+        """Nothing may catch it and tidy up."""
+
+    def die(self: ConditionalVae, x: torch.Tensor, *rest: torch.Tensor) -> object:
+        calls.append(1)
+        if len(calls) == 6:
+            raise Killed
+        return forward(self, x, *rest)
+
+    calls, forward = [], ConditionalVae.forward
+    monkeypatch.setattr(ConditionalVae, "forward", die)
+    with pytest.raises(Killed):
+        vae(store, "killed", train=train)
+    monkeypatch.setattr(ConditionalVae, "forward", forward)
+    assert open_run(store, "killed").checkpoints.commits()[-1].step == 3
+    torch.manual_seed(99)
+    again = vae(store, "killed", train=train)
+    assert summary(again) == summary(whole) | {"run": "killed"}
+    weights = [open_vae(store, name, CPU)[0].state_dict() for name in ("whole", "killed")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
 @pytest.mark.parametrize(
