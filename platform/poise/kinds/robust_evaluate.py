@@ -85,8 +85,13 @@ def _stage(court: Court, stage: BoundStage, standing: Tensor, batch_size: int) -
 
 
 def _doubts(court: Court, findings: Findings, batch_size: int) -> list[str]:
-    """What should make one doubt the result: signs on the first images, and what Square alone has fooled."""
-    beaten = [masking(part.attacked, part.after) for part in findings.stages if part.stage.black_box]
+    """What should make one doubt the result: signs on the first images, and what only Square has fooled."""
+    beaten, followed = list[str | None](), set[str]()
+    for part in findings.stages:
+        if not part.stage.black_box:
+            followed.add(part.stage.column)
+        elif part.stage.column in followed:
+            beaten.append(masking(part.attacked, part.after))
     first = court.images.select(slice(batch_size))
     device = court.context.device
     signs = suspicions(court.model, unit_pixels(first.images.to(device)), first.labels.to(device))

@@ -1,0 +1,150 @@
+"""Where the model of an evaluation comes from: what does not fit is refused, and it is said what to change."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import save_file
+
+from poise.data.spec import DataSpec
+from poise.errors import UserError
+from poise.kinds.specs.evaluation import RobustEvaluateSpec, SubjectSpec
+from poise.kinds.subject import Subject, open_subject
+from poise.models.build import build
+from poise.models.spec import ModelSpec
+
+LINF, L2 = {"norm": "linf", "eps": "1/20"}, {"norm": "l2", "eps": 0.5}
+ATTACKS = [{"attack": "fgsm", "threat": LINF}, {"attack": "pgd", "threat": L2}]
+
+
+def opened(**model: object) -> Subject:
+    data = DataSpec(name="digits", limit=300)
+    return open_subject(SubjectSpec.model_validate(model), data, store="", seed=0, device=torch.device("cpu"))
+
+
+def refused(message: str, **model: object) -> None:
+    with pytest.raises(UserError, match=message):
+        opened(**model)
+
+
+def exported(folder: Path, change=lambda tensors: tensors) -> str:
+    model = build(ModelSpec(width=4), shape=(1, 8, 8), classes=10, mean=(0.3,), std=(0.4,), seed=3)
+    plain = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_file(change(plain), folder / "model.safetensors")
+    return str(folder / "model.safetensors")
+
+
+def test_a_state_dict_is_the_whole_of_a_model(tmp_path):
+    """Its own normalisation too, not that of the data it is tried on."""
+    subject = opened(file=exported(tmp_path), width=4)
+    known = build(ModelSpec(width=4), shape=(1, 8, 8), classes=10, mean=(0.3,), std=(0.4,), seed=3).eval()
+    x = torch.rand(5, 1, 8, 8)
+    assert torch.equal(subject.model(x), known(x))
+    assert (subject.weights, subject.num_classes) == ("file", 10)
+
+
+@pytest.mark.parametrize(
+    ("change", "model", "message"),
+    [
+        (
+            lambda state: {name: value for name, value in state.items() if "normalize" not in name},
+            {},
+            r"2 missing \(normalize.mean, normalize.std\); the file has no normalisation inside .* to none",
+        ),
+        (lambda state: state, {"normalize": "none"}, "2 unknown .* has a normalisation inside: set .* to data"),
+        (lambda state: {**state, "extra": torch.ones(1)}, {}, r"1 unknown \(extra\); the file has a normalisation"),
+        (lambda state: state, {"width": 8}, "of another shape .*, not "),
+    ],
+)
+def test_a_state_dict_that_does_not_fit_says_what_differs(tmp_path, change, model, message):
+    refused(message, **{"file": exported(tmp_path, change), "width": 4, **model})
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("gone.safetensors", "there is no"), ("model.pt", "pickles are never read"), ("bad.safetensors", "is damaged")],
+)
+def test_a_file_that_is_no_state_dict_is_refused(tmp_path, path, message):
+    (tmp_path / "bad.safetensors").write_bytes(b"not tensors")
+    refused(message, file=str(tmp_path / path))
+
+
+FUNCTIONS = """\
+from torch import nn
+
+def few():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+
+def flat():
+    return nn.Flatten(0)
+
+def wide():
+    return nn.Linear(5, 10)
+
+def number():
+    return 3
+
+def failing():
+    raise RuntimeError("no weights here")
+
+constant = 3
+"""
+
+
+@pytest.fixture
+def functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    name = f"functions_{time.monotonic_ns()}"
+    (tmp_path / f"{name}.py").write_text(FUNCTIONS)
+    monkeypatch.chdir(tmp_path)
+    return name
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("number", "returned a int, not an nn.Module"),
+        ("failing", "RuntimeError: no weights here"),
+        ("absent", "no attribute 'absent'"),
+        ("constant", "not callable"),
+        ("few", "tells 3 classes apart and the data set has 10"),
+        ("flat", r"gives torch.float32 \(128,\) for 2 images"),
+        ("wide", r"does not take images \(1, 8, 8\)"),
+    ],
+)
+def test_a_function_that_will_not_do_is_refused(functions, name, message):
+    refused(message, function=f"{functions}:{name}")
+
+
+def test_a_module_that_is_not_there_is_named():
+    refused("no_such_module", function="no_such_module:f")
+
+
+@pytest.mark.parametrize(
+    ("changes", "path", "message"),
+    [
+        ({"model": None}, "model", "run: RUN, file: FILE or function"),
+        ({"model": {}}, "model", "one of run"),
+        ({"model": {"run": "a", "file": "b"}}, "model", "one of run"),
+        ({"model": {"run": "a", "width": 3}}, "width", "that of a run is known"),
+        ({"model": {"function": "a.b"}}, "function", "not of the form"),
+        ({"model": {"function": "a:b", "checkpoint": "best"}}, "checkpoint", "only a run"),
+        ({"model": {"file": "a"}}, "data", "is required"),
+        ({"attacks": []}, "attacks", "at least one"),
+        ({"attacks": [ATTACKS[0], ATTACKS[0]]}, "attacks.1", "fgsm-linf is taken"),
+        ({"attacks": [{**ATTACKS[0], "name": "clean"}]}, "attacks.0", "clean is taken"),
+        ({"attacks": [{**ATTACKS[1], "sparsity": 3}]}, "sparsity", "l1 alone"),
+        ({"attacks": [{"attack": "apgd", "threat": L2, "targets": 3}]}, "targets", "has no targets"),
+        ({"reverify": {"run": "a"}}, "model", "a has chosen that"),
+    ],
+)
+def test_a_spec_that_makes_no_sense_is_refused(changes, path, message):
+    values = {"kind": "robust.evaluate", "name": "bad", "model": {"run": "a"}, "attacks": ATTACKS}
+    with pytest.raises(ValidationError) as caught:
+        RobustEvaluateSpec.model_validate({**values, **changes})
+    (problem,) = caught.value.errors()
+    assert message in problem["msg"]
+    assert problem.get("ctx", {}).get("path", "model") == path
