@@ -133,6 +133,20 @@ def test_a_state_is_never_written_into() -> None:
     assert after["w"].item() < 5  # and does not share memory with the weights
 
 
+def test_a_state_from_a_file_takes_the_memory_layout_of_the_weights() -> None:
+    model = nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last)
+    algorithm = MoreauEnvelope(0.5, WeightAverage("ema"))
+    state = algorithm.initial(model)
+    read = {name: value.contiguous() for name, value in state.items()}
+    assert read["weight"].stride() != model.weight.stride()
+    nn.init.normal_(model.weight)
+    assert torch.equal(algorithm.pull(model, read, 1), algorithm.pull(model, state, 1))
+    after, again = (algorithm.after(model, each, 1)["weight"] for each in (state, read))
+    assert torch.equal(after, again)
+    assert after.stride() == again.stride() == model.weight.stride()
+    assert not again.requires_grad
+
+
 def _population_loss(w: Tensor) -> float:
     """E ||w - x||_1 for x ~ N(0, I): a sum of means of folded normals; 10 sqrt(2 / pi) = 7.97885 at w = 0, d = 10."""
     normal = torch.distributions.Normal(torch.zeros(()), torch.ones(()))

@@ -59,12 +59,12 @@ class WeightAverage:
 
     def after(self, model: nn.Module, state: State, step: int) -> dict[str, Tensor]:
         """The state once the optimizer has taken its `step`-th step."""
-        due = step >= self.start and (step - self.start) % self.every == 0
-        if not due:
-            return dict(state)
-        weights = [parameter.detach() for parameter in _trainable(model).values()]
-        moved = torch._foreach_lerp([state[name] for name in _trainable(model)], weights, self._share(step))
-        return dict(zip(_trainable(model), moved, strict=True))
+        parameters = _trainable(model)
+        held = [_laid_out(state[name], parameter) for name, parameter in parameters.items()]
+        if step >= self.start and (step - self.start) % self.every == 0:
+            weights = [parameter.detach() for parameter in parameters.values()]
+            held = list(torch._foreach_lerp(held, weights, self._share(step)))
+        return dict(zip(parameters, held, strict=True))
 
     def _share(self, step: int) -> float:
         """b_t; 1 at the start, where u becomes w."""
@@ -113,7 +113,7 @@ class MoreauEnvelope:
         """
         if self.p == 0 or step < self.anchor.start:
             return None
-        apart = [(parameter - state[name]).square().sum() for name, parameter in _trainable(model).items()]
+        apart = [(w - _laid_out(state[name], w)).square().sum() for name, w in _trainable(model).items()]
         return self.p / 2 * torch.stack(apart).sum()
 
 
@@ -164,3 +164,10 @@ def _measuring(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _laid_out(average: Tensor, parameter: Tensor) -> Tensor:
+    """The average in the memory layout of its parameter, which files do not keep: sums are then in the same order."""
+    if average.stride() == parameter.stride():
+        return average
+    return torch.empty_like(parameter, requires_grad=False).copy_(average)
