@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from poise.data.batches import Dataset
 from poise.data.sets import ImageSet, unit_pixels
+from poise.data.spec import DataSpec
 from poise.errors import UserError
 from poise.kinds.eigenspaces import eigenspaces
 from poise.kinds.measure import described
@@ -48,20 +49,28 @@ def run(spec: RobustManifoldSpec, context: Context) -> None:
     if unfinished and context.leads:
         context.run.append_events([event("left_out", why="trials that did not finish", runs=unfinished)])
     generator = None if spec.latent is None else open_vae(spec.store, spec.latent.vae, context.device)
+    bases: dict[tuple[int, DataSpec], Eigenbasis] = {}  # trials of a sweep mostly share their images
     classifiers = []
     for index, name in enumerate(names):
         if context.leads:
             context.report(Progress(spec.name, "measure", index, len(names), index, len(names), unit="networks"))
-        classifiers.append(_measured(spec, open_trained(spec.store, name, context.device), generator, context))
+        trained = open_trained(spec.store, name, context.device)
+        images = trained.spec.seed, trained.spec.data
+        if images not in bases:
+            bases[images] = context.together(partial(eigenspaces, spec.eigenspace, trained.data.train))
+        classifiers.append(_measured(spec, trained, bases[images], generator, context))
     context.together(partial(_keep, spec, classifiers, context))
 
 
 def _measured(
-    spec: RobustManifoldSpec, trained: Trained, generator: tuple[ConditionalVae, Dataset] | None, context: Context
+    spec: RobustManifoldSpec,
+    trained: Trained,
+    basis: Eigenbasis,
+    generator: tuple[ConditionalVae, Dataset] | None,
+    context: Context,
 ) -> dict[str, Any]:
     """All that is said of one classifier."""
     threats = spec.threats or trained.spec.evaluate.threats or trained.spec.threats
-    basis = context.together(partial(eigenspaces, spec.eigenspace, trained.data.train))
     bench = _Bench(spec, trained.data.test.select(slice(spec.examples)), context)
     searches = [_Search(where, norm, each, basis) for norm, each in threats.items() for where in _WHERE]
     found = bench.evaluate(trained.model, {f"{each.where}/{each.norm}": each for each in searches})
