@@ -54,9 +54,9 @@ def _level(size: Tensor, pull: Tensor, room: Tensor, need: Tensor) -> Tensor:
     """
     gain, slope, t = size * room, size * pull, torch.zeros_like(need)
     for _ in range(_ROUNDS):
-        free = room > t * pull
-        missing = need - torch.where(free, 0, gain).sum(1, keepdim=True)
-        steepness = torch.where(free, slope, 0).sum(1, keepdim=True).clamp(min=_tiny(need))
+        used = (room <= t * pull).to(gain)  # a factor of 0 or 1: several times faster on CPUs than a choice
+        missing = need - (gain * used).sum(1, keepdim=True)
+        steepness = (slope * (1 - used)).sum(1, keepdim=True).clamp(min=_tiny(need))
         before, t = t, torch.maximum(t, missing / steepness).clamp(max=torch.finfo(need.dtype).max)
         if t.device.type == "cpu" and torch.equal(before, t):  # elsewhere the question costs more than the rounds
             break
