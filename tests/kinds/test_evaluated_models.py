@@ -12,10 +12,12 @@ from safetensors.torch import save_file
 
 from poise.data.spec import DataSpec
 from poise.errors import UserError
+from poise.kinds import KINDS
 from poise.kinds.specs.evaluation import RobustEvaluateSpec, SubjectSpec
 from poise.kinds.subject import Subject, open_subject
 from poise.models.build import build
 from poise.models.spec import ModelSpec
+from poise.spec import SpecError, load
 
 LINF, L2 = {"norm": "linf", "eps": "1/20"}, {"norm": "l2", "eps": 0.5}
 ATTACKS = [{"attack": "fgsm", "threat": LINF}, {"attack": "pgd", "threat": L2}]
@@ -148,3 +150,17 @@ def test_a_spec_that_makes_no_sense_is_refused(changes, path, message):
     (problem,) = caught.value.errors()
     assert message in problem["msg"]
     assert problem.get("ctx", {}).get("path", "model") == path
+
+
+def test_a_name_that_is_taken_is_found_where_it_was_written(tmp_path):
+    text = "kind: robust.evaluate\nname: twice\nmodel: {run: a}\nattacks:\n"
+    stage = "- {attack: fgsm, threat: {norm: l2, eps: 1}}\n"
+    (tmp_path / "spec.yaml").write_text(text + 2 * stage + "- {attack: fgms, threat: {norm: l2, eps: 1}}\n")
+    with pytest.raises(SpecError) as caught:
+        load(tmp_path / "spec.yaml", KINDS)
+    assert [(problem.line, problem.path) for problem in caught.value.problems] == [(7, ("attacks", 2))]
+    assert "did you mean 'fgsm'" in str(caught.value)
+    (tmp_path / "spec.yaml").write_text(text + 2 * stage)
+    with pytest.raises(SpecError, match="fgsm-l2 is taken") as caught:
+        load(tmp_path / "spec.yaml", KINDS)
+    assert [problem.line for problem in caught.value.problems] == [6]

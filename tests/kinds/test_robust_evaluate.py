@@ -195,7 +195,7 @@ def test_a_union_of_balls_is_tried_on_what_stands_under_each(every):
 
 
 def test_autoattack_is_its_four_stages_under_each_threat(store):
-    attacks = [{"attack": "autoattack", "threats": {"l2": 5, "linf": "1/2"}, "name": "aa"}]
+    attacks = [{"attack": "autoattack", "threats": {"l2": 5, "linf": "1/2"}}]
     run = attacked(store, "standard", attacks=attacks, examples=8)
     parts = ["apgd-ce", "apgd-t", "fab-t", "square"]
     stages = told(run)["stages"][1:]

@@ -82,7 +82,8 @@ def _problems(error: ValidationError, document: Document, spec_class: type[RunSp
 def _loc(detail: ErrorDetails) -> Path:
     if detail["type"] != "mistake":
         return detail["loc"]
-    return (*detail["loc"], *str(detail["ctx"]["path"]).split("."))
+    inside = str(detail["ctx"]["path"]).split(".")
+    return (*detail["loc"], *(int(part) if part.isdigit() else part for part in inside))
 
 
 def _written(loc: Path, tree: Any) -> Path:

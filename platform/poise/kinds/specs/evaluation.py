@@ -248,9 +248,8 @@ class AutoAttackStage(_SeveralBalls):
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Those of its attacks, with the norm behind, and its own name before if it has one."""
-        before = f"{self.name}-" if self.name else ""
-        return tuple(f"{before}{attack}-{ball.norm}" for ball in self.balls for attack in AUTOATTACK)
+        """Those of its attacks, with its own name before and the norm behind, such as aa-fab-t-linf."""
+        return tuple(f"{self.name or 'aa'}-{attack}-{ball.norm}" for ball in self.balls for attack in AUTOATTACK)
 
     def spent(self) -> tuple[int, int]:
         """Gradients and queries per example, at most; a model of few classes has fewer targets."""
