@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -80,6 +81,19 @@ def test_swa_is_the_mean_of_the_epochs_behind_its_start_and_is_measured_as_it_is
     assert summary["selected"] == "best"
     best, final = summary["accuracy"]["best"], summary["accuracy"]["final"]
     assert summary["best_minus_final"] == {name: best[name] - final[name] for name in best}
+
+
+def test_the_estimate_counts_the_average_and_the_perturbation(tmp_path: Path) -> None:
+    options = {"train": {"steps": 4}, "averaging": {"name": "ema"}, "awp": {}}
+    run, _ = finished(tmp_path, **options)
+    plain, told = (spec_of(**more).cost() for more in ({"train": {"steps": 4}}, options))
+    assert (plain[0], told[0]) == tuple(
+        f"gradients per batch of 50: 1 for attacks, {count} for the loss" for count in (1, 2)
+    )
+    sizes = [float(re.search(r"([\d.]+) KiB per checkpoint", "\n".join(lines))[1]) for lines in (plain, told)]
+    size = run.checkpoints.commits()[-1].size / 1024
+    assert sizes[1] == pytest.approx(1.5 * sizes[0], rel=0.02)  # weights, momentum; and the average
+    assert sizes[1] <= size <= sizes[1] + 40
 
 
 def test_what_is_switched_off_is_the_method_itself(tmp_path: Path) -> None:
