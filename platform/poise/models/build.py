@@ -35,7 +35,10 @@ def build(
         body = _body(spec, shape, classes)
         _initialise(body)
     first = _normalize(shape[0], mean, std) if spec.normalize == "data" else nn.Identity()
-    return nn.Sequential(OrderedDict(normalize=first, body=body))
+    network = nn.Sequential(OrderedDict(normalize=first, body=body))
+    if spec.channels_last:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network
 
 
 def _body(spec: ModelSpec, shape: Shape, classes: int) -> nn.Sequential:

@@ -39,6 +39,9 @@ class ModelSpec(Section):
     normalize: Literal["data", "none"] = Field(
         default="data", description="first layer: subtract mean and divide by std of the training pixels, or nothing"
     )
+    channels_last: bool = Field(
+        default=True, description="keep channels innermost in memory: faster convolutions, other rounding"
+    )
 
     @property
     def base_width(self) -> int:

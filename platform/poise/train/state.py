@@ -86,6 +86,10 @@ def load_state(state: TrainState, folder: Path, device: torch.device) -> None:
     state.optimizer.load_state_dict(
         {"state": _join(load_file(folder / OPTIMIZER, str(device)), rest["scalars"]), "param_groups": rest["groups"]}
     )
+    for parameter, moments in state.optimizer.state.items():  # in the memory layout of their parameter, as they were
+        for name, value in moments.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                moments[name] = torch.empty_like(parameter).copy_(value)
     state.task = load_file(folder / TASK, str(device))
     state.step = rest["step"]
     state.best = None if rest["best"] is None else Best(**rest["best"])
