@@ -220,9 +220,14 @@ class _Search:
         C, H, W = self.grid
         height, width = window
         top, left = (draw[:, :1] * (H - height + 1)).long(), (draw[:, 1:] * (W - width + 1)).long()
-        rows, columns = (torch.arange(n, device=draw.device) for n in window)
-        inside = (rows.unsqueeze(1) * W + columns).flatten()
-        return (top * W + left + inside).unsqueeze(1).expand(-1, C, -1)
+        return (top * W + left + _inside(height, width, W, draw.device)).unsqueeze(1).expand(-1, C, -1)
+
+
+@lru_cache(maxsize=64)
+def _inside(height: int, width: int, row: int, device: torch.device) -> Tensor:
+    """Flat indices (area,) of a window at the corner of an image whose rows have this length."""
+    rows, columns = (torch.arange(n, device=device) for n in (height, width))
+    return (rows.unsqueeze(1) * row + columns).flatten()
 
 
 def _require_numbers(sound: Tensor, steps: range, names: Tensor) -> None:
