@@ -267,7 +267,7 @@ def test_the_contract_of_an_attack(small_net: nn.Module, images: tuple[Tensor, T
     assert torch.equal(torch.get_rng_state(), random)
 
 
-MNIST = {"linf": 0.3, "l2": 1.5, "l1": 7.0}
+MNIST = {"linf": 0.3, "l2": 1.0, "l1": 3.0}
 
 
 @pytest.mark.filterwarnings("ignore:Square")
