@@ -8,9 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from poise.robust.threats import Threat, project_l1_ball
+from poise.robust.attacks import perturb
+from poise.robust.noise import Noise
+from poise.robust.threats import Beside, Threat, project_l1_ball
 
 NORMS = ["linf", "l2", "l1"]
 ORDER = {"linf": math.inf, "l2": 2, "l1": 1}
@@ -199,3 +201,15 @@ def test_an_l1_step_takes_a_count_for_each_example_and_at_most_all_pixels() -> N
 def test_a_malformed_threat_is_refused(norm: str, eps: float) -> None:
     with pytest.raises(ValueError, match=r"norm|eps"):
         Threat(norm, eps)
+
+
+def test_each_block_of_examples_faces_its_own_threat(small_net: nn.Module, images: tuple[Tensor, Tensor]) -> None:
+    (x, y), parts = images, (Threat("l2", 0.7), Threat("l1", 3.0), Threat("linf", 0.05))
+    noise = Noise.of(0, "beside", range(3 * len(x)))
+    points = perturb(
+        small_net, torch.cat([x] * 3), torch.cat([y] * 3), Beside(parts=parts), steps=3, sparsity=4, noise=noise
+    )
+    for index, (part, block) in enumerate(zip(parts, points.chunk(3), strict=True)):
+        own = noise.pick(torch.arange(index * len(x), (index + 1) * len(x)))
+        alone = perturb(small_net, x, y, part, steps=3, sparsity=4, noise=own)
+        torch.testing.assert_close(block, alone, rtol=1e-4, atol=1e-6)

@@ -6,11 +6,12 @@ The state of the task is the states of its parts, each under a prefix: `objectiv
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from poise.errors import UserError
@@ -22,7 +23,7 @@ from poise.robust.manifold import Eigenbasis, Within
 from poise.robust.objective_spec import Ramp
 from poise.robust.objectives import OBJECTIVES, GradientProjection, Play, initial_state
 from poise.robust.spec import Norm, ThreatSpec
-from poise.robust.threats import Threat
+from poise.robust.threats import Beside, Threat
 from poise.robust.training_spec import Averaging, Ema, Swa
 from poise.spec.seeds import derive_seed
 from poise.train.task import StepOutput, TaskState, Turn
@@ -46,6 +47,8 @@ class RobustStep:
         self._basis = None if basis is None else basis.to(next(model.parameters()))
         total = spec.train.total_steps(steps_per_epoch)
         self._average = None if spec.averaging is None else _average(spec.averaging, steps_per_epoch, total)
+        self._fused = spec.compute.fused and _agree([threat for _, threat in spec.threats.items()])
+        self._compiled = cast(nn.Module, torch.compile(model)) if spec.compute.compile else None
         self._awp, self._awp_start = None, 0
         if spec.awp is not None:
             self._awp = WeightPerturbation(model, float(spec.awp.gamma))
@@ -97,8 +100,11 @@ class RobustStep:
 
     def _play(self, y: Tensor, state: TaskState, turn: Turn) -> Play:
         threats = self._spec.threats.items()
+        attacks: dict[str, _Attack] = {
+            norm: _Attack(self._threat(norm, each.eps, y), each, turn, self._compiled) for norm, each in threats
+        }
         return Play(
-            attacks={norm: _Attack(self._threat(norm, each.eps, y), each, turn) for norm, each in threats},
+            attacks=attacks,
             options=self._spec.objective,
             state=state,
             step=turn.step,
@@ -107,6 +113,7 @@ class RobustStep:
             draw=random.Random(derive_seed(self._spec.seed, "draw", turn.step)).random(),
             mean=turn.mean,
             noise=turn.generator,
+            together=partial(_together, tuple(attacks.values())) if self._fused else None,
             craft=partial(_timed, turn),
         )
 
@@ -134,11 +141,27 @@ class _Attack:
     threat: Threat
     spec: ThreatSpec
     turn: Turn
+    compiled: nn.Module | None
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, loss: Loss = cross_entropy, **options: Any) -> Tensor:
         with self.turn.timers("attack"):
             perturb, bound = PERTURB[self.spec.attack], {**self.spec.options(), **options}
-            return perturb(model, x, y, self.threat, loss=loss, noise=self.turn.generator, **bound)
+            return perturb(self.compiled or model, x, y, self.threat, loss=loss, noise=self.turn.generator, **bound)
+
+
+def _agree(threats: Sequence[ThreatSpec]) -> bool:
+    """Whether the attacks differ in norm, radius and sparsity alone, so that one batch can hold them all."""
+    with_default = all(threat.attack == "pgd" and threat.step_size is None for threat in threats)
+    return with_default and len({(each.steps, each.restarts, each.options()["random_start"]) for each in threats}) == 1
+
+
+def _together(attacks: Sequence[_Attack], model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """The points of all attacks, whose images go through the network side by side."""
+    count, first = len(attacks), attacks[0]
+    beside = replace(first, threat=Beside(parts=tuple(attack.threat for attack in attacks)))
+    sparsity = next((each.spec.options()["sparsity"] for each in attacks if each.threat.norm == "l1"), 1)
+    points = beside(model, torch.cat([x] * count), torch.cat([y] * count), sparsity=sparsity)
+    return points.chunk(count)
 
 
 def _average(spec: Averaging, steps_per_epoch: int, total: int) -> WeightAverage | MoreauEnvelope:

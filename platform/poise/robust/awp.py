@@ -47,8 +47,10 @@ class WeightPerturbation:
         self._back()
         tape = _Tape()
         attacks = {norm: _Taped(attack, tape) for norm, attack in play.attacks.items()}
-        craft = play.craft
+        craft, together = play.craft, play.together
         play = replace(play, attacks=attacks, craft=lambda attack: tape.point(lambda: craft(attack)))
+        if together is not None:
+            play = replace(play, together=lambda *given: tape.point(lambda: torch.stack([*together(*given)])).unbind())
         self._perturb(self._ascent(objective, x, y, play))
         tape.rewind()
         return objective(model, x, y, play)

@@ -7,6 +7,7 @@ Everything is per example, stays on the device of its input and never waits for 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from poise.robust.spec import NORMS, Norm
 
-__all__ = ["ORDERS", "Threat", "project_l1_ball"]
+__all__ = ["ORDERS", "Beside", "Threat", "project_l1_ball"]
 
 ORDERS: dict[str, float] = {"linf": math.inf, "l2": 2, "l1": 1}
 
@@ -100,6 +101,42 @@ class Threat:
         room = torch.full_like(grad, torch.inf) if at is None else torch.where(grad > 0, 1 - at, at).clamp(min=0)
         budget = size.view(-1, 1) if isinstance(size, Tensor) else size
         return _sparse_step(grad.flatten(1), room.flatten(1), budget, sparsity).view_as(grad)
+
+
+@dataclass(frozen=True)
+class Beside(Threat):
+    """Several threats at once: of P * N examples, each N in a row face one of `parts`, in their order.
+
+    Lengths are in units of each part's eps; `norm` and `eps` say nothing more.
+    """
+
+    norm: Norm = "linf"
+    eps: float = 1.0
+    parts: tuple[Threat, ...] = ()
+
+    def project(self, x: Tensor, delta: Tensor) -> Tensor:
+        """Each part's own projection."""
+        return self._each(lambda part, *given: part.project(*given), x, delta)
+
+    def start_from(self, x: Tensor, uniform: Tensor) -> Tensor:
+        """Each part's own random start."""
+        return self._each(lambda part, *given: part.start_from(*given), x, uniform.to(x.device))
+
+    def steepest(
+        self, grad: Tensor, size: float | Tensor, *, at: Tensor | None = None, sparsity: int | Tensor = 1
+    ) -> Tensor:
+        """Each part's own steepest step, of length size * eps."""
+        where, counts = grad if at is None else at, torch.as_tensor(sparsity, device=grad.device).expand(len(grad))
+        return self._each(
+            lambda part, g, a, k: part.steepest(g, size * part.eps, at=None if at is None else a, sparsity=k),
+            grad,
+            where,
+            counts,
+        )
+
+    def _each(self, act: Callable[..., Tensor], *given: Tensor) -> Tensor:
+        blocks = zip(*(tensor.chunk(len(self.parts)) for tensor in given), strict=True)
+        return torch.cat([act(part, *block) for part, block in zip(self.parts, blocks, strict=True)])
 
 
 def project_l1_ball(v: Tensor, radius: float) -> Tensor:

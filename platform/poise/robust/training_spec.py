@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from poise.spec import Every, Real, Section
 
-__all__ = ["Averaging", "Awp", "Ema", "Mea", "Monitors", "Overfitting", "Swa"]
+__all__ = ["Averaging", "Awp", "Compute", "Ema", "Mea", "Monitors", "Overfitting", "Swa"]
 
 _Decay = Annotated[Real, Field(ge=0, lt=1)]
 _Fraction = Annotated[Real, Field(ge=0, le=1)]
@@ -78,6 +78,17 @@ class Awp(Section):
     )
     start: Every | None = Field(
         default=None, description="epochs or steps before weights are perturbed; default: from the first step"
+    )
+
+
+class Compute(Section):
+    """How the attacks of training are computed: what changes speed and rounding, never what is computed."""
+
+    fused: bool = Field(
+        default=True, description="attack with all threats in one batch, where their attacks take equal steps"
+    )
+    compile: bool = Field(
+        default=False, description="compile the network for the attacks (torch.compile): a slow first step, then faster"
     )
 
 

@@ -11,7 +11,7 @@ from poise.kinds.specs.cost import in_bytes
 from poise.models.spec import ModelSpec, num_parameters, state_bytes
 from poise.robust.objective_spec import Adt, Avg, Objective, Ramp, check, gradients_per_batch, losses_per_batch
 from poise.robust.spec import Eigenspace, EvaluateSpec, Threats
-from poise.robust.training_spec import Averaging, Awp, Monitors
+from poise.robust.training_spec import Averaging, Awp, Compute, Monitors
 from poise.spec import RunSpec, mistake
 from poise.train.spec import TrainSpec
 
@@ -32,6 +32,7 @@ class RobustTrainSpec(RunSpec):
     train: TrainSpec = Field(description="length, optimizer, schedule, checkpoints")
     averaging: Averaging | None = Field(None, description="average of the weights, measured beside the others")
     awp: Awp | None = Field(None, description="adversarial perturbation of the weights, round any objective")
+    compute: Compute = Field(Compute(), description="how the attacks are computed: speed and rounding")
     monitors: Monitors = Field(Monitors(), description="what is watched at each evaluation")
     evaluate: EvaluateSpec = Field(EvaluateSpec(), description="attacks that the trained network is measured under")
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from poise.robust.attacks import cross_entropy
 from poise.robust.attacks.msd import msd_perturb
 from poise.robust.objectives.norms import single
-from poise.robust.objectives.play import Outcome, Play, bare, outcome
+from poise.robust.objectives.play import Outcome, Play, bare, outcome, points_of
 
 __all__ = ["mix", "msd", "sat"]
 
@@ -40,7 +40,7 @@ def msd(model: nn.Module, x: Tensor, y: Tensor, play: Play) -> Outcome:
 
 def mix(model: nn.Module, x: Tensor, y: Tensor, play: Play) -> Outcome:
     """Mean cross entropy at x + (1/P) sum_p delta_p, delta_p being the perturbation of threat p (the ADT code)."""
-    points = [attack(bare(model), x, y) for attack in play.attacks.values()]
+    points = points_of(model, x, y, play)
     return _at_point(model, torch.stack(points).mean(0), y, play, "mix")
 
 

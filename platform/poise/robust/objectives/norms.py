@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from poise.robust.attacks import cross_entropy
 from poise.robust.objective_spec import Adt
-from poise.robust.objectives.play import Outcome, Play, State, bare, outcome
+from poise.robust.objectives.play import Outcome, Play, State, outcome, points_of
 
 __all__ = ["adt", "adt_weights", "at", "avg", "initial_weights", "logits_of", "losses_of", "max", "single"]
 
@@ -130,7 +130,7 @@ def single(
     model: nn.Module, x: Tensor, y: Tensor, play: Play, norm: str, state: State | None = None, **options: Any
 ) -> Outcome:
     """l_p for the threat `norm` out of several: the others have weight 0, and a union is not known."""
-    attack = replace(play, attacks={norm: play.attacks[norm]})
+    attack = replace(play, attacks={norm: play.attacks[norm]}, together=None)
     losses, correct = losses_of(model, x, y, attack, **options)
     (loss,) = losses.mean(1)
     out = outcome(play, loss, losses, correct, (norm,), torch.ones_like(loss).view(1), state)
@@ -152,6 +152,4 @@ def losses_of(model: nn.Module, x: Tensor, y: Tensor, play: Play, **options: Any
 
 def logits_of(model: nn.Module, x: Tensor, y: Tensor, play: Play, **options: Any) -> list[Tensor]:
     """Logits (N, K) at the adversarial examples of each threat, with their graph."""
-    inner = bare(model)
-    points = [attack(inner, x, y, **options) for attack in play.attacks.values()]
-    return [model(point) for point in points]
+    return [model(point) for point in points_of(model, x, y, play, **options)]

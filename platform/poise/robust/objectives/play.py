@@ -13,7 +13,7 @@ from poise.errors import PoiseError
 from poise.robust.attacks import Loss, cross_entropy
 from poise.robust.threats import Threat
 
-__all__ = ["Attack", "Objective", "Outcome", "Play", "State", "bare", "outcome"]
+__all__ = ["Attack", "Objective", "Outcome", "Play", "State", "bare", "outcome", "points_of"]
 
 State = dict[str, Tensor]
 """What an objective remembers from batch to batch; belongs in checkpoints, and is the same on every rank."""
@@ -54,6 +54,7 @@ class Play:
         draw: uniform in [0, 1), the same on every rank: for choices that a whole batch shares.
         mean: averages a tensor over ranks, so that every rank has the same state.
         noise: draws the noise of this rank's examples.
+        together: all of `attacks` in one batch, if that can be: points like x, in their order.
         craft: runs an attack that is none of `attacks`, so that the caller can time it, or play it again.
     """
 
@@ -66,6 +67,7 @@ class Play:
     draw: float = 0.0
     mean: Callable[[Tensor], Tensor] = _same
     noise: torch.Generator | None = None
+    together: Callable[[nn.Module, Tensor, Tensor], Sequence[Tensor]] | None = None
     craft: Callable[[Callable[[], Tensor]], Tensor] = _now
 
 
@@ -91,6 +93,14 @@ def bare(model: nn.Module) -> nn.Module:
     """The module inside a DistributedDataParallel wrapper, or the model itself: what attacks get."""
     inner: nn.Module = getattr(model, "module", model)
     return inner
+
+
+def points_of(model: nn.Module, x: Tensor, y: Tensor, play: Play, **options: Any) -> list[Tensor]:
+    """The adversarial examples of every threat, like x each; `options` go to the attacks."""
+    inner = bare(model)
+    if play.together is not None and not options:
+        return list(play.together(inner, x, y))
+    return [attack(inner, x, y, **options) for attack in play.attacks.values()]
 
 
 def outcome(
