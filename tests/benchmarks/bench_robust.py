@@ -18,21 +18,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from poise.kinds.robust_step import RobustStep
+from poise.kinds.specs.robust import RobustTrainSpec
 from poise.models.build import build
 from poise.models.spec import ModelSpec
+from poise.observe.timers import PhaseTimers
 from poise.robust.attacks import perturb
-from poise.robust.objectives import OBJECTIVES, Play, initial_state
-from poise.robust.spec import Adt, At
 from poise.robust.threats import Threat
+from poise.train.task import Turn
 
 BATCH, STEPS, TURNS = 32, 10, 5
 THREATS = {"linf": Threat("linf", 8 / 255), "l2": Threat("l2", 0.5), "l1": Threat("l1", 12.0)}
 
 
 def network(*, channels_last: bool = False) -> nn.Module:
-    spec = ModelSpec(name="preact_resnet18")
-    model = build(spec, shape=(3, 32, 32), classes=10, mean=[0.5] * 3, std=[0.25] * 3, seed=0)
-    return model.to(memory_format=torch.channels_last) if channels_last else model
+    spec = ModelSpec(name="preact_resnet18", channels_last=channels_last)
+    return build(spec, shape=(3, 32, 32), classes=10, mean=[0.5] * 3, std=[0.25] * 3, seed=0)
 
 
 def batches() -> DataLoader[tuple[Tensor, ...]]:
@@ -84,29 +85,33 @@ class Peer(Usual):
 
 
 class Ours:
-    """A step of `robust.train`: the objective, the attacks and the optimizer as the loop calls them."""
+    """A step of `robust.train` as the loop takes it, with the optimizer behind it."""
 
     def __init__(self, norms: tuple[str, ...], *, precision: torch.dtype = torch.float32) -> None:
-        self.model, self.norms, self.precision = network(channels_last=True).train(), norms, precision
+        threats = {norm: {"eps": THREATS[norm].eps, "steps": STEPS} for norm in norms}
+        spec = RobustTrainSpec.model_validate(
+            {
+                "kind": "robust.train",
+                "name": "bench",
+                "data": {"name": "cifar10", "root": "none", "batch_size": BATCH},
+                "model": {"name": "preact_resnet18"},
+                "threats": threats,
+                "objective": {"name": "adt" if len(norms) > 1 else "at"},
+                "train": {"steps": 1},
+            }
+        )
+        self.model, self.precision = network(channels_last=True).train(), precision
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9, foreach=True)
-        self.options = Adt() if len(norms) > 1 else At()
-        self.objective = OBJECTIVES[self.options.name]
-        self.state = initial_state(self.options, norms)
-        self.draw = torch.Generator().manual_seed(0)
-        x, self.y = next(iter(batches()))
-        self.x = x.to(memory_format=torch.channels_last)
+        self.part = RobustStep(spec, self.model, 1)
+        self.state, self.batch = self.part.initial(), tuple(next(iter(batches())))
+        self.turn = Turn(0, 0, True, torch.Generator().manual_seed(0), PhaseTimers(), lambda values: values)
 
     def __call__(self) -> None:
-        attacks = {
-            norm: partial(perturb, threat=THREATS[norm], steps=STEPS, sparsity=20, noise=self.draw)
-            for norm in self.norms
-        }
         with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == torch.bfloat16):
-            outcome = self.objective(self.model, self.x, self.y, Play(attacks, self.options, self.state))
-        outcome.loss.backward()
+            loss, _, self.state = self.part.step(self.model, self.batch, self.state, self.turn)
+        loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.state = outcome.state
 
 
 def seconds(run: Callable[[], object]) -> float:
