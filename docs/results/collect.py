@@ -1,0 +1,69 @@
+"""The results of a study as a table: `python docs/results/collect.py STORE STUDY`.
+
+A study is a pipeline whose stages are sweeps over seeds. Each line is a stage: the mean over its seeds in percent, with
+the half width of the 95 % interval of the mean (Student's t).
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+
+import yaml
+from scipy import stats
+
+from poise.store.runs import Run, open_run
+
+
+def summary(run: Run) -> dict[str, object]:
+    """The summary of a finished run."""
+    return dict(json.loads(run.read("artifacts/summary.json")))
+
+
+def interval(values: Sequence[float]) -> str:
+    """Mean and half width, both times 100."""
+    mean, n = statistics.mean(values), len(values)
+    if n < 2:
+        return f"{100 * mean:.1f}"
+    half = stats.t.ppf(0.975, n - 1) * statistics.stdev(values) / n**0.5
+    return f"{100 * mean:.1f} ± {100 * half:.1f}"
+
+
+def trained(name: str, trials: Sequence[dict[str, object]], columns: Sequence[str]) -> list[str]:
+    """Lines of a stage: the selected weights, the averaged ones if there are any, and best minus final."""
+    cells = {"": "selected", "averaged": "averaged", "best - final": None}
+    lines = []
+    for label, weights in cells.items():
+        if weights is None:
+            found = [trial["best_minus_final"] for trial in trials]
+        else:
+            found = [trial["accuracy"].get(trial["selected"] if weights == "selected" else weights) for trial in trials]
+        if all(found):
+            row = [interval([one[column] for one in found]) if column in found[0] else "–" for column in columns]
+            lines.append(f"| {name} {label} | {len(found)} | {' | '.join(row)} |".replace("  |", " |"))
+    return lines
+
+
+def main(store: str, study: str) -> None:
+    """Print the table of every sweep of the study."""
+    stages = sweeps(store, study)
+    trials = {stage: [summary(open_run(store, trial)) for trial in runs] for stage, runs in stages.items()}
+    columns = list(dict.fromkeys(key for runs in trials.values() for one in runs for key in one["accuracy"]["final"]))
+    columns.sort(key=["clean", "robust/linf", "robust/l2", "robust/l1", "robust/average", "robust/union"].index)
+    print("| | seeds | " + " | ".join(column.removeprefix("robust/") for column in columns) + " |")
+    print("|---|" + "---|" * (len(columns) + 1))
+    for stage, runs in trials.items():
+        print("\n".join(trained(stage, runs, columns)))
+
+
+def sweeps(store: str, study: str) -> dict[str, list[str]]:
+    """The trials of each stage of a study that is a sweep, by the name of the stage."""
+    stages = yaml.safe_load(open_run(store, study).read("spec.yaml"))["stages"]
+    found = {name: summary(open_run(store, body["name"])) for name, body in stages.items() if body["kind"] == "sweep"}
+    return {name: [trial["run"] for trial in told["trials"]] for name, told in found.items()}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
