@@ -18,7 +18,7 @@ run: .venv/.runs ## Run the quickstart, or SPEC=jobs/...
 	@$(BIN)/poise run $(SPEC)
 
 test: lint ## Lint, then run every test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25 $(TESTS)
 
 lint: .venv/.develops ## ruff, mypy and the walls between the rooms
 	$(BIN)/ruff format --check -q .
