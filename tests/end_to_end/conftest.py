@@ -133,6 +133,7 @@ class Head:
 
     address: str
     dashboard: str
+    pid: int
 
 
 def _free_port() -> int:
@@ -176,7 +177,7 @@ def head(s3_settings: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
         start_new_session=True,
     )
     _wait_for(dashboard, process)
-    yield Head(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}")
+    yield Head(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", process.pid)
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
         process.wait(15)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shlex
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import helm_python
 import kubernetes_validate
 import pytest
 import yaml
@@ -50,14 +50,6 @@ MODES = {
 }
 
 
-def render(values: dict[str, Any], name: str = "demo") -> dict[str, dict[str, Any]]:
-    """What Helm would send, by kind and name. The chart is loaded anew: a handle does not render twice alike."""
-    files = helm_python.Chart.load(CHART).render(values, name=name, namespace="research")
-    texts = [text for file, text in files.items() if file.endswith(".yaml")]
-    documents = [document for text in texts for document in yaml.safe_load_all(text) if document]
-    return {f"{document['kind']}/{document['metadata']['name']}": document for document in documents}
-
-
 def cluster_of(objects: dict[str, dict[str, Any]]) -> dict[str, Any]:
     for document in objects.values():
         if document["kind"] == "RayCluster":
@@ -83,7 +75,7 @@ def check(document: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_object_is_what_its_kind_allows(mode):
+def test_every_object_is_what_its_kind_allows(mode, render):
     objects = render(MODES[mode])
     for document in objects.values():
         check(document)
@@ -96,7 +88,7 @@ def test_every_object_is_what_its_kind_allows(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_pod_may_run_in_a_restricted_namespace(mode):
+def test_every_pod_may_run_in_a_restricted_namespace(mode, render):
     """Pod Security Standards, profile restricted."""
     for template in pods(render(MODES[mode])):
         pod = template["spec"]
@@ -112,7 +104,7 @@ def test_every_pod_may_run_in_a_restricted_namespace(mode):
         )
 
 
-def test_strict_checks_catch_a_typo():
+def test_strict_checks_catch_a_typo(render):
     objects = render({"job": JOB})
     job = objects["RayJob/demo-run"]
     job["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParam"] = {}
@@ -125,8 +117,8 @@ def test_strict_checks_catch_a_typo():
 
 
 @pytest.mark.parametrize("values", [{}, {"job": JOB, "workers": GPU, "monitoring": {"enabled": True}, **EXTRAS}])
-def test_helm_has_nothing_to_complain_of(values):
-    found = helm_python.lint(CHART, values, strict=True)
+def test_helm_has_nothing_to_complain_of(values, helm):
+    found = helm("lint", "helm/poise", values)
     assert not found["errors"]
     assert [message["error"] for message in found["messages"]] == ["icon is recommended"]
 
@@ -149,9 +141,9 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_values_that_are_wrong_are_refused_by_the_schema(case):
+def test_values_that_are_wrong_are_refused_by_the_schema(case, render):
     values, named = WRONG[case]
-    with pytest.raises(helm_python.HelmValuesError, match=named):
+    with pytest.raises(RuntimeError, match=f"(?s)HelmValuesError: .*{re.escape(named)}"):
         render(values)
 
 
@@ -164,8 +156,8 @@ def test_values_that_are_wrong_are_refused_by_the_schema(case):
         ({"workers": {"cpu": {"minReplicas": 9}}}, "minReplicas 9 is above maxReplicas 4"),
     ],
 )
-def test_values_that_do_not_fit_together_are_refused(values, said):
-    with pytest.raises(helm_python.HelmRenderError, match=said):
+def test_values_that_do_not_fit_together_are_refused(values, said, render):
+    with pytest.raises(RuntimeError, match=f"(?s)HelmRenderError: .*{re.escape(said)}"):
         render(values)
 
 
@@ -195,7 +187,7 @@ def test_the_schema_is_closed_describes_every_key_and_knows_every_default():
     assert not list(missing(defaults, schema, "values"))
 
 
-def test_head_and_workers_are_what_poise_needs():
+def test_head_and_workers_are_what_poise_needs(render):
     cluster = cluster_of(render({"workers": GPU}))
     head, (cpu, gpu) = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
     assert head["rayStartParams"]["num-cpus"] == "0"
@@ -212,7 +204,7 @@ def test_head_and_workers_are_what_poise_needs():
         assert {"RAY_worker_niceness", "RAY_USAGE_STATS_ENABLED"} == environment.keys()
 
 
-def test_the_job_runs_its_spec(tmp_path):
+def test_the_job_runs_its_spec(tmp_path, render):
     objects = render({"job": JOB})
     job = objects["RayJob/demo-run"]["spec"]
     assert job["entrypoint"] == (
@@ -229,7 +221,7 @@ def test_the_job_runs_its_spec(tmp_path):
     assert "ConfigMap/demo-spec" not in in_image
 
 
-def test_the_settings_of_the_guide(monkeypatch):
+def test_the_settings_of_the_guide(monkeypatch, render, helm):
     """Its `helm install` lines, read by Helm's own parser of --set and --set-file."""
     monkeypatch.chdir(ROOT)
     lines = [shlex.split(line) for line in (ROOT / "docs/cluster.md").read_text().splitlines() if line[:5] == "helm "]
@@ -238,8 +230,7 @@ def test_the_settings_of_the_guide(monkeypatch):
         assert chart == "helm/poise"
         values: dict[str, Any] = {}
         for option, expression in zip(options[::2], options[1::2], strict=True):
-            read = {"--set": helm_python.parse_set_string, "--set-file": helm_python.parse_set_file}[option]
-            for section, inner in read(expression).items():
+            for section, inner in helm("parse", option, expression).items():
                 values.setdefault(section, {}).update(inner)
         objects = render(values, name=name)
         kinds += [document["kind"] for document in objects.values() if document["apiVersion"] == "ray.io/v1"]
@@ -251,7 +242,7 @@ def test_the_settings_of_the_guide(monkeypatch):
     assert kinds == ["RayCluster", "RayJob"]
 
 
-def test_keys_come_from_a_secret_or_a_role_and_are_nowhere_else():
+def test_keys_come_from_a_secret_or_a_role_and_are_nowhere_else(render):
     objects = render({**EXTRAS, "workers": GPU})
     for template in (cluster_of(objects)["headGroupSpec"], *cluster_of(objects)["workerGroupSpecs"]):
         container = template["template"]["spec"]["containers"][0]
@@ -261,7 +252,7 @@ def test_keys_come_from_a_secret_or_a_role_and_are_nowhere_else():
     assert "ACCESS_KEY" not in yaml.safe_dump(objects)
 
 
-def test_policies_select_the_pods_that_there_are():
+def test_policies_select_the_pods_that_there_are(render):
     objects = render({"job": JOB, "monitoring": {"enabled": True}})
     policy, budget = objects["NetworkPolicy/demo"]["spec"], objects["PodDisruptionBudget/demo-head"]["spec"]
     monitor = objects["PodMonitor/demo"]["spec"]
@@ -274,7 +265,7 @@ def test_policies_select_the_pods_that_there_are():
     assert {endpoint["port"] for endpoint in monitor["podMetricsEndpoints"]} <= ports
 
 
-def test_a_long_name_leaves_room_for_what_the_operator_appends():
+def test_a_long_name_leaves_room_for_what_the_operator_appends(render):
     for values in ({}, {"job": {**JOB, "name": "x" * 16}}):
         for document in render(values, name="r" * 53).values():
             assert len(document["metadata"]["name"]) <= 47
@@ -299,12 +290,10 @@ def test_versions_are_those_of_the_project():
         ({"job": JOB}, ["rayjob demo-run", "runs /etc/poise/spec.yaml"]),
     ],
 )
-def test_the_notes_say_what_to_do_next(values, said):
-    notes = helm_python.Chart.load(CHART).render(values, name="demo", namespace="research")["poise/templates/NOTES.txt"]
+def test_the_notes_say_what_to_do_next(values, said, helm):
+    notes = helm("render", "helm/poise", values, "demo")["poise/templates/NOTES.txt"]
     assert all(words in notes for words in said), notes
 
 
-def test_the_chart_can_be_packed(tmp_path):
-    archive = Path(helm_python.Chart.load(CHART).save(tmp_path))
-    packed = helm_python.Chart.load(archive)
-    assert {"files/alerts.yaml", "files/dashboard.json"} <= {file["name"] for file in packed.files}
+def test_the_chart_can_be_packed(tmp_path, helm):
+    assert {"files/alerts.yaml", "files/dashboard.json"} <= set(helm("packed", "helm/poise", str(tmp_path)))
