@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 os.environ["RAY_AUTH_MODE"] = "disabled"  # before any test imports Ray, which reads it once for the process
 
-_LONGEST = ("test_ray.py", "test_selfplay_on_ray.py", "test_sweep.py", "test_pool.py")
+_LONGEST = ("test_ray.py", "test_selfplay_on_ray.py", "test_calibration_on_ray.py", "test_sweep.py", "test_pool.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -113,8 +113,8 @@ def test_the_keys_of_robust_train_are_frozen():
     sections = json_schema(KINDS["robust.train"], "robust.train")
     found = {section["title"]: sorted(section["properties"]) for section in [sections, *sections["$defs"].values()]}
     assert found["poise robust.train"] == [
-        "averaging", "awp", "compute", "data", "eigenspace", "evaluate", "kind", "model", "monitors", "name", "objective",
-        "profiles", "seed", "store", "threats", "train", "workers",
+        "averaging", "awp", "compute", "data", "eigenspace", "evaluate", "kind", "model", "monitors", "name",
+        "objective", "profiles", "seed", "store", "threats", "train", "workers",
     ]  # fmt: skip
     assert found["TrainSpec"] == [
         "accumulate", "checkpoint", "clip_norm", "epochs", "evaluate_every", "log_every", "optimizer", "precision",
