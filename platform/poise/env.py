@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["COMMIT", "RAY_DEFAULTS", "RAY_LOGS", "VLLM_SETTINGS", "launched_rank"]
+__all__ = ["COMMIT", "PRIVATE_CLUSTER", "RAY_DEFAULTS", "RAY_LOGS", "VLLM_SETTINGS", "launched_rank"]
 
 RAY_LOGS = "POISE_RAY_LOGS"
 """Set to 1 to see what Ray's processes and the workers print; by default it is kept in Ray's logs only."""
@@ -31,6 +31,16 @@ RAY_DEFAULTS = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
 }
 """Set for Ray unless the user has set them."""
+
+PRIVATE_CLUSTER = {
+    # One machine that nobody takes away, watched by this command alone: what would tell others only takes turns from
+    # the workers, who all wait for the one that was interrupted.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_task_events_report_interval_ms": "0",
+    "RAY_raylet_report_resources_period_milliseconds": "1000",
+}
+"""Set, unless the user has set them, for a cluster that lives on this machine for as long as a command."""
 
 VLLM_SETTINGS = {
     # The engine in the actor's own process: it starts in a tenth of the time, and its weights can be read back.

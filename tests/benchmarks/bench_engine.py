@@ -9,6 +9,7 @@ the commits that the run itself records.
 from __future__ import annotations
 
 import os
+import random
 import signal
 import statistics
 import subprocess
@@ -22,7 +23,7 @@ import psutil
 
 from poise.store.runs import Run, open_run
 
-ROUNDS, TURN_S, SETTLE_S = 10, 10.0, 1.0
+ROUNDS, TURN_S, SETTLE_S = 24, 5.0, 1.0
 SPEC = """\
 kind: robust.train
 name: {name}
@@ -86,7 +87,7 @@ class Runner:
 
 
 def main() -> None:
-    for count in (1, 2):
+    for count in (2, 1):
         with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
             runners = {}
             for engine in ("local", "ray"):
@@ -94,11 +95,19 @@ def main() -> None:
                 stack.callback(runners[engine].end)
                 runners[engine].signal(signal.SIGSTOP)
             ratios = [_round(runners, turn) for turn in range(ROUNDS)]
+        low, high = _interval(ratios)
         print(
-            f"  world size {count}  ray over local {statistics.median(ratios):.3f} "
-            f"[{min(ratios):.3f}, {max(ratios):.3f}], median of {ROUNDS} turns of {TURN_S:.0f} s each",
+            f"  world size {count}  ray over local {statistics.median(ratios):.3f} [{low:.3f}, {high:.3f}], "
+            f"median of {ROUNDS} turns of {TURN_S:.0f} s each and its 95 % interval (bootstrap)",
             flush=True,
         )
+
+
+def _interval(ratios: list[float]) -> tuple[float, float]:
+    draws = random.Random(0)
+    medians = [statistics.median(draws.choices(ratios, k=len(ratios))) for _ in range(2000)]
+    low, *_, high = statistics.quantiles(medians, n=40)
+    return low, high
 
 
 def _round(runners: dict[str, Runner], number: int) -> float:

@@ -60,11 +60,12 @@ def by_tune(spec: SweepSpec, left: Sequence[Trial], tally: Tally, sink: Sink) ->
         _run(errands[config["index"]])
 
     with tempfile.TemporaryDirectory(prefix="poise-tune-") as scratch:
-        overseer = _Overseer(told, {trial.index for trial in left}, tally)
+        stopped: set[int] = set()
+        overseer = _Overseer(told, {trial.index for trial in left}, stopped, tally)
         tune.Tuner(
             tune.with_resources(trial, _resources(spec.base)),
             param_space={"index": tune.grid_search(list(range(len(errands))))},
-            tune_config=tune.TuneConfig(max_concurrent_trials=spec.concurrent, scheduler=_scheduler(spec)),
+            tune_config=tune.TuneConfig(max_concurrent_trials=spec.concurrent, scheduler=_scheduler(spec, stopped)),
             run_config=tune.RunConfig(
                 name=spec.name,
                 storage_path=scratch,
@@ -93,11 +94,12 @@ def _resources(spec: RunSpec) -> dict[str, float]:
     return {"cpu": 0, "memory": 1}
 
 
-def _scheduler(spec: SweepSpec) -> TrialScheduler:
+def _scheduler(spec: SweepSpec, stopped: set[int]) -> TrialScheduler:
     if not isinstance(spec.scheduler, AshaSpec):
         return FIFOScheduler()
     grace = spec.scheduler.grace
-    return ASHAScheduler(
+    return _Asha(
+        stopped,
         time_attr="steps" if grace.steps else "epochs",
         metric="metric",
         mode=spec.mode,
@@ -108,26 +110,43 @@ def _scheduler(spec: SweepSpec) -> TrialScheduler:
     )
 
 
+class _Asha(ASHAScheduler):  # type: ignore[misc]
+    """ASHA that keeps which trials it stopped.
+
+    How the process of such a trial ends does not say so: Tune takes its gang away, which looks to it like a failure.
+    """
+
+    def __init__(self, stopped: set[int], **options: Any) -> None:
+        super().__init__(**options)
+        self.stopped = stopped
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        decision = str(super().on_trial_result(tune_controller, trial, result))
+        if decision == TrialScheduler.STOP:
+            self.stopped.add(trial.config["index"])
+        return decision
+
+
 class _Overseer(tune.Callback):  # type: ignore[misc]
     """In the driver: shows what trials do, and records the end of those that could not do so themselves."""
 
-    def __init__(self, told: Sequence[Trial], left: set[int], tally: Tally) -> None:
-        self.told, self.left, self.tally = told, left, tally
-        self.unsettled: dict[int, tuple[Trial, str]] = {}
+    def __init__(self, told: Sequence[Trial], left: set[int], stopped: set[int], tally: Tally) -> None:
+        self.told, self.left, self.stopped, self.tally = told, left, stopped, tally
+        self.unsettled: dict[int, Trial] = {}
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **_: Any) -> None:
         if "progress" in result:
             self.tally.display.show(Progress(**result["progress"]))
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-        self._ended(trial, "stopped")
+        self._ended(trial)
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-        self._ended(trial, "failed")
+        self._ended(trial)
 
     def on_step_end(self, iteration: int, trials: Any, **_: Any) -> None:
-        for trial, status in list(self.unsettled.values()):
-            self._settle(trial, status)
+        for trial in list(self.unsettled.values()):
+            self._settle(trial)
 
     def settle_all(self) -> None:
         """Wait until no process holds a trial any more, and record their ends."""
@@ -136,26 +155,26 @@ class _Overseer(tune.Callback):  # type: ignore[misc]
             self.on_step_end(0, ())
             time.sleep(0.1)
 
-    def _ended(self, trial: Any, status: str) -> None:
+    def _ended(self, trial: Any) -> None:
         mine = self.told[trial.config["index"]]
         if mine.index in self.left:
-            self.unsettled[mine.index] = mine, status
+            self.unsettled[mine.index] = mine
 
-    def _settle(self, trial: Trial, status: Any) -> None:
-        """Once its process has let go of it: a trial that says it is running has been stopped, or its process died."""
+    def _settle(self, trial: Trial) -> None:
+        """Once its process has let go of it: what the scheduler stopped is stopped, what still runs has died."""
         run = located(trial.spec)
         if Lease.is_held(run.storage, run.name):
             return
-        known = run.manifest()
-        if known is not None and known.status == "running":
+        known, stopped = run.manifest(), trial.index in self.stopped
+        if known is not None and (known.status == "running" or (stopped and known.status == "failed")):
             try:
                 with run.lease():
                     commits = run.checkpoints.commits()
-                    run.append_events([event("stopped early" if status == "stopped" else "failed")])
+                    run.append_events([event("stopped early" if stopped else "failed")])
                     run.finish(
-                        status,
+                        "stopped" if stopped else "failed",
                         final_step=commits[-1].step if commits else None,
-                        error=None if status == "stopped" else "its process died",
+                        error=None if stopped else "its process died",
                     )
             except RunBusyError:
                 return
