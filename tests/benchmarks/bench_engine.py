@@ -87,7 +87,7 @@ class Runner:
 
 
 def main() -> None:
-    for count in (2, 1):
+    for count in (1, 2):
         with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
             runners = {}
             for engine in ("local", "ray"):
