@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
-__all__ = ["COMMIT", "PRIVATE_CLUSTER", "RAY_DEFAULTS", "RAY_LOGS", "VLLM_SETTINGS", "launched_rank"]
+__all__ = ["COMMIT", "PRIVATE_CLUSTER", "RAY_DEFAULTS", "RAY_LOGS", "VLLM_SETTINGS", "defaults", "launched_rank"]
 
 RAY_LOGS = "POISE_RAY_LOGS"
 """Set to 1 to see what Ray's processes and the workers print; by default it is kept in Ray's logs only."""
@@ -53,6 +55,18 @@ VLLM_SETTINGS = {
     "HF_HUB_OFFLINE": "1",
 }
 """Set in the process of every vLLM engine."""
+
+
+@contextmanager
+def defaults(values: Mapping[str, str]) -> Iterator[None]:
+    """Those of `values` that are not set, set for as long as the block lasts."""
+    added = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
 
 
 def launched_rank() -> tuple[int, int, int]:

@@ -11,13 +11,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
 from poise.engine.drive import drive
-from poise.engine.session import identity
+from poise.engine.session import claim, identity
+from poise.engine.sweep import Tally
 from poise.errors import PoiseError, UserError
 from poise.kinds.specs.sweep import SweepSpec
 from poise.observe.progress import Display
@@ -209,6 +211,24 @@ def test_a_sweep_goes_on_after_its_driver_was_killed_and_ends_in_the_same_bits(s
     starts = [event["step"] for event in second.events() if event["event"] == "start"]
     assert starts[0] == 0 < starts[1], "the second trial did not go on from its commit"
     assert facts(killed) == facts(whole)
+
+
+@pytest.mark.parametrize(("stopped", "status"), [({0}, "stopped"), (set(), "failed")])
+def test_what_the_scheduler_stopped_has_not_failed_whatever_its_process_wrote(stopped, status, sweep_of):
+    """Tune takes the gang of a stopped trial away, and its process may live to record that as a failure."""
+    from poise.engine.trials import _Overseer
+
+    spec = sweep_of(space={"train.optimizer.lr": {"grid": [0.1]}})
+    (trial,), (run,) = spec.trials(), trials_of(spec)
+    with pytest.raises(PoiseError, match="its controller is gone"), claim(run, trial.spec):
+        raise PoiseError("its controller is gone")
+    overseer = _Overseer([trial], {0}, Tally(spec, Display(io.StringIO()), 0))
+    overseer.stopped |= stopped
+    overseer.on_trial_complete(0, (), SimpleNamespace(config={"index": 0}))
+    overseer.settle_all()
+    assert not overseer.unsettled
+    assert run.manifest().status == status
+    assert ("stopped early" in [event["event"] for event in run.events()]) == bool(stopped)
 
 
 @pytest.mark.slow

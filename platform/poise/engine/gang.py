@@ -41,20 +41,21 @@ def cluster(address: str | None, specs: Sequence[RunSpec]) -> Iterator[None]:
         for name, value in env.PRIVATE_CLUSTER.items():
             os.environ.setdefault(name, value)
     cpus = None if joins else max(os.cpu_count() or 1, *(_needs(spec)["CPU"] for spec in specs))
-    try:
-        ray.init(
-            address=address if joins else "local",
-            num_cpus=cpus,
-            include_dashboard=None if joins else False,  # a cluster for one command has no visitors
-            log_to_driver=verbose,
-            logging_level="INFO" if verbose else "ERROR",
-        )
-    except ConnectionError as error:
-        raise UserError(f"no Ray cluster answers at {address or os.environ.get('RAY_ADDRESS')}: {error}") from None
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with env.defaults({} if joins else env.PRIVATE_CLUSTER):
+        try:
+            ray.init(
+                address=address if joins else "local",
+                num_cpus=cpus,
+                include_dashboard=None if joins else False,  # a cluster for one command has no visitors
+                log_to_driver=verbose,
+                logging_level="INFO" if verbose else "ERROR",
+            )
+        except ConnectionError as error:
+            raise UserError(f"no Ray cluster answers at {address or os.environ.get('RAY_ADDRESS')}: {error}") from None
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def run_gang(spec: RunSpec, display: Display, sink: Sink) -> None:

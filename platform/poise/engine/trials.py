@@ -60,12 +60,13 @@ def by_tune(spec: SweepSpec, left: Sequence[Trial], tally: Tally, sink: Sink) ->
         _run(errands[config["index"]])
 
     with tempfile.TemporaryDirectory(prefix="poise-tune-") as scratch:
-        stopped: set[int] = set()
-        overseer = _Overseer(told, {trial.index for trial in left}, stopped, tally)
+        overseer = _Overseer(told, {trial.index for trial in left}, tally)
         tune.Tuner(
             tune.with_resources(trial, _resources(spec.base)),
             param_space={"index": tune.grid_search(list(range(len(errands))))},
-            tune_config=tune.TuneConfig(max_concurrent_trials=spec.concurrent, scheduler=_scheduler(spec, stopped)),
+            tune_config=tune.TuneConfig(
+                max_concurrent_trials=spec.concurrent, scheduler=_scheduler(spec, overseer.stopped)
+            ),
             run_config=tune.RunConfig(
                 name=spec.name,
                 storage_path=scratch,
@@ -130,8 +131,9 @@ class _Asha(ASHAScheduler):  # type: ignore[misc]
 class _Overseer(tune.Callback):  # type: ignore[misc]
     """In the driver: shows what trials do, and records the end of those that could not do so themselves."""
 
-    def __init__(self, told: Sequence[Trial], left: set[int], stopped: set[int], tally: Tally) -> None:
-        self.told, self.left, self.stopped, self.tally = told, left, stopped, tally
+    def __init__(self, told: Sequence[Trial], left: set[int], tally: Tally) -> None:
+        self.told, self.left, self.tally = told, left, tally
+        self.stopped: set[int] = set()  # by the scheduler
         self.unsettled: dict[int, Trial] = {}
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **_: Any) -> None:
@@ -139,10 +141,11 @@ class _Overseer(tune.Callback):  # type: ignore[misc]
             self.tally.display.show(Progress(**result["progress"]))
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-        self._ended(trial)
+        mine = self.told[trial.config["index"]]
+        if mine.index in self.left:
+            self.unsettled[mine.index] = mine
 
-    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-        self._ended(trial)
+    on_trial_error = on_trial_complete  # how it ended is in its record, or known to the scheduler
 
     def on_step_end(self, iteration: int, trials: Any, **_: Any) -> None:
         for trial in list(self.unsettled.values()):
@@ -154,11 +157,6 @@ class _Overseer(tune.Callback):  # type: ignore[misc]
         while self.unsettled and time.monotonic() < deadline:
             self.on_step_end(0, ())
             time.sleep(0.1)
-
-    def _ended(self, trial: Any) -> None:
-        mine = self.told[trial.config["index"]]
-        if mine.index in self.left:
-            self.unsettled[mine.index] = mine
 
     def _settle(self, trial: Trial) -> None:
         """Once its process has let go of it: what the scheduler stopped is stopped, what still runs has died."""
