@@ -37,9 +37,6 @@ def cluster(address: str | None, specs: Sequence[RunSpec]) -> Iterator[None]:
     """Join the cluster at `address` (or RAY_ADDRESS), or start one on this machine for as long as the block lasts."""
     verbose = os.environ.get(env.RAY_LOGS) == "1"
     joins = address is not None or "RAY_ADDRESS" in os.environ
-    if not joins:
-        for name, value in env.PRIVATE_CLUSTER.items():
-            os.environ.setdefault(name, value)
     cpus = None if joins else max(os.cpu_count() or 1, *(_needs(spec)["CPU"] for spec in specs))
     with env.defaults({} if joins else env.PRIVATE_CLUSTER):
         try:
