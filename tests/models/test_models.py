@@ -63,6 +63,22 @@ def test_logits_and_gradients_reach_everything(name, shape):
     assert dead == []
 
 
+@pytest.mark.parametrize(("width", "innermost"), [(8, False), (16, True)])
+def test_narrow_shortcuts_keep_channels_outermost(width, innermost):
+    """oneDNN's weight gradient of a narrow strided 1x1 convolution writes past its buffer with channels innermost."""
+    model = make("preact_resnet18", width=width)
+    weights = [parameter for parameter in model.parameters() if parameter.ndim == 4 and parameter.shape[2:] == (3, 3)]
+    assert {weight.is_contiguous(memory_format=torch.channels_last) for weight in weights} == {innermost}
+    x = torch.rand(4, 3, 32, 32)
+    gradients = []
+    for fast in (True, False):
+        model.zero_grad()
+        with torch.backends.mkldnn.flags(enabled=fast):
+            model.eval()(x).square().sum().backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert torch.allclose(*gradients, rtol=1e-3, atol=1e-4 * float(gradients[1].abs().max()))
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize(("activation", "kind"), [("relu", nn.ReLU), ("silu", nn.SiLU), ("softplus", nn.Softplus)])
 def test_activation_is_the_same_everywhere(name, activation, kind):

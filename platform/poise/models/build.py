@@ -36,7 +36,7 @@ def build(
         _initialise(body)
     first = _normalize(shape[0], mean, std) if spec.normalize == "data" else nn.Identity()
     network = nn.Sequential(OrderedDict(normalize=first, body=body))
-    if spec.channels_last:
+    if spec.channels_last and not any(_overruns(module) for module in network.modules()):
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network
 
@@ -49,6 +49,16 @@ def _body(spec: ModelSpec, shape: Shape, classes: int) -> nn.Sequential:
     if spec.name in VGG:
         return vgg(VGG[spec.name], width=width, channels=shape[0], classes=classes, activation=activation)
     return small_cnn(width=width, shape=shape, classes=classes, activation=activation)
+
+
+def _overruns(module: nn.Module) -> bool:
+    """Whether the weight gradient would write past its buffer with channels innermost: oneDNN, AVX2 and AVX-512.
+
+    It does for a strided 1x1 convolution of fewer channels than a vector register holds (uxlfoundation/oneDNN#6035).
+    """
+    if not isinstance(module, nn.Conv2d) or module.kernel_size != (1, 1):
+        return False
+    return module.stride != (1, 1) and module.in_channels < 16
 
 
 def _initialise(body: nn.Module) -> None:
