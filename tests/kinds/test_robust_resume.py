@@ -1,8 +1,12 @@
-"""Killed in the middle of a step and started again, every objective and every average ends in the same bits."""
+"""Killed by SIGKILL in mid-step and started again, every objective and every average ends in the same bits."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,6 @@ import torch
 from safetensors.torch import load, load_file
 
 from poise import kinds
-from poise.kinds.robust_step import RobustStep
 from poise.kinds.specs.robust import RobustTrainSpec
 from poise.observe.rows import read_rows
 from poise.store.runs import Run, open_run
@@ -41,7 +44,9 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def spec_of(name: str, case: dict[str, Any], **train: Any) -> RobustTrainSpec:
+def values_of(name: str) -> dict[str, Any]:
+    """A spec of six steps with a checkpoint after the fourth."""
+    case = CASES[name]
     objective = case["objective"] if isinstance(case["objective"], dict) else {"name": case["objective"]}
     values = {
         "kind": "robust.train",
@@ -54,20 +59,52 @@ def spec_of(name: str, case: dict[str, Any], **train: Any) -> RobustTrainSpec:
             "checkpoint": {"every": {"steps": 4}},
             "evaluate_every": {"steps": 4},
             "log_every": 1,
-            **train,
         },
         "evaluate": {"examples": 20},
     }
-    return RobustTrainSpec.model_validate({**values, **case, "objective": objective})
+    return {**values, **case, "objective": objective}
 
 
-class Killed(BaseException):
-    """Not an Exception: nothing may catch it and tidy up."""
+KILLED = """
+import json, os, signal, sys
+from poise import kinds
+from poise.kinds.robust_step import RobustStep
+from poise.kinds.specs.robust import RobustTrainSpec
+from poise.store.runs import open_run
+from poise.train.context import Context
+
+after = RobustStep.after
+
+def die(self, state, step):
+    if step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return after(self, state, step)
+
+RobustStep.after = die
+for values in json.loads(sys.argv[2]):
+    child = os.fork()
+    if child == 0:
+        kinds.run(RobustTrainSpec.model_validate(values), Context(open_run(sys.argv[1], values["name"])))
+        os._exit(0)
+    print(values["name"], os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+"""Run each spec in a process of its own, which kills itself between the fifth step and what follows it."""
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store in which the run of every case has died of SIGKILL."""
+    store = tmp_path_factory.mktemp("killed")
+    command = [sys.executable, "-c", KILLED, str(store), json.dumps([values_of(name) for name in CASES])]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2] / "platform")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == [f"{name} {-signal.SIGKILL}" for name in CASES], done.stderr
+    return store
 
 
 def tensors(run: Run, scratch: Path) -> dict[str, torch.Tensor]:
     """Everything in the last checkpoint, and the averaged weights."""
-    folder = run.checkpoints.fetch(run.checkpoints.commits()[-1], scratch / run.name)
+    folder = run.checkpoints.fetch(run.checkpoints.commits()[-1], scratch)
     found = {f"{file.stem}/{k}": v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
     if "artifacts/averaged.safetensors" in run.files("artifacts/"):
         found |= {f"averaged/{k}": v for k, v in load(run.read("artifacts/averaged.safetensors")).items()}
@@ -80,27 +117,16 @@ def rows(run: Run) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_killed_it_ends_in_the_same_bits(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    case, after = CASES[name], RobustStep.after
-    whole, killed = (open_run(tmp_path / "runs", each) for each in ("whole", "killed"))
-    kinds.run(spec_of("whole", case), Context(whole))
-
-    def die(self: RobustStep, state: dict[str, torch.Tensor], step: int) -> dict[str, torch.Tensor]:
-        if step == 5:
-            raise Killed
-        return after(self, state, step)
-
-    monkeypatch.setattr(RobustStep, "after", die)
-    with pytest.raises(Killed):
-        kinds.run(spec_of("killed", case), Context(killed))
-    monkeypatch.setattr(RobustStep, "after", after)
-    assert killed.checkpoints.commits()[-1].step < 5
-    torch.manual_seed(99)  # a fresh process
-    kinds.run(spec_of("killed", case), Context(killed))
-    mine, theirs = tensors(killed, tmp_path), tensors(whole, tmp_path)
+def test_killed_it_ends_in_the_same_bits(name: str, killed: Path, tmp_path: Path) -> None:
+    spec = RobustTrainSpec.model_validate(values_of(name))
+    resumed, whole = open_run(killed, name), open_run(tmp_path / "whole", name)
+    assert resumed.checkpoints.commits()[-1].step == 4
+    for run in (resumed, whole):
+        kinds.run(spec, Context(run))
+    mine, theirs = (tensors(run, tmp_path / folder) for run, folder in ((resumed, "mine"), (whole, "theirs")))
     assert mine.keys() == theirs.keys()
     assert [key for key in mine if not torch.equal(mine[key].nan_to_num(7), theirs[key].nan_to_num(7))] == []
-    assert rows(killed) == rows(whole)
-    summaries = [json.loads(run.read("artifacts/summary.json")) for run in (whole, killed)]
-    assert summaries[0] | {"run": ""} == summaries[1] | {"run": ""}
-    assert ("averaged" in summaries[0]["accuracy"]) == ("averaging" in case)
+    assert rows(resumed) == rows(whole)
+    summaries = [json.loads(run.read("artifacts/summary.json")) for run in (whole, resumed)]
+    assert summaries[0] == summaries[1]
+    assert ("averaged" in summaries[0]["accuracy"]) == ("averaging" in CASES[name])
