@@ -32,7 +32,7 @@ CHART = "tests/helm/test_chart.py"
 ELSEWHERE = {
     "make run": "tests/test_guides.py::test_make_knows_every_target",
     "make test": "tests/test_guides.py::test_make_knows_every_target",
-    "poise run jobs/quickstart.yaml": f"{RAY}::test_a_killed_driver",
+    "poise run jobs/quickstart.yaml": f"{RAY}::test_a_killed_worker_and_a_killed_driver",
     "poise run jobs/digits.yaml --address 127.0.0.1:6379": "tests/end_to_end/conftest.py::uninterrupted",
     "poise cluster up": CLUSTER,
     "poise cluster status": CLUSTER,

@@ -165,7 +165,7 @@ def head(s3_settings: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
     gcs, dashboard = _free_port(), _free_port()
     ray = str(Path(sys.executable).with_name("ray"))
     command = [ray, "start", "--head", "--block", f"--port={gcs}", "--num-cpus=2", "--disable-usage-stats"]
-    command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--dashboard-agent-listen-port=0"]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as in an activated environment
     environment = {**os.environ, **s3_settings, "RAY_AUTH_MODE": "disabled", "PATH": path}
     process = subprocess.Popen(

@@ -30,9 +30,13 @@ def store_of(request: pytest.FixtureRequest, kind: str) -> str:
     )
 
 
+def attempts(run) -> list[int]:
+    return [event["attempt"] for event in run.events() if event["event"] == "start"]
+
+
 def wait_for_a_random_step(job, draw: random.Random) -> None:
-    """Some commits, then some part of the time between two."""
-    job.until_committed(draw.randint(1, 4))
+    """A commit or two more, then some part of the time between two."""
+    job.until_committed(len(job.run.checkpoints.commits()) + draw.randint(1, 2))
     time.sleep(draw.uniform(0, 0.4))
     assert job.process.poll() is None, "the run was over before it could be killed"
 
@@ -52,29 +56,20 @@ def assert_nothing_was_lost_or_repeated(run) -> None:
 
 
 @pytest.mark.parametrize("kind", ["folder", "s3"])
-def test_a_killed_worker(kind, request, head, desk, uninterrupted, assert_same):
-    draw = random.Random(f"worker {kind}")
-    job = desk.start("killed", store_of(request, kind), address=head.address)
-    wait_for_a_random_step(job, draw)
-    os.kill(draw.choice(job.worker_pids()), signal.SIGKILL)
-    assert job.wait() == 0, job.text()
-    assert [event["attempt"] for event in job.run.events() if event["event"] == "start"] == [0, 1]
-    assert "a worker died; attempt 2 goes on from the last commit" in job.text()
-    assert_nothing_was_lost_or_repeated(job.run)
-    assert_same(job.run, uninterrupted)
-
-
-@pytest.mark.parametrize("kind", ["folder", "s3"])
-def test_a_killed_driver(kind, request, desk, uninterrupted, assert_same):
-    """On a folder its private cluster dies with it; on S3 the cluster lives on, and so do its workers for a while."""
-    draw = random.Random(f"driver {kind}")
+def test_a_killed_worker_and_a_killed_driver(kind, request, desk, uninterrupted, assert_same):
+    """On a folder its private cluster dies with the driver; on S3 the cluster and its workers live on for a while."""
+    draw = random.Random(kind)
     store, address = store_of(request, kind), None if kind == "folder" else request.getfixturevalue("head").address
     job = desk.start("killed", store, address=address)
     wait_for_a_random_step(job, draw)
+    os.kill(draw.choice(job.worker_pids()), signal.SIGKILL)
+    job.until(lambda: attempts(job.run) == [0, 1])
+    wait_for_a_random_step(job, draw)
     job.kill()
     assert job.run.manifest().status == "running"
+    assert "a worker died; attempt 2 goes on from the last commit" in job.text()
     desk.finish("killed", store, address=address)
-    assert len([event for event in job.run.events() if event["event"] == "start"]) == 2
+    assert attempts(job.run) == [0, 1, 0]
     assert_nothing_was_lost_or_repeated(job.run)
     assert_same(job.run, uninterrupted)
 
