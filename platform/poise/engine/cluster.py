@@ -121,6 +121,10 @@ def down(folder: Path) -> bool:
     for process in psutil.wait_procs(processes, timeout=_DOWN_WITHIN_S)[1]:
         with suppress(psutil.NoSuchProcess):
             process.kill()
+    for process in _strays(cluster):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+            process.wait()
     shutil.rmtree(cluster.scratch, ignore_errors=True)
     (folder / _RECORD).unlink()
     return bool(processes)
@@ -157,6 +161,15 @@ def _processes(cluster: Cluster) -> list[psutil.Process]:
         if abs(head.create_time() - cluster.began) < 1 and head.status() != psutil.STATUS_ZOMBIE:
             return [head, *head.children(recursive=True)]
     return []
+
+
+def _strays(cluster: Cluster) -> list[psutil.Process]:
+    """Processes of Ray that were started while the cluster ended and descend from it no more: they name its folder."""
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if process.pid != os.getpid() and any(cluster.scratch in part for part in process.info["cmdline"] or ())
+    ]
 
 
 def _check_free(option: str, port: int) -> None:
