@@ -87,7 +87,9 @@ class Peer(Usual):
 class Ours:
     """A step of `robust.train` as the loop takes it, with the optimizer behind it."""
 
-    def __init__(self, norms: tuple[str, ...], *, precision: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, norms: tuple[str, ...], *, precision: torch.dtype = torch.float32, compiled: bool = False
+    ) -> None:
         threats = {norm: {"eps": THREATS[norm].eps, "steps": STEPS} for norm in norms}
         spec = RobustTrainSpec.model_validate(
             {
@@ -97,6 +99,7 @@ class Ours:
                 "model": {"name": "preact_resnet18"},
                 "threats": threats,
                 "objective": {"name": "adt" if len(norms) > 1 else "at"},
+                "compute": {"compile": compiled},
                 "train": {"steps": 1},
             }
         )
@@ -136,6 +139,7 @@ def has_bf16() -> bool:
 
 def training(title: str, norms: tuple[str, ...]) -> None:
     runs: dict[str, Callable[[], object]] = {"usual": Usual(norms), "ours fp32": Ours(norms)}
+    runs["ours compiled"] = Ours(norms, compiled=True)
     if len(norms) == 1:
         runs["torchattacks"] = Peer(norms)
     if has_bf16():
