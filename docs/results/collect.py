@@ -56,12 +56,31 @@ def main(store: str, study: str) -> None:
     print("|---|" + "---|" * (len(columns) + 1))
     for stage, runs in trials.items():
         print("\n".join(trained(stage, runs, columns)))
+    for attacked in stages_of(store, study, "robust.manifold"):
+        print("\n".join(["", *on_and_off(summary(open_run(store, attacked)), sweeps(store, study))]))
+
+
+def on_and_off(told: dict[str, object], stages: dict[str, list[str]]) -> list[str]:
+    """Of each stage and ball, how many of the images classified rightly fall within the manifold, off it, anywhere."""
+    lines = ["| | seeds | ball | on | off | anywhere |", "|---|---|---|---|---|---|"]
+    classifiers = {one["run"]: one for one in told["classifiers"]}
+    for stage, runs in stages.items():
+        found = [classifiers[run]["success"] for run in runs]
+        for norm in dict.fromkeys(name.partition("/")[2] for name in found[0]):
+            cells = [interval([one[f"{where}/{norm}"] for one in found]) for where in ("on", "off", "anywhere")]
+            lines.append(f"| {stage} | {len(runs)} | {norm} | {' | '.join(cells)} |")
+    return lines
+
+
+def stages_of(store: str, study: str, kind: str) -> dict[str, str]:
+    """From the run of each stage of that kind to the name of the stage."""
+    stages = yaml.safe_load(open_run(store, study).read("spec.yaml"))["stages"]
+    return {body["name"]: name for name, body in stages.items() if body["kind"] == kind}
 
 
 def sweeps(store: str, study: str) -> dict[str, list[str]]:
     """The trials of each stage of a study that is a sweep, by the name of the stage."""
-    stages = yaml.safe_load(open_run(store, study).read("spec.yaml"))["stages"]
-    found = {name: summary(open_run(store, body["name"])) for name, body in stages.items() if body["kind"] == "sweep"}
+    found = {name: summary(open_run(store, run)) for run, name in stages_of(store, study, "sweep").items()}
     return {name: [trial["run"] for trial in told["trials"]] for name, told in found.items()}
 
 
