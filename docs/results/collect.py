@@ -79,8 +79,9 @@ def stages_of(store: str, study: str, kind: str) -> dict[str, str]:
 
 
 def sweeps(store: str, study: str) -> dict[str, list[str]]:
-    """The trials of each stage of a study that is a sweep, by the name of the stage."""
-    found = {name: summary(open_run(store, run)) for run, name in stages_of(store, study, "sweep").items()}
+    """The trials of each finished stage of a study that is a sweep, by the name of the stage."""
+    runs = {name: open_run(store, run) for run, name in stages_of(store, study, "sweep").items()}
+    found = {name: summary(run) for name, run in runs.items() if "artifacts/summary.json" in run.files("artifacts/")}
     return {name: [trial["run"] for trial in told["trials"]] for name, told in found.items()}
 
 
