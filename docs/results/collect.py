@@ -57,7 +57,7 @@ def main(store: str, study: str) -> None:
     for stage, runs in trials.items():
         print("\n".join(trained(stage, runs, columns)))
     for attacked in stages_of(store, study, "robust.manifold"):
-        print("\n".join(["", *on_and_off(summary(open_run(store, attacked)), sweeps(store, study))]))
+        print("\n".join(["", *on_and_off(summary(open_run(store, attacked)), stages)]))
 
 
 def on_and_off(told: dict[str, object], stages: dict[str, list[str]]) -> list[str]:

@@ -121,10 +121,11 @@ def down(folder: Path) -> bool:
     for process in psutil.wait_procs(processes, timeout=_DOWN_WITHIN_S)[1]:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    for process in _strays(cluster):
-        with suppress(psutil.NoSuchProcess):
+    strays = _strays(cluster)
+    for process in strays:
+        with suppress(psutil.Error):
             process.kill()
-            process.wait()
+    psutil.wait_procs(strays, timeout=_DOWN_WITHIN_S)  # not for ever: a container may have nobody who reaps them
     shutil.rmtree(cluster.scratch, ignore_errors=True)
     (folder / _RECORD).unlink()
     return bool(processes)
