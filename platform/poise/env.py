@@ -6,7 +6,16 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-__all__ = ["COMMIT", "PRIVATE_CLUSTER", "RAY_DEFAULTS", "RAY_LOGS", "VLLM_SETTINGS", "defaults", "launched_rank"]
+__all__ = [
+    "COMMIT",
+    "PRIVATE_CLUSTER",
+    "RAY_DEFAULTS",
+    "RAY_LOGS",
+    "VLLM_ON_CPU",
+    "VLLM_SETTINGS",
+    "defaults",
+    "launched_rank",
+]
 
 RAY_LOGS = "POISE_RAY_LOGS"
 """Set to 1 to see what Ray's processes and the workers print; by default it is kept in Ray's logs only."""
@@ -55,6 +64,12 @@ VLLM_SETTINGS = {
     "HF_HUB_OFFLINE": "1",
 }
 """Set in the process of every vLLM engine."""
+
+VLLM_ON_CPU = {
+    # All that vLLM compiles for an eager engine on a CPU is a count of tokens; it takes seconds and a C++ compiler.
+    "TORCHDYNAMO_DISABLE": "1",
+}
+"""Set beside them in the process of an engine without a GPU."""
 
 
 @contextmanager

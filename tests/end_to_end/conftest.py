@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from poise.observe.rows import read_rows
@@ -81,7 +83,7 @@ class Job:
         raise AssertionError(f"waited {timeout} s for nothing:\n{self.text()}")
 
     def until_committed(self, count: int) -> None:
-        self.until(lambda: len(self.run.checkpoints.commits()) >= count)
+        self.until(lambda: len(self.run.checkpoints.commits()) >= count, timeout=300)
 
     def worker_pids(self) -> list[int]:
         return [event["pids"] for event in self.run.events() if event["event"] == "start"][-1]
@@ -89,6 +91,12 @@ class Job:
     def kill(self) -> None:
         os.kill(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+    def kill_one(self, actor: str, below: int | None = None) -> None:
+        """SIGKILL for the newest process of that Ray actor, below the head with that pid or in the private cluster."""
+        family = psutil.Process(below or self.process.pid).children(recursive=True)
+        found = [process for process in family if process.name().startswith(f"ray::{actor}")]
+        max(found, key=psutil.Process.create_time).kill()
 
 
 class Desk:
@@ -104,7 +112,20 @@ class Desk:
         return path
 
     def start(self, name: str, store: str, engine: str = "ray", address: str | None = None, **changes: Any) -> Job:
-        job = Job(self.spec(name, store, **changes), engine, address, open_run(store, name), self.scratch)
+        return self._start(self.spec(name, store, **changes), name, store, engine, address)
+
+    def start_twice(self, store: str, text: str, *, address: str | None = None, **changes: Any) -> Job:
+        """On one cluster, the run `whole`, for nothing to happen to, and then `killed`; `Job.run` is that one."""
+        one = yaml.safe_load(text.format(name="", store="", **changes))
+        shared = {key: value for key, value in one.items() if key not in ("name", "store")}
+        stages = {name: {"use": "both", "name": name} for name in ("whole", "killed")}
+        tree = {"kind": "pipeline", "name": "both", "store": store, "common": {"both": shared}, "stages": stages}
+        path = self.scratch / "both.yaml"
+        path.write_text(yaml.safe_dump(tree, sort_keys=False))
+        return self._start(path, "killed", store, "ray", address)
+
+    def _start(self, spec: Path, name: str, store: str, engine: str, address: str | None) -> Job:
+        job = Job(spec, engine, address, open_run(store, name), self.scratch)
         self.jobs.append(job)
         return job
 
@@ -216,6 +237,17 @@ def _facts(run: Run) -> dict[str, Any]:
     matrices = {name: run.read(name) for name in run.files("artifacts/evaluation")}
     rows = read_rows(run.read(name) for name in run.files("metrics/") if "timing" not in name).to_pylist()
     return {"summary": summary, "matrices": matrices, "rows": rows}
+
+
+@pytest.fixture
+def artifacts() -> Callable[[Run], dict[str, bytes]]:
+    """What a run has found, its name and its page aside."""
+
+    def read(run: Run) -> dict[str, bytes]:
+        found = {name: run.read(name) for name in run.files("artifacts/") if not name.endswith(".html")}
+        return {name: data.replace(f'"{run.name}"'.encode(), b"") for name, data in found.items()}
+
+    return read
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
 
@@ -12,7 +11,7 @@ from poise.data.spec import WorldSpec
 from poise.data.worlds import make_world
 from poise.models.language import export, new_llama
 from poise.models.spec import LanguageModelSpec
-from poise.store.runs import Run
+from poise.store.runs import Run, open_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -30,23 +29,11 @@ bootstrap: 50
 """
 
 
-def kill_one(driver: int, name: str) -> None:
-    """SIGKILL for a process of that Ray actor, in the private cluster of that driver."""
-    below = psutil.Process(driver).children(recursive=True)
-    next(process for process in below if process.name().startswith(name)).kill()
-
-
-def artifacts(run: Run) -> dict[str, bytes]:
-    """What must not depend on what happened on the way, the name of the run aside."""
-    found = {name: run.read(name) for name in run.files("artifacts/") if not name.endswith(".html")}
-    return {name: data.replace(f'"{run.name}"'.encode(), b"") for name, data in found.items()}
-
-
 def samples(run: Run) -> dict[str, list[dict[str, object]]]:
     return {name: pq.read_table(io.BytesIO(run.read(name))).to_pylist() for name in run.files("samples/")}
 
 
-def test_measuring_calibration_with_a_killed_engine_a_killed_worker_and_a_killed_driver(desk, tmp_path):
+def test_measuring_calibration_with_a_killed_engine_a_killed_worker_and_a_killed_driver(desk, artifacts, tmp_path):
     world = {"entities": 120, "relations": 8}
     made = make_world(WorldSpec(**world))
     tokenizer = made.tokenizer()
@@ -54,21 +41,20 @@ def test_measuring_calibration_with_a_killed_engine_a_killed_worker_and_a_killed
     export(llama, tokenizer, tmp_path / "model")
     listed = ", ".join(f"{key}: {value}" for key, value in world.items())
     text = MEASURE.format(folder=tmp_path / "model", world="{{" + listed + "}}")
-    store, size = str(tmp_path / "runs"), {"workers": 1, "steps": 50, "text": text}
-    whole = desk.finish("whole", store, **size)
-    shards = len(samples(whole))
-    assert shards >= 3
-    job = desk.start("killed", store, **size)
-    drawn = lambda count: len(job.run.files("samples/")) >= count  # noqa: E731
-    job.until(lambda: drawn(1), timeout=300)
-    kill_one(job.process.pid, "ray::_Engine")
-    job.until(lambda: drawn(2), timeout=300)
+    both = {"store": str(tmp_path / "runs"), "workers": 1, "steps": 12, "text": text}
+    job = desk.start_twice(**both)
+    job.until(lambda: len(job.run.files("samples/")) >= 1, timeout=400)
+    whole = open_run(both["store"], "whole")
+    assert len(samples(whole)) >= 4
+    job.kill_one("_Engine")
+    job.until(lambda: len(job.run.files("samples/")) >= 2, timeout=300)
     kept = {name: job.run.read(name) for name in job.run.files("samples/")}
-    kill_one(job.process.pid, "ray::RayTrainWorker")
-    job.until(lambda: drawn(3), timeout=300)
+    job.kill_one("RayTrainWorker")
+    job.until(lambda: len(job.run.files("samples/")) >= 3, timeout=300)
     job.kill()
     assert job.run.manifest().status == "running"
-    desk.finish("killed", store, **size)
+    again = desk.start_twice(**both)
+    assert again.wait() == 0, again.text()
     assert {name: job.run.read(name) for name in kept} == kept, "a committed shard was drawn again"
     assert any("engine" in str(event) and "died" in str(event) for event in job.run.events())
     assert samples(job.run) == samples(whole)

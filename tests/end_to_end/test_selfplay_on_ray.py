@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from poise.data.spec import WorldSpec
 from poise.data.worlds import make_world
 from poise.models.language import export, new_llama
 from poise.models.spec import LanguageModelSpec
+from poise.store.runs import open_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -52,26 +51,19 @@ def text(tmp_path: Path) -> str:
     return SPEC.format(folder=tmp_path / "model", world="{{" + listed + "}}", questions=questions)
 
 
-def _engines(driver: int) -> Iterator[psutil.Process]:
-    for process in psutil.Process(driver).children(recursive=True):
-        if process.cmdline()[:1] == ["ray::_Engine"] or process.name().startswith("ray::_Engine"):
-            yield process
-
-
 def test_a_killed_engine_a_killed_worker_and_a_killed_driver(desk, tmp_path, text, assert_same):
-    store, size = str(tmp_path / "runs"), {"workers": 1, "steps": 80, "text": text}
-    whole = desk.finish("whole", store, **size)
-    job = desk.start("killed", store, **size)
+    both = {"store": str(tmp_path / "runs"), "workers": 1, "steps": 80, "text": text}
+    job = desk.start_twice(**both)
     job.until_committed(2)
-    (engine,) = _engines(job.process.pid)
-    engine.kill()
+    job.kill_one("_Engine")
     job.until_committed(6)
     os.kill(job.worker_pids()[0], signal.SIGKILL)
     job.until_committed(10)
     job.kill()
     assert job.run.manifest().status == "running"
-    desk.finish("killed", store, **size)
+    again = desk.start_twice(**both)
+    assert again.wait() == 0, again.text()
     events = [event["event"] for event in job.run.events()]
     assert events.count("start") == 3
     assert any("engine" in str(event) and "died" in str(event) for event in job.run.events())
-    assert_same(job.run, whole)
+    assert_same(job.run, open_run(both["store"], "whole"))

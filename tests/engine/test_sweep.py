@@ -191,7 +191,7 @@ def status_of(run: Run) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_sweep_goes_on_after_its_driver_was_killed_and_ends_in_the_same_bits(sweep_of, running):
-    space = {"threats.linf.eps": {"grid": ["8/255", 0.05]}, "train.epochs": {"grid": [1, 30]}}
+    space = {"train.epochs": {"grid": [1, 30, 2]}}
     whole, killed = sweep_of("whole", space=space), sweep_of("killed", space=space, concurrent=2)
     locally(whole)
     process, log = running(killed)
@@ -233,14 +233,13 @@ def test_what_the_scheduler_stopped_has_not_failed_whatever_its_process_wrote(st
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("workers", [1, 2])
-def test_asha_stops_a_bad_trial_and_the_best_survives(workers, sweep_of, running):
+def test_asha_stops_a_bad_trial_and_the_best_survives(sweep_of, running):
     """One at a time, so that what the scheduler compares does not hang on the machine: the second is hopeless."""
     spec = sweep_of(
         space={"train.optimizer.lr": {"grid": [0.1, 1e-6]}},
         base={**BASE, "train": {"epochs": 12, "optimizer": {"name": "sgd"}}},
         scheduler={"name": "asha", "grace": {"epochs": 3}, "reduction": 2},
-        workers={"count": workers},
+        workers={"count": 2},
     )
     process, log = running(spec)
     assert process.wait(400) == 0, log.read_text()

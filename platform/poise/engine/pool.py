@@ -159,12 +159,13 @@ class SamplerPool:
         return engine
 
     def _start(self) -> Any:
+        settings = env.VLLM_SETTINGS if self._spec.gpus else {**env.VLLM_SETTINGS, **env.VLLM_ON_CPU}
         options = ray.remote(_Engine).options(
             num_cpus=self._spec.cpus,
             num_gpus=self._spec.gpus,
             max_restarts=0,
             scheduling_strategy="DEFAULT",  # never in the placement group of the gang that opens the pool
-            runtime_env={"env_vars": {**env.VLLM_SETTINGS, "OMP_NUM_THREADS": str(self._spec.cpus)}},
+            runtime_env={"env_vars": {**settings, "OMP_NUM_THREADS": str(self._spec.cpus)}},
         )
         return options.remote(self._spec, self._folder.path, self._files)
 

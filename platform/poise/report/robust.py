@@ -43,7 +43,7 @@ def _overfitting(records: Sequence[RunRecord], measures: Sequence[str]) -> Itera
         note = f"stopped at step {stopped['step']:,}: {stopped['why']}" if stopped else ""
         lines.append(Line(record.name, note, [number(value, form="+.1f") for value in points.values()], True))
     yield Grid(
-        title="",
+        title="Best minus final checkpoint, points",
         caption="Test accuracy of the best checkpoint minus that of the final one, in points. The best is chosen on "
         "held-out training images. A large difference is robust overfitting.",
         heading="run",
