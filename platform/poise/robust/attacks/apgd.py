@@ -19,7 +19,7 @@ from poise.robust.attacks.contract import (
     BNMode,
     at_once,
     attack_mode,
-    column,
+    choose,
     input_gradient,
     lowest,
     require_finite,
@@ -94,7 +94,7 @@ def apgd(
             found, reached = _through(among, model, aimed, x[rows], y[rows], target, torch.cat(starts), rows)
             for point, top in zip(found.chunk(len(group)), reached.chunk(len(group)), strict=True):
                 better = top > height[alive]
-                delta[alive] = torch.where(column(better, x), point, delta[alive])
+                delta[alive] = choose(better, point, delta[alive])
                 height[alive] = torch.where(better, top, height[alive])
     return AttackResult(x + delta, height < torch.inf)
 
@@ -125,7 +125,7 @@ def apgd_perturb(
         for run in range(restarts):
             start = _start(threat, x, streams.at(run), random=random_start or run > 0, spread=spread)
             found, reached = ascent.climb(x, y, y, start, steps, share=0.05, rows=rows)
-            best = torch.where(column(reached > height, x), found, best)
+            best = choose(reached > height, found, best)
             height = torch.maximum(reached, height)
     return x + best
 
@@ -210,14 +210,11 @@ class _Walk:
     finite: Tensor  # steps before the first gradient or loss that was not finite
 
     def back_to_best(self, where: Tensor) -> _Walk:
-        def choose(a: Tensor, b: Tensor) -> Tensor:
-            return torch.where(column(where, a), a, b)
-
         return replace(
             self,
-            delta=choose(self.best, self.delta),
-            grad=choose(self.best_grad, self.grad),
-            loss=choose(self.best_loss, self.loss),
+            delta=choose(where, self.best, self.delta),
+            grad=choose(where, self.best_grad, self.grad),
+            loss=torch.where(where, self.best_loss, self.loss),
             rises=torch.zeros_like(self.rises),
         )
 
@@ -351,8 +348,8 @@ class _Ascent:
             previous=walk.delta,
             grad=grad,
             loss=loss,
-            best=torch.where(column(better, delta), delta, walk.best),
-            best_grad=torch.where(column(better, delta), grad, walk.best_grad),
+            best=choose(better, delta, walk.best),
+            best_grad=choose(better, grad, walk.best_grad),
             best_loss=torch.where(better, height, walk.best_loss),
             rises=walk.rises + (loss > walk.loss),
             finite=torch.where(sound, walk.finite, walk.finite.clamp(max=step)),

@@ -16,6 +16,7 @@ from poise.robust.attacks.contract import (
     AttackResult,
     at_once,
     attack_mode,
+    choose,
     column,
     input_gradient,
     require_finite,
@@ -109,7 +110,7 @@ class Run:
             nearest.see(point, logits)
             point = _step(x, point, grad, value, self.norm)
             wrong = nearest.see(point, scores(self.model, point))
-            point = torch.where(column(wrong, x), torch.lerp(x, point, _BACKWARD), point)
+            point = choose(wrong, torch.lerp(x, point, _BACKWARD), point)
         require_finite(finite, self.steps, self.rows)
         _search_segment(self.model, x, nearest)
         return nearest.point, nearest.distance
@@ -128,7 +129,7 @@ class _Nearest:
         wrong = logits.argmax(1) != self.y
         distance = _length((point - self.x).flatten(1), self.norm)
         nearer = wrong & (distance < self.distance)
-        self.point = torch.where(column(nearer, point), point, self.point)
+        self.point = choose(nearer, point, self.point)
         self.distance = torch.where(nearer, distance, self.distance)
         self.margin = torch.where(nearer, margin(logits, self.y).to(distance.dtype), self.margin)
         return wrong
@@ -180,5 +181,5 @@ def _search_segment(model: nn.Module, x: Tensor, nearest: _Nearest) -> None:
         middle = torch.lerp(right, nearest.point, column(share, x))
         logits = scores(model, middle)
         wrong = nearest.see(middle, logits)
-        right = torch.where(column(wrong, x), right, middle)
+        right = choose(wrong, right, middle)
         below = torch.where(wrong, below, margin(logits, nearest.y).to(x.dtype))

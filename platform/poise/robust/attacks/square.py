@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from poise.errors import PoiseError
-from poise.robust.attacks.contract import AttackResult, attack_mode, scores
+from poise.robust.attacks.contract import AttackResult, attack_mode, choose, scores
 from poise.robust.attacks.losses import margin
 from poise.robust.noise import Noise, Source, as_noise
 from poise.robust.threats import Threat
@@ -141,7 +141,7 @@ class _Search:
             candidate = self.propose(x, best, draw, self.window(step))
             margin_of, wrong = self.judge(candidate, y)
             better = ((margin_of > margins) | wrong) & ~fooled
-            best = torch.where(better.view(-1, 1, 1), candidate, best)
+            best = choose(better, candidate, best)
             margins = torch.where(fooled, margins, torch.maximum(margins, margin_of))  # NaN stays
             fooled = fooled | wrong
             sound += margins == margins
