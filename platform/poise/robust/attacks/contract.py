@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from poise.errors import PoiseError
-from poise.robust.attacks.gray import gray_gradients
 from poise.robust.attacks.losses import Loss
+from poise.robust.attacks.narrow import narrow_gradients
 
 __all__ = [
     "AttackResult",
@@ -64,7 +64,7 @@ def attack_mode(model: nn.Module, bn_mode: BNMode = "eval") -> Iterator[None]:
             parameter.requires_grad_(False)
         for norm in lent:
             norm.running_mean = norm.running_var = None
-        with gray_gradients(model):
+        with narrow_gradients(model):
             yield
     finally:
         for norm, mean, var in statistics:
