@@ -1,4 +1,4 @@
-"""The gradient of a convolution's input by oneDNN and by PyTorch's own kernel, which `narrow_gradients` chooses between.
+"""The gradient of a convolution's input by oneDNN and by PyTorch's own kernel: `narrow_gradients` chooses one.
 
 Images in the plain layout, one thread, the least of 20 turns each. `narrow` says whether an attack would use PyTorch's.
 """
