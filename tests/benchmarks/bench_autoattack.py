@@ -86,8 +86,8 @@ def steadiness(case: Case) -> None:
     mine = [fab(c.model, c.x, c.y, c.threat, batch_size=BATCH).correct for c in (case, moved)]
     peer = [theirs(c, ("fab-t",))[0] for c in (case, moved)]
     print(
-        f"  {case.name:<6} {case.threat.norm:<4} FAB-T alone, pixels moved by {MOVE:g}: {int((mine[0] ^ mine[1]).sum())} "
-        f"of {len(case.x)} change sides, {int((peer[0] ^ peer[1]).sum())} (pyautoattack)   "
+        f"  {case.name:<6} {case.threat.norm:<4} FAB-T alone, pixels moved by {MOVE:g}: "
+        f"{int((mine[0] ^ mine[1]).sum())} of {len(case.x)} change sides, {int((peer[0] ^ peer[1]).sum())} (pyautoattack)   "
         f"{int((mine[0] ^ peer[0]).sum())} differ between the two",
         flush=True,
     )
