@@ -85,10 +85,10 @@ def steadiness(case: Case) -> None:
     moved = replace(case, x=torch.where(case.x < 0.5, case.x + MOVE * draw, case.x - MOVE * draw))
     mine = [fab(c.model, c.x, c.y, c.threat, batch_size=BATCH).correct for c in (case, moved)]
     peer = [theirs(c, ("fab-t",))[0] for c in (case, moved)]
+    counts = [int((one ^ other).sum()) for one, other in (mine, peer, (mine[0], peer[0]))]
     print(
-        f"  {case.name:<6} {case.threat.norm:<4} FAB-T alone, pixels moved by {MOVE:g}: "
-        f"{int((mine[0] ^ mine[1]).sum())} of {len(case.x)} change sides, {int((peer[0] ^ peer[1]).sum())} (pyautoattack)   "
-        f"{int((mine[0] ^ peer[0]).sum())} differ between the two",
+        f"  {case.name:<6} {case.threat.norm:<4} FAB-T alone, pixels moved by {MOVE:g}: of {len(case.x)} images "
+        f"{counts[0]} change sides, {counts[1]} (pyautoattack); {counts[2]} differ between the two",
         flush=True,
     )
 
