@@ -50,6 +50,8 @@ PRIVATE_CLUSTER = {
     "RAY_enable_metrics_collection": "0",
     "RAY_task_events_report_interval_ms": "0",
     "RAY_raylet_report_resources_period_milliseconds": "1000",
+    # Ray would start a worker per core ahead, and all but one could not be used: they lack the environment of a gang.
+    "RAY_prestart_worker_first_driver": "0",
 }
 """Set, unless the user has set them, for a cluster that lives on this machine for as long as a command."""
 
