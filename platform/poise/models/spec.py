@@ -40,7 +40,9 @@ class ModelSpec(Section):
         default="data", description="first layer: subtract mean and divide by std of the training pixels, or nothing"
     )
     channels_last: bool = Field(
-        default=True, description="keep channels innermost in memory: faster convolutions, other rounding"
+        default=True,
+        description="keep channels innermost in memory: faster convolutions, other rounding; not in residual networks "
+        "narrower than 16, where oneDNN damages memory",
     )
 
     @property
