@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyautoattack import fab_base
 from pyautoattack.fab_pt import FABAttack_PT
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -56,13 +57,17 @@ def _exact(problem: SimpleNamespace, norm: str) -> Tensor:
 def test_the_distances_on_a_boxed_linear_model_are_the_closed_form(
     norm: str, linear_problem: Callable[..., SimpleNamespace]
 ) -> None:
-    """The least over all targets: a run may meet another wrong class before its own."""
+    """The least over all targets: a run may meet another wrong class before its own.
+
+    Turning back by a tenth and going 1.05 of the way forward settles 0.5 to 0.9 % beyond a straight boundary, by how
+    much of the image's own zero is mixed in.
+    """
     problem = linear_problem(seed=0, classes=5, shape=(3, 4, 4), n=24)
     pairs, exact = _pairs(problem), _exact(problem, norm)
     with attack_mode(problem.model):
         point, found = Run(problem.model, norm, 60, pairs.rows).closest(pairs.x, pairs.y, pairs.target, pairs.x)
     least = _least(pairs, found)
-    torch.testing.assert_close(least, exact, rtol=5e-3, atol=0)
+    torch.testing.assert_close(least, exact, rtol=9e-3, atol=0)
     assert (least >= exact).all()
     length = torch.linalg.vector_norm((point - pairs.x).flatten(1), ord=ORDERS[norm], dim=1)
     torch.testing.assert_close(length, found)
@@ -70,15 +75,17 @@ def test_the_distances_on_a_boxed_linear_model_are_the_closed_form(
 
 
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 0.014), ("l2", 0.16), ("l1", 0.6)])
-def test_exactly_the_examples_of_negative_slack_are_fooled(
+def test_the_examples_of_negative_slack_are_fooled_and_no_others(
     norm: str, eps: float, linear_problem: Callable[..., SimpleNamespace], slack: Callable[..., Tensor]
 ) -> None:
     problem = linear_problem(seed=0, classes=10, shape=(3, 8, 8), n=48)
-    robust = slack(problem.model, problem.x, problem.y, norm, eps) > 0
+    exact = slack(problem.model, problem.x, problem.y, norm, eps)
+    gain = slack(problem.model, problem.x, problem.y, norm, 0.0) - exact
     result = fab(problem.model, problem.x, problem.y, Threat(norm, eps), steps=30)
-    assert torch.equal(result.correct, robust)
-    assert 0.3 < robust.double().mean() < 0.7
-    assert torch.equal(problem.model(result.adversarial).argmax(1) == problem.y, robust)
+    assert result.correct[exact > 0].all()
+    assert not result.correct[exact < -0.01 * gain].any()
+    assert 0.3 < result.correct.double().mean() < 0.7
+    assert torch.equal(problem.model(result.adversarial).argmax(1) == problem.y, result.correct)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -262,3 +269,33 @@ def test_it_agrees_with_pyautoattack_on_a_trained_network(norm: str, eps: float,
         theirs = digits.model(peer.perturb(digits.x, digits.y)).argmax(1) == digits.y
     assert int((ours != theirs).sum()) <= 1
     assert 0.3 < theirs.double().mean() < 0.7
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_it_agrees_with_pyautoattack_where_most_planes_are_out_of_reach(
+    norm: str, mnist: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a network that masks its gradients most steps go to a corner of the box, by signs of slopes of 1e-8.
+
+    The peer's l2 projection sums in float32 what spans eight orders of magnitude and takes some reachable planes for
+    out of reach; it computes in double precision here.
+    """
+    single = fab_base.projection_l2
+    monkeypatch.setattr(fab_base, "projection_l2", lambda *given: single(*(each.double() for each in given)).float())
+    x, y, eps = mnist.x[:60], mnist.y[:60], {"linf": 0.3, "l2": 1.0, "l1": 3.0}[norm]
+    ours = fab(mnist.model, x, y, Threat(norm, eps), steps=40, targets=3).correct
+    name = {"linf": "Linf", "l2": "L2", "l1": "L1"}[norm]
+    peer = FABAttack_PT(mnist.model, norm=name, n_iter=40, eps=eps, targeted=True, device="cpu", n_target_classes=3)
+    with torch.random.fork_rng():
+        theirs = mnist.model(peer.perturb(x, y)).argmax(1) == y
+    assert int((ours != theirs).sum()) <= 1
+    assert int((~ours).sum()) > 5
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_on_the_way_to_a_corner_only_slopes_that_bring_something_move(norm: str) -> None:
+    """Under linf moving all is free."""
+    w = torch.tensor([[1.0, -0.5, 5e-9, 0.0], [3e-12, -1e-12, 1e-13, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    step = Hyperplanes(w, norm).reach(torch.full((3, 4), 0.25), torch.full((3,), 10.0))
+    flat = 0.75 if norm == "linf" else 0.0
+    assert step.tolist() == [[0.75, -0.25, flat, 0.0], [0.75, -0.25, 0.75, 0.0], [0.0, 0.0, 0.0, 0.0]]

@@ -17,13 +17,12 @@ from poise.robust.attacks.contract import (
     at_once,
     attack_mode,
     choose,
-    column,
     input_gradient,
     require_finite,
     scores,
 )
 from poise.robust.attacks.hyperplanes import Hyperplanes
-from poise.robust.attacks.losses import margin, targeted_margin
+from poise.robust.attacks.losses import targeted_margin
 from poise.robust.noise import Noise, Source, as_noise
 from poise.robust.spec import Norm
 from poise.robust.threats import ORDERS, Threat
@@ -45,7 +44,7 @@ def fab(
     noise: Source = None,
     batch_size: int | None = None,
 ) -> AttackResult:
-    """Attack for evaluation: an example is fooled if the nearest wrong point, brought into the ball, is still wrong.
+    """Attack for evaluation: an example is fooled if the nearest wrong point that is met lies in the ball.
 
     Targets are the classes of the highest logits at the image, one run each on the examples that stand. Later restarts
     of a target start at random in the ball of radius eps / 2. Who stands keeps the image as `adversarial`.
@@ -76,9 +75,8 @@ def fab(
             image, label = x[rows], y[rows]
             starts = [_start(half, x[alive], streams.pick(alive).at(rank), restart) for rank, restart in group]
             target = torch.cat([ranked[alive, rank] for rank, _ in group])
-            point, _ = Run(model, threat.norm, steps, rows).closest(image, label, target, torch.cat(starts))
-            point = image + threat.project(image, point - image)
-            fooled = scores(model, point).argmax(1) != label
+            point, distance = Run(model, threat.norm, steps, rows).closest(image, label, target, torch.cat(starts))
+            fooled = (distance <= threat.eps) & (scores(model, point).argmax(1) != label)
             for found, fell in zip(point.chunk(len(group)), fooled.chunk(len(group)), strict=True):
                 first = fell & correct[alive]
                 adversarial[alive[first]], correct[alive[first]] = found[first], False
@@ -98,41 +96,22 @@ class Run:
         """The nearest point to x that the model gets wrong, of all that are met, and its distance (N,); x, inf if none.
 
         Each step takes the tangent of f(z) = z_target - z_y at the point and goes beyond its zero, drawn a little
-        towards the zero nearest to the image; from a wrong point it then turns back towards the image. A search along
-        the segment to the image ends the run. Call it in `attack_mode`.
+        towards the zero nearest to the image; from a wrong point it then turns back towards the image. Call it in
+        `attack_mode`.
         """
-        difference = partial(targeted_margin, target=target)
-        point, nearest = start, _Nearest(x, y, self.norm)
+        difference, point = partial(targeted_margin, target=target), start
+        nearest, distance = x, torch.full((len(x),), torch.inf, device=x.device, dtype=x.dtype)
         finite = torch.full((len(x),), self.steps, device=x.device)
         for step in range(self.steps):
-            grad, value, logits = input_gradient(self.model, point, y, difference)
+            grad, value, _ = input_gradient(self.model, point, y, difference)
             finite = torch.where(grad.flatten(1).abs().amax(1).isfinite(), finite, finite.clamp(max=step))
-            nearest.see(point, logits)
             point = _step(x, point, grad, value, self.norm)
-            wrong = nearest.see(point, scores(self.model, point))
+            wrong, length = scores(self.model, point).argmax(1) != y, _length((point - x).flatten(1), self.norm)
+            nearer = wrong & (length < distance)
+            nearest, distance = choose(nearer, point, nearest), torch.where(nearer, length, distance)
             point = choose(wrong, torch.lerp(x, point, _BACKWARD), point)
         require_finite(finite, self.steps, self.rows)
-        _search_segment(self.model, x, nearest)
-        return nearest.point, nearest.distance
-
-
-class _Nearest:
-    """Keeps, of the points it is shown, the nearest of each example that the model gets wrong."""
-
-    def __init__(self, x: Tensor, y: Tensor, norm: Norm) -> None:
-        self.x, self.y, self.norm = x, y, norm
-        self.point, self.margin = x, x.new_zeros(len(x))
-        self.distance = torch.full_like(self.margin, torch.inf)
-
-    def see(self, point: Tensor, logits: Tensor) -> Tensor:
-        """Whether the model is wrong at each point, bool (N,)."""
-        wrong = logits.argmax(1) != self.y
-        distance = _length((point - self.x).flatten(1), self.norm)
-        nearer = wrong & (distance < self.distance)
-        self.point = choose(nearer, point, self.point)
-        self.distance = torch.where(nearer, distance, self.distance)
-        self.margin = torch.where(nearer, margin(logits, self.y).to(distance.dtype), self.margin)
-        return wrong
+        return nearest, distance
 
 
 def _start(ball: Threat, x: Tensor, noise: Noise, restart: int) -> Tensor:
@@ -170,16 +149,3 @@ def _length(delta: Tensor, norm: Norm) -> Tensor:
         return delta.abs().amax(1)
     length: Tensor = torch.linalg.vector_norm(delta, ord=ORDERS[norm], dim=1)
     return length
-
-
-def _search_segment(model: nn.Module, x: Tensor, nearest: _Nearest) -> None:
-    """Three secant steps on the segment from x to the nearest wrong point; each aims just beyond the boundary."""
-    right, below = x, margin(scores(model, x), nearest.y).to(x.dtype)
-    for _ in range(3):
-        rise = (nearest.margin - below).clamp(min=torch.finfo(x.dtype).tiny)
-        share = ((0.01 * nearest.margin - below) / rise).clamp(0, 1)
-        middle = torch.lerp(right, nearest.point, column(share, x))
-        logits = scores(model, middle)
-        wrong = nearest.see(middle, logits)
-        right = choose(wrong, right, middle)
-        below = torch.where(wrong, below, margin(logits, nearest.y).to(x.dtype))
