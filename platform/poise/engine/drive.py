@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from importlib.util import find_spec
 from typing import Literal
 
@@ -55,8 +56,8 @@ def _opened(engine: Engine, address: str | None, spec: RunSpec) -> Iterator[_Run
     from poise.engine.trials import by_tune
 
     bases = [stage.base if isinstance(stage, SweepSpec) else stage for stage in stages_of(spec)]
-    with cluster(address, bases):
-        yield _runner(run_gang, by_tune)
+    with cluster(address, bases) as private:
+        yield _runner(partial(run_gang, private=private), by_tune)
 
 
 def _runner(run_one: _RunOne, execute: Execute) -> _RunOne:

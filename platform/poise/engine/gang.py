@@ -16,13 +16,13 @@ from typing import Any
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from poise import env
 from poise.engine.board import BoardState, open_board
+from poise.engine.errand import Errand, run_errand
 from poise.engine.session import absolute_store, claim, is_finished, located
-from poise.engine.worker import Errand, work
+from poise.engine.trainer import ProcessGroup, Trainer
 from poise.errors import PoiseError, UserError
 from poise.observe.export import export
 from poise.observe.progress import Display
@@ -33,8 +33,11 @@ __all__ = ["cluster", "run_gang"]
 
 
 @contextmanager
-def cluster(address: str | None, specs: Sequence[RunSpec]) -> Iterator[None]:
-    """Join the cluster at `address` (or RAY_ADDRESS), or start one on this machine for as long as the block lasts."""
+def cluster(address: str | None, specs: Sequence[RunSpec]) -> Iterator[bool]:
+    """Join the cluster at `address` (or RAY_ADDRESS), or start one on this machine for as long as the block lasts.
+
+    Yields whether it is such a private one.
+    """
     verbose = os.environ.get(env.RAY_LOGS) == "1"
     joins = address is not None or "RAY_ADDRESS" in os.environ
     cpus = None if joins else max(os.cpu_count() or 1, *(_needs(spec)["CPU"] for spec in specs))
@@ -50,13 +53,16 @@ def cluster(address: str | None, specs: Sequence[RunSpec]) -> Iterator[None]:
         except ConnectionError as error:
             raise UserError(f"no Ray cluster answers at {address or os.environ.get('RAY_ADDRESS')}: {error}") from None
         try:
-            yield
+            yield not joins
         finally:
             ray.shutdown()
 
 
-def run_gang(spec: RunSpec, display: Display, sink: Sink) -> None:
-    """Run `spec` on a gang of workers, from where it stopped. A finished run is left as it is."""
+def run_gang(spec: RunSpec, display: Display, sink: Sink, *, private: bool = False) -> None:
+    """Run `spec` on a gang of workers, from where it stopped. A finished run is left as it is.
+
+    `private`: the cluster ends with this process.
+    """
     run = located(spec)
     if is_finished(run, spec):
         return
@@ -66,16 +72,17 @@ def run_gang(spec: RunSpec, display: Display, sink: Sink) -> None:
         board = open_board()
         errand = Errand(spec.kind, spec.model_dump_json(), absolute_store(spec), lease.token, os.getcwd(), board)
         with _watched(board, spec, display, sink):
-            _fit(_trainer(spec, errand, scratch), board)
+            _fit(_trainer(spec, errand, scratch, private), board)
 
 
-def _trainer(spec: RunSpec, errand: Errand, scratch: str) -> TorchTrainer:
+def _trainer(spec: RunSpec, errand: Errand, scratch: str, private: bool) -> Trainer:
     workers = spec.workers
     count = workers.count if workers.min_count is None else (workers.min_count, workers.count)
-    return TorchTrainer(
-        work,
+    return Trainer(
+        run_errand,
+        private=private,
         train_loop_config={"errand": errand},
-        torch_config=TorchConfig(backend="nccl" if workers.gpus else "gloo"),
+        backend_config=ProcessGroup("nccl" if workers.gpus else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=count,
             use_gpu=workers.gpus > 0,
@@ -90,7 +97,7 @@ def _trainer(spec: RunSpec, errand: Errand, scratch: str) -> TorchTrainer:
     )
 
 
-def _fit(trainer: TorchTrainer, board: Any) -> None:
+def _fit(trainer: Trainer, board: Any) -> None:
     try:
         trainer.fit()
     except TrainingFailedError as error:

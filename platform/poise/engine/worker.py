@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ray
 import ray.train
@@ -13,6 +11,7 @@ import ray.train.torch
 import torch
 
 from poise import kinds
+from poise.engine.errand import Errand
 from poise.engine.metrics import RaySink
 from poise.engine.pool import SamplerPool
 from poise.errors import PoiseError, RunBusyError
@@ -23,28 +22,15 @@ from poise.store.lease import Lease
 from poise.store.runs import Run, open_run
 from poise.train.context import Context
 
-__all__ = ["Errand", "work"]
+__all__ = ["work"]
 
 
-@dataclass(frozen=True)
-class Errand:
-    """What a worker is sent: nothing in it is a secret."""
-
-    kind: str
-    spec_json: str
-    store: str
-    token: str
-    folder: str
-    board: Any
-
-
-def work(config: dict[str, Errand]) -> None:
+def work(errand: Errand) -> None:
     """Run the errand as one worker of the gang.
 
     A PoiseError is put on the board before it is raised: the gang that Ray starts next then ends at once, since no
     restart mends a malformed data set or a loss that is not finite.
     """
-    errand = config["errand"]
     rank = ray.train.get_context().get_world_rank()
     attempt, is_over = ray.get(errand.board.begin.remote(rank))
     if is_over:
