@@ -231,6 +231,15 @@ def uninterrupted(head: Head, tmp_path_factory: pytest.TempPathFactory) -> Itera
     desk.end()
 
 
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """The run that nothing happened to, by one process, in a folder."""
+    scratch = tmp_path_factory.mktemp("alone")
+    desk = Desk(scratch)
+    yield desk.finish("whole", str(scratch / "runs"), "local", workers=1)
+    desk.end()
+
+
 def _tensors(run: Run, step: int, into: Path) -> dict[str, torch.Tensor]:
     folder = run.checkpoints.fetch(run.checkpoints.at(step), into)
     files = [file for file in sorted(folder.glob("*.safetensors")) if file.name != "rng.safetensors"]

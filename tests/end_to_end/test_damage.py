@@ -23,8 +23,7 @@ def small_disk(tmp_path: Path):
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_space(small_disk, desk, assert_same, tmp_path):
-    whole = desk.finish("whole", str(tmp_path / "runs"), "local", workers=1)
+def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_space(small_disk, desk, alone, assert_same):
     job = desk.start("full", str(small_disk / "runs"), "local", workers=1)
     assert job.wait() == 1
     assert "no space left" in job.text()
@@ -35,7 +34,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_space(small_disk
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     run = desk.finish("full", str(small_disk / "runs"), "local", workers=1)
     assert [event["step"] for event in run.events() if event["event"] == "start"] == [0, committed[-1]]
-    assert_same(run, whole)
+    assert_same(run, alone)
 
 
 def test_of_two_drivers_for_one_name_one_runs_and_the_other_says_who(desk, tmp_path):
@@ -50,18 +49,25 @@ def test_of_two_drivers_for_one_name_one_runs_and_the_other_says_who(desk, tmp_p
     first.until_committed(before + 1)  # the holder was not disturbed
 
 
-def test_a_run_of_the_same_name_with_another_spec_is_refused_with_the_difference(desk, tmp_path):
-    store = str(tmp_path / "runs")
-    desk.finish("one", store, "local", workers=1, steps=10)
-    job = desk.start("one", store, "local", workers=1, steps=20)
+def test_a_run_of_the_same_name_with_another_spec_is_refused_with_the_difference(desk, alone):
+    before = alone.manifest()
+    job = desk.start(alone.name, str(Path(alone.url).parent), "local", workers=1, steps=20)
     assert job.wait() == 2
-    assert "-  steps: 10" in job.text()
+    assert "-  steps: 60" in job.text()
     assert "+  steps: 20" in job.text()
+    assert alone.manifest() == before
 
 
-def test_on_an_s3_that_fails_one_request_in_three_the_run_is_the_same(flaky_s3, desk, assert_same, tmp_path):
+def test_on_an_s3_that_fails_one_request_in_three_the_run_is_the_same_and_holds_no_secret(
+    flaky_s3, desk, assert_same, tmp_path
+):
     whole = desk.finish("whole", str(tmp_path / "runs"), "local", workers=1, steps=20)
-    assert_same(desk.finish("flaky", flaky_s3, "local", workers=1, steps=20), whole)
+    run = desk.finish("flaky", flaky_s3, "local", workers=1, steps=20)
+    assert_same(run, whole)
+    secret = os.environ["AWS_SECRET_ACCESS_KEY"].encode()
+    kept = [run.read(name) for name in run.files()]
+    assert kept
+    assert not [blob for blob in kept if secret in blob]
 
 
 def test_an_s3_that_does_not_answer_is_named(s3_store, desk, monkeypatch):
@@ -71,10 +77,3 @@ def test_an_s3_that_does_not_answer_is_named(s3_store, desk, monkeypatch):
     assert job.wait() == 1
     assert "http://127.0.0.1:9 cannot be reached" in job.text()
     assert "Traceback" not in job.text()
-
-
-def test_no_secret_is_kept_anywhere(s3_store, desk, tmp_path):
-    run = desk.finish("clean", s3_store, "local", workers=1, steps=10)
-    secret = os.environ["AWS_SECRET_ACCESS_KEY"].encode()
-    kept = [run.read(name) for name in run.files()]
-    assert not [blob for blob in kept if secret in blob]

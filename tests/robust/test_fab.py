@@ -289,7 +289,7 @@ def test_it_agrees_with_pyautoattack_where_most_planes_are_out_of_reach(
     with torch.random.fork_rng():
         theirs = mnist.model(peer.perturb(x, y)).argmax(1) == y
     assert int((ours != theirs).sum()) <= 1
-    assert int((~ours).sum()) > 5
+    assert int((~ours).sum()) > 2
 
 
 @pytest.mark.parametrize("norm", NORMS)
