@@ -273,18 +273,19 @@ MNIST = {"linf": 0.3, "l2": 1.0, "l1": 3.0}
 @pytest.mark.filterwarnings("ignore:Square")
 @pytest.mark.parametrize("norm", MNIST)
 def test_beside_pyautoattack_on_a_robust_network(norm: str, mnist: SimpleNamespace, small_budget: None) -> None:
-    """On 40 images with the same reduced budget, at most one stands more than its chance explains; the whole of it is a
-    benchmark.
+    """On 40 images with the same reduced budget, by means over seeds, never more than one stands that does not there.
 
-    Under l1 two seeds of the peer differ on one image in seven.
+    Of one seed each, chance alone decides under l1: two of the peer's differ on one image in seven.
     """
     x, y, threat = mnist.x[110:150], mnist.y[110:150], Threat(norm, MNIST[norm])
-    ours = autoattack(mnist.model, x, y, threat)
-    _feasible(x, ours.adversarial, threat)
-    theirs = [_peer(mnist.model, x, y, threat, seed) for seed in (0, 1)]
-    chance = int((theirs[0] ^ theirs[1]).sum())
-    assert int(ours.correct.sum()) <= max(int(each.sum()) for each in theirs) + chance + 1
-    assert int((~ours.correct).sum()) > 2
+    seeds = range(3) if norm == "l1" else range(1)
+    ours = [autoattack(mnist.model, x, y, threat, noise=Noise.of(seed, "test", list(range(40)))) for seed in seeds]
+    for each in ours:
+        _feasible(x, each.adversarial, threat)
+    theirs = [_peer(mnist.model, x, y, threat, seed) for seed in seeds]
+    standing = lambda found: sum(int(each.sum()) for each in found) / len(found)  # noqa: E731
+    assert standing([each.correct for each in ours]) <= standing(theirs) + 1
+    assert int((~ours[0].correct).sum()) > 2
 
 
 def _peer(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, seed: int) -> Tensor:

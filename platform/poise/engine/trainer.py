@@ -1,7 +1,7 @@
 """Ray's trainer for a gang of torch processes, with no more started than a gang needs.
 
 Ray's own TorchTrainer has the same process group, but loads torch into the driver and the controller as well, and
-starts actors for data sets that it never reads: five seconds before the first worker, on two cores.
+starts actors for data sets that it never reads: a short run takes 36 s with them and 28 s without, on two cores.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class Trainer(DataParallelTrainer):  # type: ignore[misc]
         super().__init__(*args, **options)
 
     def _create_default_callbacks(self) -> list[Any]:
+        # Ray's own, and private: under another name it would not be called, and only the actors would be back.
         callbacks = super()._create_default_callbacks()
         return [each for each in callbacks if type(each).__name__ not in self._unneeded]
 
@@ -54,7 +55,8 @@ class _ProcessGroups(Backend):  # type: ignore[misc]
         worker_group.execute(_join, backend_config.backend, address, port)
 
     def on_shutdown(self, worker_group: Any, backend_config: ProcessGroup) -> None:
-        ray.wait(leaving := worker_group.execute_async(_leave), num_returns=len(leaving), timeout=_LEAVE_WITHIN_S)
+        leaving = worker_group.execute_async(_leave)
+        ray.wait(leaving, num_returns=len(leaving), timeout=_LEAVE_WITHIN_S)  # a dead worker has nothing to leave
 
 
 def _meeting_place() -> tuple[str, int]:
