@@ -7,7 +7,7 @@ SPEC ?= jobs/quickstart.yaml
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test lint format bench lock clean
+.PHONY: help install run test tests lint format bench lock clean
 
 help: ## Show the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 20
@@ -17,7 +17,10 @@ install: .venv/.runs ## Set up .venv with what a run needs
 run: .venv/.runs ## Run the quickstart, or SPEC=jobs/...
 	@$(BIN)/poise run $(SPEC)
 
-test: lint ## Lint, then run every test
+test: .venv/.develops ## Lint, and run every test
+	@$(MAKE) --no-print-directory -j 2 lint tests
+
+tests: .venv/.develops
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25 $(TESTS)
 
 lint: .venv/.develops ## ruff, mypy and the walls between the rooms

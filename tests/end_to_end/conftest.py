@@ -79,7 +79,7 @@ class Job:
             if value := condition():
                 return value
             assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.text()}"
-            time.sleep(0.01)
+            time.sleep(0.05)
         raise AssertionError(f"waited {timeout} s for nothing:\n{self.text()}")
 
     def until_committed(self, count: int) -> None:

@@ -24,6 +24,7 @@ workers: {{{{count: {{workers}}, max_failures: 2}}}}
 model: {{{{folder: {folder}}}}}
 questions: {{{{name: world, world: {world}}}}}
 samples: {{steps}}
+sampler: {{{{memory: 0.25}}}}
 decoding: {{{{max_tokens: 8}}}}
 bootstrap: 50
 """
@@ -41,7 +42,7 @@ def test_measuring_calibration_with_a_killed_engine_a_killed_worker_and_a_killed
     export(llama, tokenizer, tmp_path / "model")
     listed = ", ".join(f"{key}: {value}" for key, value in world.items())
     text = MEASURE.format(folder=tmp_path / "model", world="{{" + listed + "}}")
-    both = {"store": str(tmp_path / "runs"), "workers": 1, "steps": 12, "text": text}
+    both = {"store": str(tmp_path / "runs"), "workers": 1, "steps": 6, "text": text}
     job = desk.start_twice(**both)
     job.until(lambda: len(job.run.files("samples/")) >= 1, timeout=400)
     whole = open_run(both["store"], "whole")

@@ -29,6 +29,7 @@ oracle: {{{{name: cyclic}}}}
 method: {{{{name: mpo, alpha: 0.1, period: 5, inner_steps: 2, opponents: 8}}}}
 prompts: {questions}
 rollouts: 8
+sampler: {{{{memory: 0.25}}}}
 max_tokens: 4
 train:
   steps: {{steps}}

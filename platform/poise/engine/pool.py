@@ -74,6 +74,7 @@ class SamplerPool:
         self._spec, self._folder = spec, read_folder(folder.absolute())
         self._restarts_left, self._on_restart = max_restarts, on_restart
         self._engines: list[Any] = []
+        self._starting: list[Any] = []
         self._files: Any = None
         self._weights: Any = None
         self._version = 0
@@ -82,17 +83,7 @@ class SamplerPool:
         if len(ray.nodes()) > 1:  # an engine may start where the folder is not
             self._files = ray.put({file.name: file.read_bytes() for file in self._folder.path.glob("*.*")})
         self._engines = [self._start() for _ in range(self._spec.engines)]
-        try:
-            ray.get([engine.ready.remote() for engine in self._engines], timeout=_START_TIMEOUT_S)
-        except GetTimeoutError:
-            self._stop()
-            raise PoiseError(
-                f"the sampler's engines did not start in {_START_TIMEOUT_S:.0f} s: {self._spec.engines} of "
-                f"{self._spec.cpus} CPU and {self._spec.gpus} GPU; free are {ray.available_resources()}"
-            ) from None
-        except RayActorError as error:
-            self._stop()
-            raise PoiseError(f"an engine of the sampler did not start:\n{error}") from None
+        self._starting = [engine.ready.remote() for engine in self._engines]
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -129,8 +120,22 @@ class SamplerPool:
 
     def _ask(self, asks: Sequence[tuple[int, str, tuple[Any, ...]]], version: int) -> list[Any]:
         """Ask engines at the same time; every one must answer with weights of `version`."""
+        self._await_engines()
         refs = [self._engines[index].ask.remote(method, *arguments) for index, method, arguments in asks]
         return [self._value(ref, ask, version) for ref, ask in zip(refs, asks, strict=True)]
+
+    def _await_engines(self) -> None:
+        """Before they are asked first; until then they start while the caller does what it has to."""
+        try:
+            ray.get(self._starting, timeout=_START_TIMEOUT_S)
+        except GetTimeoutError:
+            raise PoiseError(
+                f"the sampler's engines did not start in {_START_TIMEOUT_S:.0f} s: {self._spec.engines} of "
+                f"{self._spec.cpus} CPU and {self._spec.gpus} GPU; free are {ray.available_resources()}"
+            ) from None
+        except RayActorError as error:
+            raise PoiseError(f"an engine of the sampler did not start:\n{error}") from None
+        self._starting = []
 
     def _value(self, ref: Any, ask: tuple[int, str, tuple[Any, ...]], version: int) -> Any:
         answer = None

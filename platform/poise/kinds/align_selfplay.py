@@ -45,11 +45,11 @@ def run(spec: AlignSelfplaySpec, context: Context) -> None:
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="poise-")))
         folder = fetch_folder(spec.model, spec.store, scratch / "model")
+        sampler = _sampler(spec, folder, context, stack)
         model, tokenizer = open_folder(folder)
         model.to(context.device)
         asked = _asked(spec, tokenizer)
         standing = Standing(spec, model, asked, context)
-        sampler = _sampler(spec, folder, context, stack)
         if isinstance(spec.method, NashRs):
             texts = context.together(lambda: _proposals(spec, asked, tokenizer, sampler, context))
             asked = [replace(question, proposals=given) for question, given in zip(asked, texts, strict=True)]

@@ -47,8 +47,8 @@ def _measure(spec: CalibrateMeasureSpec, context: Context) -> None:
         raise UserError("questions: there is none to ask")
     with tempfile.TemporaryDirectory(prefix="poise-") as scratch:
         folder = fetch_folder(spec.model, spec.store, Path(scratch) / "model")
-        tokenizer = _tokenizer(folder)
         with context.sampler(spec.sampler, folder) as sampler:
+            tokenizer = _tokenizer(folder)
             samples = sample_all(context, sampler, _requests(spec, questions, tokenizer), _decoding(spec))
     rows = [_asked(spec, question, drawn, tokenizer) for question, drawn in zip(questions, samples, strict=True)]
     _keep(spec, rows, sum(len(sample.tokens) for drawn in samples for sample in drawn), context)
