@@ -1,23 +1,25 @@
-"""The gradient of a convolution's input by oneDNN and by PyTorch's own kernel: `narrow_gradients` chooses one.
+"""The gradient of a convolution's input by oneDNN, by PyTorch's own kernel, and in the two ways of `attacks.narrow`.
 
-Images in the plain layout, one thread, the least of 20 turns each. `narrow` says whether an attack would use PyTorch's.
+Images in the plain layout, one thread, milliseconds, the least of 20 turns each. A star marks what an attack would use.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from poise.robust.attacks.narrow import is_narrow
+from poise.robust.attacks.narrow import by_columns, by_phases, is_narrow, uses_phases
 
 TURNS = 20
 # images, channels, side, filters, kernel, stride, padding
 SHAPES = (
     *((400, 1, 28, 4, 5, 2, 2), (128, 1, 28, 32, 5, 1, 2), (128, 1, 8, 16, 3, 1, 1), (400, 4, 14, 8, 5, 2, 2)),
-    *((128, 3, 32, 16, 3, 2, 1), (8, 3, 224, 64, 7, 2, 3), (128, 4, 28, 16, 4, 2, 1)),
+    *((128, 1, 28, 32, 5, 2, 2), (128, 3, 32, 8, 3, 2, 1), (128, 3, 32, 16, 3, 2, 1), (8, 3, 224, 64, 7, 2, 3)),
+    *((128, 4, 28, 16, 4, 2, 1), (64, 3, 64, 96, 4, 4, 0)),
     *((128, 8, 16, 16, 5, 2, 2), (128, 3, 32, 16, 3, 1, 1), (128, 8, 16, 16, 3, 1, 1), (128, 16, 16, 16, 3, 1, 1)),
 )
 
@@ -41,15 +43,17 @@ def compare(images: int, channels: int, side: int, filters: int, kernel: int, st
     def gradient() -> Tensor:
         return torch.autograd.grad(y, x, upstream, retain_graph=True)[0]
 
-    taken = {}
-    for name in ("oneDNN", "own"):
-        torch.backends.mkldnn.enabled = name == "oneDNN"
-        taken[name] = milliseconds(gradient)
+    taken = {"oneDNN": milliseconds(gradient)}
+    torch.backends.mkldnn.enabled = False
+    taken["PyTorch's own"] = milliseconds(gradient)
     torch.backends.mkldnn.enabled = True
+    for way in (by_columns, by_phases):
+        taken[way.__name__] = milliseconds(partial(way(layer), upstream, x.shape))
+    used = "oneDNN" if not is_narrow(layer) else "by_phases" if uses_phases(layer) else "by_columns"
     print(
-        f"  {images:>3} x {channels:>2} x {side:>3}^2, {filters:>2} filters {kernel}^2, stride {stride}   narrow "
-        f"{'yes' if is_narrow(layer) else 'no ':<3}   oneDNN {taken['oneDNN']:7.2f} ms   PyTorch's own "
-        f"{taken['own']:7.2f} ms   ratio {taken['oneDNN'] / taken['own']:.2f}",
+        f"  {images:>3} x {channels:>2} x {side:>3}^2, {filters:>2} filters {kernel}^2, stride {stride}",
+        *(f"{name}{'*' if name == used else ' '} {spent:7.2f}" for name, spent in taken.items()),
+        sep="   ",
         flush=True,
     )
 
