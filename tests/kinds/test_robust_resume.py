@@ -67,7 +67,9 @@ def values_of(name: str) -> dict[str, Any]:
 
 KILLED = """
 import json, os, signal, sys
+import sklearn.datasets, torch._dynamo  # here, not once in every process
 from poise import kinds
+from poise.kinds import robust_train
 from poise.kinds.robust_step import RobustStep
 from poise.kinds.specs.robust import RobustTrainSpec
 from poise.store.runs import open_run
