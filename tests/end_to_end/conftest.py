@@ -92,11 +92,14 @@ class Job:
         os.kill(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
-    def kill_one(self, actor: str, below: int | None = None) -> None:
-        """SIGKILL for the newest process of that Ray actor, below the head with that pid or in the private cluster."""
+    def newest(self, actor: str, below: int | None = None) -> psutil.Process:
+        """The newest process of that Ray actor, below the head with that pid or in the private cluster."""
         family = psutil.Process(below or self.process.pid).children(recursive=True)
         found = [process for process in family if process.name().startswith(f"ray::{actor}")]
-        max(found, key=psutil.Process.create_time).kill()
+        return max(found, key=psutil.Process.create_time)
+
+    def kill_one(self, actor: str, below: int | None = None) -> None:
+        self.newest(actor, below).kill()
 
 
 class Desk:

@@ -50,8 +50,10 @@ def test_measuring_calibration_with_a_killed_engine_a_killed_worker_and_a_killed
     job.kill_one("_Engine")
     job.until(lambda: len(job.run.files("samples/")) >= 2, timeout=300)
     kept = {name: job.run.read(name) for name in job.run.files("samples/")}
+    engine = job.newest("_Engine")
     job.kill_one("RayTrainWorker")
     job.until(lambda: len(job.run.files("samples/")) >= 3, timeout=300)
+    assert job.newest("_Engine") == engine, "the engine was started anew for the next worker"
     job.kill()
     assert job.run.manifest().status == "running"
     desk.finish_twice(**both)

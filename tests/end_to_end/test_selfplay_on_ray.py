@@ -57,8 +57,10 @@ def test_a_killed_engine_a_killed_worker_and_a_killed_driver(desk, tmp_path, tex
     job.until_committed(2)
     job.kill_one("_Engine")
     job.until_committed(6)
+    engine = job.newest("_Engine")
     os.kill(job.worker_pids()[0], signal.SIGKILL)
     job.until_committed(10)
+    assert job.newest("_Engine") == engine, "the engine was started anew for the next worker"
     job.kill()
     assert job.run.manifest().status == "running"
     whole = desk.finish_twice(**both)

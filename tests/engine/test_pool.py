@@ -256,3 +256,23 @@ def test_engines_die_only_so_often(pair, ray_here):
     kill_soon(pair, ray_here, engine=0).join()
     with pytest.raises(PoiseError, match="engine 0 of the sampler died, and no more may be started"):
         pair.generate(requests(), FREE)
+
+
+def test_engines_outlive_the_worker_that_asked_them_and_begin_again(folder, model, ray_here):
+    """A worker that is killed ends nothing in order: its pool is left as it is, and another is opened."""
+    from poise.engine.board import open_board
+    from poise.engine.pool import SamplerPool
+
+    board, spec, died = open_board(), SamplerSpec(backend="transformers"), []
+    first = SamplerPool(spec, folder, keeper=board, on_restart=died.append).__enter__()
+    fresh, pid = first.generate(requests(), FREE), inside(first, ray_here, lambda actor: os.getpid())
+    first.update_weights(scaled(model, 0.9), 3)
+    second = SamplerPool(spec, folder, keeper=board, on_restart=died.append).__enter__()
+    assert second.generate(requests(), FREE) == fresh
+    assert inside(second, ray_here, lambda actor: os.getpid()) == pid
+    assert died == []
+    kill_soon(second, ray_here).join()
+    with SamplerPool(spec, folder, keeper=board, on_restart=died.append) as third:
+        assert third.generate(requests(), FREE) == fresh
+        assert died == ["engine 0 of the sampler died"]
+    assert ray_here.get(board.engine.remote(0, lambda: "another", False)) == ("another", False)  # ended in order

@@ -1,10 +1,12 @@
 """The board: one small actor between the gang and its driver.
 
-Workers put progress, attempts and the errors that no restart can mend on it; the driver reads it twice a second.
+Workers put progress, attempts and the errors that no restart can mend on it; the driver reads it twice a second. The
+engines that a worker asks for samples are started here, so that they outlive the worker.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +29,7 @@ class BoardState:
 class _Board:
     def __init__(self) -> None:
         self.state = BoardState()
+        self.engines: dict[int, Any] = {}
 
     def begin(self, rank: int) -> tuple[int, bool]:
         """A worker starts: how many gangs came before its own, and whether the run has ended for good."""
@@ -39,6 +42,16 @@ class _Board:
 
     def fail(self, error: Exception) -> None:
         self.state.error = self.state.error or error
+
+    def engine(self, index: int, start: Callable[[], Any], anew: bool) -> tuple[Any, bool]:
+        """Engine `index`, and whether an earlier worker has left it; `anew`: that one is of no use."""
+        inherited = index in self.engines and not anew
+        if not inherited:
+            self.engines[index] = start()
+        return self.engines[index], inherited
+
+    def forget_engines(self) -> None:
+        self.engines.clear()
 
     def read(self) -> BoardState:
         return self.state

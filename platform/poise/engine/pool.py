@@ -1,25 +1,26 @@
 """A pool of engines that sample from one language model, each a Ray actor, behind the interface of one sampler.
 
 Invariant: what the pool answers is what any one engine would. Requests are dealt in turn and answers put back in order;
-an engine that dies is replaced, gets the weights that the pool has, and is asked the same again.
+an engine that dies is replaced, gets the weights that the pool has, and is asked the same again. An engine that has
+outlived the worker that asked it begins again with the weights of the folder: what takes minutes, it has loaded.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from poise import env
+from poise.engine.replica import Answer, start_engine
 from poise.errors import PoiseError
 from poise.models.folder import check_newer, read_folder
-from poise.models.sampling import Decoding, Request, Sample, Sampler
+from poise.models.sampling import Decoding, Request, Sample
 from poise.spec import SamplerSpec
 
 __all__ = ["SamplerPool"]
@@ -27,40 +28,12 @@ __all__ = ["SamplerPool"]
 _START_TIMEOUT_S = 600.0
 
 
-@dataclass(frozen=True)
-class _Answer:
-    """What an engine returns: the version of its weights when it answered, and the answer or the error."""
-
-    version: int
-    value: Any = None
-    error: PoiseError | None = None
-
-
-class _Engine:
-    """One sampler in a process of its own."""
-
-    def __init__(self, spec: SamplerSpec, folder: Path, files: Mapping[str, bytes] | None) -> None:
-        with tempfile.TemporaryDirectory(prefix="poise-model-") as scratch:
-            for name, data in (files or {}).items():
-                Path(scratch, name).write_bytes(data)
-            self.sampler = _open(spec, folder if files is None else Path(scratch))
-
-    def ask(self, method: str, *arguments: Any) -> _Answer:
-        try:
-            value = getattr(self.sampler, method)(*arguments)
-        except PoiseError as error:
-            return _Answer(self.sampler.version, error=error)
-        return _Answer(self.sampler.version, value)
-
-    def ready(self) -> _Answer:
-        return _Answer(self.sampler.version)
-
-
 class SamplerPool:
     """The engines of `spec` on the model of a local folder, for as long as the block lasts.
 
     A version, a name set, a checksum or a prefix cache that is not what it must be is a PoiseError, and so is the death
-    of an engine after `max_restarts` were replaced; `on_restart` hears of each.
+    of an engine after `max_restarts` were replaced; `on_restart` hears of each. `keeper`: a board that starts the
+    engines, so that they outlive this process, and another that opens the same pool there goes on with them.
     """
 
     def __init__(
@@ -68,13 +41,14 @@ class SamplerPool:
         spec: SamplerSpec,
         folder: Path,
         *,
+        keeper: Any = None,
         max_restarts: int = 3,
         on_restart: Callable[[str], None] = lambda why: None,
     ) -> None:
-        self._spec, self._folder = spec, read_folder(folder.absolute())
+        self._spec, self._folder, self._keeper = spec, read_folder(folder.absolute()), keeper
         self._restarts_left, self._on_restart = max_restarts, on_restart
         self._engines: list[Any] = []
-        self._starting: list[Any] = []
+        self._starting: dict[int, Any] = {}
         self._files: Any = None
         self._weights: Any = None
         self._version = 0
@@ -82,8 +56,7 @@ class SamplerPool:
     def __enter__(self) -> SamplerPool:
         if len(ray.nodes()) > 1:  # an engine may start where the folder is not
             self._files = ray.put({file.name: file.read_bytes() for file in self._folder.path.glob("*.*")})
-        self._engines = [self._start() for _ in range(self._spec.engines)]
-        self._starting = [engine.ready.remote() for engine in self._engines]
+        self._engines = [self._start(index) for index in range(self._spec.engines)]
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -126,16 +99,23 @@ class SamplerPool:
 
     def _await_engines(self) -> None:
         """Before they are asked first; until then they start while the caller does what it has to."""
-        try:
-            ray.get(self._starting, timeout=_START_TIMEOUT_S)
-        except GetTimeoutError:
-            raise PoiseError(
-                f"the sampler's engines did not start in {_START_TIMEOUT_S:.0f} s: {self._spec.engines} of "
-                f"{self._spec.cpus} CPU and {self._spec.gpus} GPU; free are {ray.available_resources()}"
-            ) from None
-        except RayActorError as error:
-            raise PoiseError(f"an engine of the sampler did not start:\n{error}") from None
-        self._starting = []
+        while self._starting:
+            index, ref = next(iter(self._starting.items()))
+            try:
+                answer: Answer = ray.get(ref, timeout=_START_TIMEOUT_S)
+            except GetTimeoutError:
+                raise PoiseError(
+                    f"the sampler's engines did not start in {_START_TIMEOUT_S:.0f} s: {self._spec.engines} of "
+                    f"{self._spec.cpus} CPU and {self._spec.gpus} GPU; free are {ray.available_resources()}"
+                ) from None
+            except RayActorError as error:
+                if error.actor_init_failed:
+                    raise PoiseError(f"an engine of the sampler did not start:\n{error}") from None
+                self._replaced(index, error)
+                continue
+            if answer.error is not None:
+                raise answer.error
+            del self._starting[index]
 
     def _value(self, ref: Any, ask: tuple[int, str, tuple[Any, ...]], version: int) -> Any:
         answer = None
@@ -158,35 +138,26 @@ class SamplerPool:
             raise PoiseError(f"engine {index} of the sampler died, and no more may be started:\n{error}") from None
         self._restarts_left -= 1
         self._on_restart(f"engine {index} of the sampler died")
-        engine = self._engines[index] = self._start()
+        engine = self._engines[index] = self._start(index, anew=True)
         if self._weights is not None:
             engine.ask.remote("update_weights", self._weights, self._version)
         return engine
 
-    def _start(self) -> Any:
-        settings = env.VLLM_SETTINGS if self._spec.gpus else {**env.VLLM_SETTINGS, **env.VLLM_ON_CPU}
-        options = ray.remote(_Engine).options(
-            num_cpus=self._spec.cpus,
-            num_gpus=self._spec.gpus,
-            max_restarts=0,
-            scheduling_strategy="DEFAULT",  # never in the placement group of the gang that opens the pool
-            runtime_env={"env_vars": {**settings, "OMP_NUM_THREADS": str(self._spec.cpus)}},
+    def _start(self, index: int, *, anew: bool = False) -> Any:
+        """Engine `index`, and in `_starting` what it answers once it has the weights of the folder."""
+        start = partial(start_engine, self._spec, self._folder.path, self._files)
+        engine, inherited = (
+            (start(), False) if self._keeper is None else ray.get(self._keeper.engine.remote(index, start, anew))
         )
-        return options.remote(self._spec, self._folder.path, self._files)
+        self._starting[index] = engine.ask.remote("restart", self._stored()) if inherited else engine.ready.remote()
+        return engine
+
+    def _stored(self) -> dict[str, Tensor]:
+        files = sorted(self._folder.path.glob("*.safetensors"))
+        return {name: value for file in files for name, value in load_file(file).items()}
 
     def _stop(self) -> None:
         for engine in self._engines:
             ray.kill(engine)
-
-
-def _open(spec: SamplerSpec, folder: Path) -> Sampler:
-    if spec.backend == "transformers":
-        import torch
-
-        from poise.models.transformers_sampler import TransformersSampler
-
-        torch.set_num_threads(spec.cpus)
-        return TransformersSampler(folder, "cuda" if spec.gpus else "cpu")
-    from poise.engine.vllm_engine import VllmSampler
-
-    return VllmSampler(folder, spec)
+        if self._keeper is not None:
+            self._keeper.forget_engines.remote()

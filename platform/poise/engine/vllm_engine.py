@@ -87,6 +87,14 @@ class VllmSampler:
     def update_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
         check_newer(version, self.version)
         new = self._folder.checked(weights)
+        self._serve(new, version)
+
+    def restart(self, weights: Mapping[str, Tensor]) -> None:
+        """Serve version 0 again, the `weights` that the folder had: somebody else begins to ask."""
+        if self.version > 0 or self._doubt is not None:
+            self._serve(self._folder.checked(weights), 0)
+
+    def _serve(self, new: Mapping[str, Tensor], version: int) -> None:
         if self._spec.gpus > 1:
             raise PoiseError("the weights of an engine on several GPUs cannot be read back: use one GPU per engine")
         self._cached_of_probe()  # from now on the cache holds something old

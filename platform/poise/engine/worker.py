@@ -57,7 +57,7 @@ def _context(errand: Errand, run: Run, rank: int, attempt: int) -> Context:
             )
 
     def sampler(spec: SamplerSpec, folder: Path) -> SamplerPool:
-        return SamplerPool(spec, folder, on_restart=restarted)
+        return SamplerPool(spec, folder, keeper=errand.board, on_restart=restarted)
 
     def restarted(why: str) -> None:
         sink.inc("poise_sampler_restarts_total", run=run.name)

@@ -64,10 +64,16 @@ class TransformersSampler:
                 scores[place] = row[len(pairs[place][0]) - 1 :]
         return scores
 
-    @torch.no_grad()
     def update_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
         check_newer(version, self._version)
-        new = self._folder.checked(weights)
+        self._serve(self._folder.checked(weights), version)
+
+    def restart(self, weights: Mapping[str, Tensor]) -> None:
+        """Serve version 0 again, the `weights` that the folder had: somebody else begins to ask."""
+        self._serve(self._folder.checked(weights), 0)
+
+    @torch.no_grad()
+    def _serve(self, new: Mapping[str, Tensor], version: int) -> None:
         served = self._model.state_dict()
         for name, value in new.items():
             served[name].copy_(value)
