@@ -9,6 +9,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.func import functional_call
 
 from poise.robust.attacks.contract import attack_mode, input_gradient
 from poise.robust.attacks.losses import cross_entropy
@@ -115,6 +116,22 @@ def test_other_types_of_numbers_are_left_to_torch():
 )
 def test_convolutions_of_other_kinds_are_not_narrow(layer):
     assert not is_narrow(layer)
+
+
+@pytest.mark.parametrize("how", ["swapped", "changed", "normed"])
+def test_weights_that_are_not_those_of_the_beginning_are_left_to_torch(how):
+    """As a randomised defence has them, or a norm that is worked out anew in every forward."""
+    model, (x, y) = network(1, 8, 2), batch(1)
+    if how == "normed":
+        model[0] = nn.utils.spectral_norm(model[0]).eval()
+    with attack_mode(model):
+        weights = {"0.weight": -model[0].weight} if how == "swapped" else {}
+        if how == "changed":
+            model[0].weight.mul_(2)
+        gradient, _, _ = input_gradient(lambda images: functional_call(model, weights, images), x, y, cross_entropy)
+    if weights:
+        model[0].weight = nn.Parameter(weights["0.weight"])
+    torch.testing.assert_close(gradient, input_gradient(model.eval(), x, y, cross_entropy)[0])
 
 
 def test_an_error_on_the_way_leaves_the_layers_as_they_were():

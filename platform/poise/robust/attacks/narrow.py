@@ -36,7 +36,8 @@ def narrow_gradients(model: nn.Module) -> Iterator[None]:
     is_compiled = any(hasattr(module, "_orig_mod") for module in model.modules())
     layers = [] if is_compiled else [layer for layer in model.modules() if is_narrow(layer)]
     for layer in layers:
-        vars(layer)["forward"] = partial(_forward, layer, (by_phases if uses_phases(layer) else by_columns)(layer))
+        backward = (by_phases if uses_phases(layer) else by_columns)(layer)
+        vars(layer)["forward"] = partial(_forward, layer, backward, layer.weight, layer.weight._version)
     try:
         yield
     finally:
@@ -55,6 +56,7 @@ def is_narrow(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
         and layer.groups == 1
         and layer.padding_mode == "zeros"
         and not isinstance(layer.padding, str)
+        and not layer.weight.is_inference()  # its changes could not be noticed
     )
 
 
@@ -116,9 +118,11 @@ def _padding(layer: nn.Conv2d) -> tuple[int, int]:
     return height, width
 
 
-def _forward(layer: nn.Conv2d, backward: Backward, x: Tensor) -> Tensor:
+def _forward(layer: nn.Conv2d, backward: Backward, weight: Tensor, version: int, x: Tensor) -> Tensor:
     plain = x.device.type == "cpu" and x.dtype == torch.float32 == layer.weight.dtype and x.is_contiguous()
-    if not (plain and x.requires_grad and torch.is_grad_enabled()) or torch.is_autocast_enabled("cpu"):
+    asked = x.requires_grad and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    known = layer.weight is weight and weight._version == version  # a model may swap or change its own weights
+    if not (plain and asked and known):
         return nn.Conv2d.forward(layer, x)
     convolved: Tensor = _Convolution.apply(x, layer, backward)  # type: ignore[no-untyped-call]
     return convolved
