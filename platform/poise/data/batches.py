@@ -13,7 +13,7 @@ from poise.data.spec import DataSpec, num_validation
 from poise.errors import UserError
 from poise.spec.seeds import derive_seed
 
-__all__ = ["Batches", "Dataset", "load"]
+__all__ = ["Batches", "Dataset", "load", "training_batches"]
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,25 @@ class Batches:
         seed = derive_seed(self._seed, "augment", step)
         draws = draw(self._batch_size, pad=self._pad, flip=self._flip, seed=seed)
         return Draws(*(values[self._slice].to(self.device) for values in draws))
+
+
+def training_batches(
+    data: Dataset, spec: DataSpec, seed: int, rank: int, world_size: int, device: torch.device
+) -> Batches:
+    """The stream that the `data` section asks for, as one of `world_size` ranks sees it."""
+    return Batches(
+        data.train.images,
+        data.train.labels,
+        batch_size=spec.batch_size,
+        seed=seed,
+        pad=spec.pad,
+        pad_mode=spec.pad_mode,
+        flip=spec.flip,
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        resident=spec.device_resident,
+    )
 
 
 def _check(images: Tensor, batch_size: int, pad: int, world_size: int) -> None:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from poise.data.batches import Batches, Dataset, load
+from poise.data.batches import Batches, Dataset, load, training_batches
 from poise.errors import DamagedError
 from poise.kinds.eigenspaces import eigenspaces
 from poise.kinds.measure import described
@@ -39,27 +39,11 @@ def run(spec: RobustTrainSpec, context: Context) -> None:
     """Train, then measure the best, the final and the averaged weights on the test split."""
     data = load(spec.data, spec.seed)
     model = classifier(spec, data).to(context.device)
-    batches = _batches(spec, data, context)
+    batches = training_batches(data, spec.data, spec.seed, context.rank, context.world_size, context.device)
     basis = context.together(partial(eigenspaces, spec.eigenspace, data.train)) if spec.eigenspace else None
     steps = RobustStep(spec, model, spec.steps_per_epoch(batches.steps_per_epoch), basis)
     fitted = fit(_task(spec, data, model, batches, steps, context), spec.train, context)
     _measure(spec, data, model, batches, steps.averaged(fitted.state, fitted.final_step), fitted, context)
-
-
-def _batches(spec: RobustTrainSpec, data: Dataset, context: Context) -> Batches:
-    return Batches(
-        data.train.images,
-        data.train.labels,
-        batch_size=spec.data.batch_size,
-        seed=spec.seed,
-        pad=spec.data.pad,
-        pad_mode=spec.data.pad_mode,
-        flip=spec.data.flip,
-        rank=context.rank,
-        world_size=context.world_size,
-        device=context.device,
-        resident=spec.data.device_resident,
-    )
 
 
 def _task(

@@ -15,7 +15,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from poise.data.batches import Batches, Dataset, load
+from poise.data.batches import Dataset, load, training_batches
 from poise.data.sets import ImageSet, unit_pixels
 from poise.errors import DamagedError, UserError
 from poise.kinds.specs.manifold import RobustVaeSpec
@@ -94,19 +94,7 @@ def _model(spec: RobustVaeSpec, data: Dataset) -> ConditionalVae:
 
 
 def _task(spec: RobustVaeSpec, data: Dataset, model: ConditionalVae, context: Context) -> Task:
-    batches = Batches(
-        data.train.images,
-        data.train.labels,
-        batch_size=spec.data.batch_size,
-        seed=spec.seed,
-        pad=spec.data.pad,
-        pad_mode=spec.data.pad_mode,
-        flip=spec.data.flip,
-        rank=context.rank,
-        world_size=context.world_size,
-        device=context.device,
-        resident=spec.data.device_resident,
-    )
+    batches = training_batches(data, spec.data, spec.seed, context.rank, context.world_size, context.device)
     return Task(
         model=model,
         batch=batches.batch,
