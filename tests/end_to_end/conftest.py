@@ -208,11 +208,10 @@ def head(s3_settings: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
     )
     _wait_for(dashboard, process)
     yield Head(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", process.pid)
-    process.terminate()
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(15)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    for each in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            each.kill()  # all at once: taking turns, as on SIGTERM, they need more than 15 s
+    process.wait()
 
 
 def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -258,7 +259,7 @@ def test_engines_die_only_so_often(pair, ray_here):
         pair.generate(requests(), FREE)
 
 
-def test_engines_outlive_the_worker_that_asked_them_and_begin_again(folder, model, ray_here):
+def test_engines_outlive_the_worker_that_asked_them_and_begin_again(folder, model, ray_here, monkeypatch):
     """A worker that is killed ends nothing in order: its pool is left as it is, and another is opened."""
     from poise.engine.board import open_board
     from poise.engine.pool import SamplerPool
@@ -271,8 +272,14 @@ def test_engines_outlive_the_worker_that_asked_them_and_begin_again(folder, mode
     assert second.generate(requests(), FREE) == fresh
     assert inside(second, ray_here, lambda actor: os.getpid()) == pid
     assert died == []
-    kill_soon(second, ray_here).join()
-    with SamplerPool(spec, folder, keeper=board, on_restart=died.append) as third:
-        assert third.generate(requests(), FREE) == fresh
+    second._engines[0].__ray_call__.remote(lambda actor: time.sleep(600))  # what its worker still waited for
+    monkeypatch.setattr("poise.engine.pool._FREE_WITHIN_S", 1)
+    third = SamplerPool(spec, folder, keeper=board, on_restart=died.append).__enter__()
+    assert third.generate(requests(), FREE) == fresh
+    assert inside(third, ray_here, lambda actor: os.getpid()) != pid
+    assert died == []
+    kill_soon(third, ray_here).join()
+    with SamplerPool(spec, folder, keeper=board, on_restart=died.append) as fourth:
+        assert fourth.generate(requests(), FREE) == fresh
         assert died == ["engine 0 of the sampler died"]
     assert ray_here.get(board.engine.remote(0, lambda: "another", False)) == ("another", False)  # ended in order

@@ -6,6 +6,11 @@ import subprocess
 import sys
 
 import pytest
+from ray.train import ScalingConfig
+from ray.train.v2._internal.execution.scaling_policy import NoopDecision
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+from poise.engine.trainer import _AsItIs
 
 DRIVER = """\
 import sys
@@ -40,3 +45,15 @@ def test_placement_groups_are_tidied_up_only_where_the_cluster_outlives_its_driv
     assert ("PlacementGroupCleanerCallback" in callbacks) != private
     assert "BackendSetupCallback" in callbacks
     assert "DatasetsCallback" not in callbacks
+
+
+def test_a_private_cluster_is_never_asked_to_grow():
+    """The decisions are Ray's, without a coordinator; under other names of Ray's methods this fails."""
+    config = ScalingConfig(num_workers=2, resources_per_worker={"CPU": 1})
+    policy = _AsItIs(config)
+    policy.after_controller_start(None)
+    decision = policy.make_decision_for_non_running_worker_group()
+    assert (decision.num_workers, decision.resources_per_worker) == (2, {"CPU": 1})
+    assert isinstance(policy.make_decision_for_running_worker_group(None, None), NoopDecision)
+    assert policy._coordinator_client is None
+    assert "_initialize_and_run_controller" in vars(DataParallelTrainer)

@@ -25,7 +25,8 @@ from poise.spec import SamplerSpec
 
 __all__ = ["SamplerPool"]
 
-_START_TIMEOUT_S = 600.0
+_START_WITHIN_S = 600.0
+_FREE_WITHIN_S = 60.0  # an engine may still be answering the worker that died: at some point a new one is sooner
 
 
 class SamplerPool:
@@ -48,7 +49,7 @@ class SamplerPool:
         self._spec, self._folder, self._keeper = spec, read_folder(folder.absolute()), keeper
         self._restarts_left, self._on_restart = max_restarts, on_restart
         self._engines: list[Any] = []
-        self._starting: dict[int, Any] = {}
+        self._starting: dict[int, tuple[Any, bool]] = {}  # the answer to come; whether an earlier worker left it
         self._files: Any = None
         self._weights: Any = None
         self._version = 0
@@ -100,14 +101,12 @@ class SamplerPool:
     def _await_engines(self) -> None:
         """Before they are asked first; until then they start while the caller does what it has to."""
         while self._starting:
-            index, ref = next(iter(self._starting.items()))
+            index, (ref, inherited) = next(iter(self._starting.items()))
             try:
-                answer: Answer = ray.get(ref, timeout=_START_TIMEOUT_S)
+                answer: Answer = ray.get(ref, timeout=_FREE_WITHIN_S if inherited else _START_WITHIN_S)
             except GetTimeoutError:
-                raise PoiseError(
-                    f"the sampler's engines did not start in {_START_TIMEOUT_S:.0f} s: {self._spec.engines} of "
-                    f"{self._spec.cpus} CPU and {self._spec.gpus} GPU; free are {ray.available_resources()}"
-                ) from None
+                self._give_up(index, inherited)
+                continue
             except RayActorError as error:
                 if error.actor_init_failed:
                     raise PoiseError(f"an engine of the sampler did not start:\n{error}") from None
@@ -116,6 +115,15 @@ class SamplerPool:
             if answer.error is not None:
                 raise answer.error
             del self._starting[index]
+
+    def _give_up(self, index: int, inherited: bool) -> None:
+        if not inherited:
+            raise PoiseError(
+                f"the sampler's engines did not start in {_START_WITHIN_S:.0f} s: {self._spec.engines} of "
+                f"{self._spec.cpus} CPU and {self._spec.gpus} GPU; free are {ray.available_resources()}"
+            )
+        ray.kill(self._engines[index])
+        self._engines[index] = self._start(index, anew=True)
 
     def _value(self, ref: Any, ask: tuple[int, str, tuple[Any, ...]], version: int) -> Any:
         answer = None
@@ -144,12 +152,13 @@ class SamplerPool:
         return engine
 
     def _start(self, index: int, *, anew: bool = False) -> Any:
-        """Engine `index`, and in `_starting` what it answers once it has the weights of the folder."""
+        """Engine `index`; `_starting` holds what it answers once it has the weights of the folder."""
         start = partial(start_engine, self._spec, self._folder.path, self._files)
         engine, inherited = (
             (start(), False) if self._keeper is None else ray.get(self._keeper.engine.remote(index, start, anew))
         )
-        self._starting[index] = engine.ask.remote("restart", self._stored()) if inherited else engine.ready.remote()
+        begun = engine.ask.remote("restart", self._stored()) if inherited else engine.ready.remote()
+        self._starting[index] = begun, inherited
         return engine
 
     def _stored(self) -> dict[str, Tensor]:
