@@ -112,13 +112,15 @@ def test_other_types_of_numbers_are_left_to_torch():
         nn.Conv2d(1, 4, 3, padding="same"),
         nn.Conv2d(2, 4, 3, (2, 3)),
         type("Own", (nn.Conv2d,), {})(1, 4, 3),
+        nn.Conv2d(1, 4, 3).double(),
+        nn.Conv2d(1, 4, 3, device="meta"),
     ],
 )
 def test_convolutions_of_other_kinds_are_not_narrow(layer):
     assert not is_narrow(layer)
 
 
-@pytest.mark.parametrize("how", ["swapped", "changed", "normed"])
+@pytest.mark.parametrize("how", ["swapped", "changed", "changed unseen", "normed"])
 def test_weights_that_are_not_those_of_the_beginning_are_left_to_torch(how):
     """As a randomised defence has them, or a norm that is worked out anew in every forward."""
     model, (x, y) = network(1, 8, 2), batch(1)
@@ -126,8 +128,8 @@ def test_weights_that_are_not_those_of_the_beginning_are_left_to_torch(how):
         model[0] = nn.utils.spectral_norm(model[0]).eval()
     with attack_mode(model):
         weights = {"0.weight": -model[0].weight} if how == "swapped" else {}
-        if how == "changed":
-            model[0].weight.mul_(2)
+        if how.startswith("changed"):
+            (model[0].weight if how == "changed" else model[0].weight.data).mul_(2)
         gradient, _, _ = input_gradient(lambda images: functional_call(model, weights, images), x, y, cross_entropy)
     if weights:
         model[0].weight = nn.Parameter(weights["0.weight"])

@@ -8,7 +8,7 @@ outlived the worker that asked it begins again with the weights of the folder: w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +114,13 @@ class SamplerPool:
                 continue
             if answer.error is not None:
                 raise answer.error
-            del self._starting[index]
+            if inherited and answer.version > 0:
+                self._starting[index] = self._engines[index].ask.remote("restart", self._stored), False
+            else:
+                del self._starting[index]
 
     def _give_up(self, index: int, inherited: bool) -> None:
+        """An engine that does not answer in time: PoiseError, or another in the place of one that was left here."""
         if not inherited:
             raise PoiseError(
                 f"the sampler's engines did not start in {_START_WITHIN_S:.0f} s: {self._spec.engines} of "
@@ -152,18 +156,19 @@ class SamplerPool:
         return engine
 
     def _start(self, index: int, *, anew: bool = False) -> Any:
-        """Engine `index`; `_starting` holds what it answers once it has the weights of the folder."""
+        """Engine `index`; `_starting` holds what it answers as soon as it can."""
         start = partial(start_engine, self._spec, self._folder.path, self._files)
         engine, inherited = (
             (start(), False) if self._keeper is None else ray.get(self._keeper.engine.remote(index, start, anew))
         )
-        begun = engine.ask.remote("restart", self._stored()) if inherited else engine.ready.remote()
-        self._starting[index] = begun, inherited
+        self._starting[index] = engine.ready.remote(), inherited
         return engine
 
-    def _stored(self) -> dict[str, Tensor]:
+    @cached_property
+    def _stored(self) -> Any:
+        """The weights of the folder, in Ray's object store: for engines that an earlier worker gave others."""
         files = sorted(self._folder.path.glob("*.safetensors"))
-        return {name: value for file in files for name, value in load_file(file).items()}
+        return ray.put({name: value for file in files for name, value in load_file(file).items()})
 
     def _stop(self) -> None:
         for engine in self._engines:

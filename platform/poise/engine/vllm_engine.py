@@ -91,8 +91,7 @@ class VllmSampler:
 
     def restart(self, weights: Mapping[str, Tensor]) -> None:
         """Serve version 0 again, the `weights` that the folder had: somebody else begins to ask."""
-        if self.version > 0 or self._doubt is not None:
-            self._serve(self._folder.checked(weights), 0)
+        self._serve(self._folder.checked(weights), 0)
 
     def _serve(self, new: Mapping[str, Tensor], version: int) -> None:
         if self._spec.gpus > 1:

@@ -37,7 +37,7 @@ def narrow_gradients(model: nn.Module) -> Iterator[None]:
     layers = [] if is_compiled else [layer for layer in model.modules() if is_narrow(layer)]
     for layer in layers:
         backward = (by_phases if uses_phases(layer) else by_columns)(layer)
-        vars(layer)["forward"] = partial(_forward, layer, backward, layer.weight, layer.weight._version)
+        vars(layer)["forward"] = partial(_forward, layer, backward, layer.weight.detach().clone())
     try:
         yield
     finally:
@@ -56,7 +56,8 @@ def is_narrow(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
         and layer.groups == 1
         and layer.padding_mode == "zeros"
         and not isinstance(layer.padding, str)
-        and not layer.weight.is_inference()  # its changes could not be noticed
+        and layer.weight.dtype == torch.float32
+        and layer.weight.device.type == "cpu"
     )
 
 
@@ -118,11 +119,13 @@ def _padding(layer: nn.Conv2d) -> tuple[int, int]:
     return height, width
 
 
-def _forward(layer: nn.Conv2d, backward: Backward, weight: Tensor, version: int, x: Tensor) -> Tensor:
-    plain = x.device.type == "cpu" and x.dtype == torch.float32 == layer.weight.dtype and x.is_contiguous()
-    asked = x.requires_grad and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
-    known = layer.weight is weight and weight._version == version  # a model may swap or change its own weights
-    if not (plain and asked and known):
+def _forward(layer: nn.Conv2d, backward: Backward, weight: Tensor, x: Tensor) -> Tensor:
+    """`weight`: the numbers that `backward` was made of; a model may swap or change its own in every forward."""
+    plain = (
+        x.dtype == torch.float32 == layer.weight.dtype and x.is_contiguous() and not torch.is_autocast_enabled("cpu")
+    )
+    asked = x.requires_grad and torch.is_grad_enabled() and not any(p.requires_grad for p in layer.parameters())
+    if not (plain and asked and torch.equal(layer.weight, weight)):
         return nn.Conv2d.forward(layer, x)
     convolved: Tensor = _Convolution.apply(x, layer, backward)  # type: ignore[no-untyped-call]
     return convolved
