@@ -22,10 +22,13 @@ def test_margins_by_hand_and_as_brute_force():
 
 def test_a_percentile_that_is_not_above_zero_is_undefined():
     margins = torch.tensor([-1.0, 0.0, 1.0, 2.0, 3.0], dtype=torch.float64)
-    assert margin_percentile(margins, 75) == 2
-    assert margin_percentile(margins, 62.5) == 1.5
-    assert math.isnan(margin_percentile(margins, 25))
-    assert math.isnan(margin_percentile(margins, 1))
+    assert margin_percentile(margins, 75, "all") == 2
+    assert margin_percentile(margins, 62.5, "all") == 1.5
+    assert math.isnan(margin_percentile(margins, 25, "all"))
+    assert math.isnan(margin_percentile(margins, 1, "all"))
+    assert margin_percentile(margins, 50) == 2
+    assert margin_percentile(margins, 1) == pytest.approx(1.02)
+    assert math.isnan(margin_percentile(-margins[2:], 50))
 
 
 @pytest.mark.parametrize("margin", [0.3, 1.0, 1.999, 2.0, 37.0, 1e-4])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from poise.bounds.activations import activation_of
 from poise.bounds.complexity import spectral_product
 from poise.bounds.operators import Block, network_norms, operator_norms
 from poise.models.build import build
@@ -173,6 +176,129 @@ def test_pooling_has_its_lipschitz_constants():
     assert 1 / 3 < steepest <= 2 / 3
 
 
+class FunctionalNet(nn.Module):
+    """The same network as `MODULAR`, written with functions, methods and a rescaled input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(2, 3, 4, padding="same"), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = 2 * x - 1
+        x = F.leaky_relu(self.conv(x), 0.2)
+        x = F.max_pool2d(x, 2)
+        x = F.dropout(F.avg_pool2d(x, kernel_size=2), training=self.training).relu()
+        x = self.fc(x.view(x.size(0), -1))
+        x += 1.0
+        return x.tanh()
+
+
+MODULAR = nn.Sequential(
+    nn.ZeroPad2d((1, 2, 1, 2)), nn.Conv2d(2, 3, 4), nn.LeakyReLU(0.2), nn.MaxPool2d(2), nn.AvgPool2d(2), nn.ReLU(),
+    nn.Flatten(), nn.Linear(12, 3), nn.Tanh(),
+)  # fmt: skip
+
+
+def test_a_network_of_functions_and_methods_is_read_as_one_of_modules():
+    model = FunctionalNet().double().eval()
+    network = network_norms(model, (2, 8, 8))
+    assert network.path == (2.0, 0, pytest.approx(0.5), 1)
+    assert network.shift == 0.5  # 2 x - 1 = 2 (x - 1/2)
+    assert (network.homogeneous, network.fixes_zero) == (False, True)
+    MODULAR[1].load_state_dict(model.conv.state_dict())
+    MODULAR[7].load_state_dict(model.fc.state_dict())
+    padded = jacobian(
+        nn.Sequential(MODULAR[:2], nn.Flatten()).double(), torch.rand(2, 8, 8, dtype=torch.float64)
+    )  # (3 * 8 * 8, 2 * 8 * 8)
+    conv, fc = network.layers
+    assert conv.sigma_hi == pytest.approx(torch.linalg.matrix_norm(padded, ord=2).item(), rel=1e-10)
+    assert conv.l1 == pytest.approx(padded.abs().sum().item(), rel=1e-10)
+    assert conv.parameters == model.conv.weight.numel()
+    assert fc.sigma_hi == pytest.approx(torch.linalg.matrix_norm(model.fc.weight, ord=2).item(), rel=1e-10)
+
+
+class _Rescaled(nn.Module):
+    def __init__(self, rescale: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.rescale, self.fc = rescale, nn.Linear(3, 2)
+        self.register_buffer("mean", torch.tensor([0.5, 0.25, 1.0], dtype=torch.float64))
+        self.register_buffer("std", torch.tensor([0.5, 0.2, 0.25], dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.rescale(x, self.mean, self.std))
+
+
+@pytest.mark.parametrize(
+    ("rescale", "scale", "shift"),
+    [
+        (lambda x, mean, std: (x - mean) / std, 5.0, [0.5, 0.25, 1.0]),
+        (lambda x, mean, std: x.sub(mean).div(std), 5.0, [0.5, 0.25, 1.0]),
+        (lambda x, mean, std: x / std - mean, 5.0, [0.25, 0.05, 0.25]),
+        (lambda x, mean, std: 1 - 2 * x, 2.0, 0.5),
+        (lambda x, mean, std: -(x + 0.5) * 3, 3.0, -0.5),
+        (lambda x, mean, std: torch.mul(x, 255).add(-10), 255.0, 10 / 255),
+    ],
+)
+def test_constants_on_the_input_are_its_scale_and_shift(rescale, scale, shift):
+    network = network_norms(_Rescaled(rescale), (3,))
+    assert network.path == (pytest.approx(scale), 0)
+    torch.testing.assert_close(network.shift, torch.tensor(shift, dtype=torch.float64))
+    zero_at = network.shift.expand(1, 3)
+    model = _Rescaled(rescale)
+    assert rescale(zero_at, model.mean, model.std).abs().max() < 1e-12
+
+
+ACTIVATIONS = [
+    nn.ReLU(), nn.ReLU6(), nn.LeakyReLU(0.3), nn.LeakyReLU(-1.5), nn.PReLU(init=2.0), nn.Tanh(), nn.Tanhshrink(),
+    nn.Softshrink(), nn.Softsign(), nn.ELU(), nn.ELU(1.7), nn.CELU(2.0), nn.SELU(), nn.SiLU(), nn.Mish(), nn.GELU(),
+    nn.GELU("tanh"), nn.Hardswish(), nn.Hardtanh(), nn.Hardtanh(0.5, 1.5), nn.Softplus(2.0), nn.LogSigmoid(),
+    nn.Sigmoid(), nn.Hardsigmoid(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("module", ACTIVATIONS, ids=repr)
+def test_activations_have_their_slope_homogeneity_and_value_at_zero(module):
+    x = torch.linspace(-30, 30, 600_001, dtype=torch.float64)
+    module = module.double()
+    with torch.no_grad():
+        y = module(x)
+        slope = ((y[1:] - y[:-1]) / (x[1:] - x[:-1])).abs().max().item()
+        homogeneous = torch.allclose(module(3 * x), 3 * y, rtol=1e-12, atol=1e-12)
+        at_zero = module(torch.zeros(1, dtype=torch.float64)).item()
+    known = activation_of(module)
+    assert slope * (1 - 1e-9) <= known.lipschitz <= slope * (1 + 1e-3)
+    assert (known.homogeneous, known.fixes_zero) == (homogeneous, at_zero == 0)
+    network = network_norms(nn.Sequential(nn.Linear(3, 3), module.float(), nn.Linear(3, 2)), (3,))
+    assert (network.homogeneous, network.fixes_zero) == (known.homogeneous, known.fixes_zero)
+
+
+@pytest.mark.parametrize("norm", [nn.GroupNorm(2, 4), nn.GroupNorm(1, 4, affine=False), nn.LayerNorm([4, 3, 3]),
+                                  nn.InstanceNorm2d(4)], ids=repr)  # fmt: skip
+def test_normalisations_of_one_example_have_their_lipschitz_constant(norm):
+    norm = norm.double()
+    norm.eps = 0.01
+    if norm.weight is not None:
+        nn.init.uniform_(norm.weight, -2, 2)
+    gain = 1.0 if norm.weight is None else norm.weight.abs().max().item()
+    network = network_norms(nn.Sequential(nn.Conv2d(2, 4, 1), norm, nn.Flatten(), nn.Linear(36, 2)), (2, 3, 3))
+    assert network.path == (0, pytest.approx(gain / 0.1), 1)
+    assert not network.homogeneous
+    flat = torch.full((4, 3, 3), 0.3, dtype=torch.float64)
+    steepest = torch.linalg.matrix_norm(
+        jacobian(nn.Sequential(norm, nn.Flatten()), flat), ord=2
+    ).item()  # groups that are constant are the steepest
+    assert 0.6 * gain / 0.1 < steepest <= gain / 0.1 * (1 + 1e-12)
+
+
+def test_the_mean_over_a_map_is_the_adaptive_pooling():
+    class Mean(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mean(dim=(-2, -1))
+
+    network = network_norms(nn.Sequential(Mean(), nn.Linear(2, 2)), (2, 8, 8))
+    assert network.path == (pytest.approx(1 / 8), 0)
+
+
 def test_the_model_is_left_as_it_was():
     model = trained_like("preact_resnet18").train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -197,15 +323,37 @@ class _Branch(nn.Module):
         return x if x.sum() > 0 else -x
 
 
+class _MixesExamples(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(1, -1)
+
+
+class _ChannelMean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
+class _Times(nn.Module):
+    def __init__(self, constant: float) -> None:
+        super().__init__()
+        self.constant = constant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.constant
+
+
 @pytest.mark.parametrize(
     ("module", "what"),
     [
         (_Attention(), "softmax"),
         (_Product(), "division by a feature map"),
         (_Branch(), "cannot be traced"),
-        (nn.GELU(), "GELU"),
+        (nn.Hardshrink(), "Hardshrink"),
+        (_MixesExamples(), "mixes examples"),
+        (_ChannelMean(), "a mean over anything but height and width"),
+        (_Times(0.0), "a product with 0"),
+        (nn.Conv2d(2, 2, 4, padding="same", dilation=2), "even kernel and a dilation"),
         (nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), "circular"),
-        (nn.Conv2d(2, 2, 3, padding="same"), "same"),
         (nn.ConvTranspose2d(2, 2, 3), "ConvTranspose2d"),
         (nn.AvgPool2d(2, padding=1), "AvgPool2d with padding"),
         (nn.AdaptiveAvgPool2d(3), "unequal"),

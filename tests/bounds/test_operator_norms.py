@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from poise.bounds.affine import Affine, fft_bound, kernel_bound, lanczos, measure
+from poise.bounds import affine
+from poise.bounds.affine import Affine, dense, fft_bound, kernel_bound, lanczos, measure
 from poise.bounds.operators import operator_norms
 
 CONVOLUTIONS = [
@@ -42,7 +44,7 @@ def make(options: dict, weight: Tensor | None = None, seed: int = 0) -> Affine:
     return Affine("conv", weight, (inside, *side), tuple(out), **plain)
 
 
-def dense(layer: Affine) -> Tensor:
+def matrix_of(layer: Affine) -> Tensor:
     """The whole matrix, a column per unit vector."""
     basis = torch.eye(math.prod(layer.inside), dtype=torch.float64).view(-1, *layer.inside)
     return layer.apply(basis, layer.weight).flatten(1).T
@@ -51,11 +53,12 @@ def dense(layer: Affine) -> Tensor:
 @pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
 def test_a_convolution_has_the_norms_of_its_matrix(options):
     layer = make(options)
-    matrix, norms = dense(layer), measure(layer)
+    matrix, norms = matrix_of(layer), measure(layer)
     sigma = torch.linalg.matrix_norm(matrix, ord=2).item()
-    assert norms.sigma_lo == pytest.approx(sigma, rel=1e-8)
+    assert (norms.sigma_lo, norms.sigma_hi) == (pytest.approx(sigma, rel=1e-12),) * 2
     assert sigma <= min(fft_bound(layer), kernel_bound(layer)) * (1 + 1e-12)
-    assert norms.sigma_hi == min(fft_bound(layer), kernel_bound(layer)) >= norms.sigma_lo
+    assert lanczos(layer).lower == pytest.approx(sigma, rel=1e-8)
+    torch.testing.assert_close(dense(layer), matrix, rtol=1e-12, atol=1e-12)
     assert norms.frobenius == pytest.approx(torch.linalg.matrix_norm(matrix).item(), rel=1e-12)
     assert norms.l21 == pytest.approx(torch.linalg.vector_norm(matrix, dim=1).sum().item(), rel=1e-12)
     assert norms.l1 == pytest.approx(matrix.abs().sum().item(), rel=1e-12)
@@ -67,7 +70,7 @@ def test_a_convolution_has_the_norms_of_its_matrix(options):
 def test_the_transpose_is_the_transpose(options):
     layer = make(options)
     basis = torch.eye(math.prod(layer.outside), dtype=torch.float64).view(-1, *layer.outside)
-    torch.testing.assert_close(layer.transpose(basis).flatten(1), dense(layer), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(layer.transpose(basis).flatten(1), matrix_of(layer), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("side", [2, 4, 9])
@@ -75,7 +78,7 @@ def test_the_box_filter_has_its_closed_form(side):
     box = torch.full((1, 1, 3, 3), 1 / 9, dtype=torch.float64)
     layer = make({"c": (1, 1), "k": 3, "side": (side, side), "padding": 1}, box)
     expected = ((1 + 2 * math.cos(math.pi / (side + 1))) / 3) ** 2
-    assert lanczos(layer) == pytest.approx(expected, rel=1e-9)
+    assert lanczos(layer).lower == pytest.approx(expected, rel=1e-9)
     assert fft_bound(layer) == pytest.approx(1, rel=1e-12)
     if side == 4:
         assert expected == pytest.approx(0.761566885, abs=1e-9)
@@ -104,7 +107,41 @@ def test_the_padded_grid_is_a_bound_where_the_bare_one_is_none(channels, k, side
     kernel = torch.zeros(channels, channels, side, side, dtype=torch.float64)
     kernel[:, :, :k, :k] = layer.weight
     bare = torch.linalg.matrix_norm(torch.fft.fft2(kernel).flatten(2).movedim(2, 0), ord=2).max().item()
-    assert bare * 1.01 < torch.linalg.matrix_norm(dense(layer), ord=2).item() <= fft_bound(layer)
+    assert bare * 1.01 < torch.linalg.matrix_norm(matrix_of(layer), ord=2).item() <= fft_bound(layer)
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 3, 4])
+def test_layers_of_few_outputs_are_enclosed(outputs):
+    """With as many steps as outputs, the last entry of the bidiagonal matrix is part of the norm."""
+    layer = make({"c": (3, outputs), "k": 5, "side": (5, 5)})
+    sigma = torch.linalg.matrix_norm(layer.weight.flatten(1), ord=2).item()
+    assert lanczos(layer).lower == pytest.approx(sigma, rel=1e-10)
+    norms = measure(layer)
+    assert (norms.sigma_lo, norms.sigma_hi) == (pytest.approx(sigma, rel=1e-10),) * 2
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.9])
+@pytest.mark.parametrize("seed", range(3))
+def test_layers_too_large_for_their_matrix_are_enclosed_within_a_percent(monkeypatch, seed, shared):
+    """Small maps, where the padded grid is far off; `shared` gives the spectrum one value that stands out."""
+    layer = make({"c": (8, 8), "k": 3, "side": (4, 4), "padding": 1}, seed=seed)
+    layer = replace(layer, weight=(1 - shared) * layer.weight + shared)
+    sigma = torch.linalg.matrix_norm(matrix_of(layer), ord=2).item()
+    monkeypatch.setattr(affine, "_DENSE_SIDE", 0)
+    norms = measure(layer)
+    assert norms.method == "lanczos"
+    assert sigma * (1 - 1e-9) <= norms.sigma_hi <= 1.01 * sigma
+    assert norms.sigma_lo == pytest.approx(sigma, rel=1e-8)
+
+
+def test_the_matrix_is_small_where_the_bounds_are_three_times_too_large():
+    """Two by two maps under a kernel whose corners nothing reaches: only the matrix itself knows."""
+    corners = torch.zeros(4, 4, 5, 5, dtype=torch.float64)
+    corners[:, :, ::4, ::4] = 1
+    corners[:, :, 2, 2] = torch.eye(4, dtype=torch.float64)
+    layer = make({"c": (4, 4), "k": 5, "side": (2, 2), "padding": 2}, corners)
+    assert min(fft_bound(layer), kernel_bound(layer)) > 3
+    assert measure(layer).sigma_hi == pytest.approx(1, rel=1e-12)
 
 
 def test_a_zero_layer_has_zero_norms():

@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 import json
 import math
+import sys
 
 import pytest
 import torch
+from pydantic import ValidationError
 from rich.console import Console
+from safetensors.torch import save_file
 
 from poise import kinds
 from poise.bounds.operators import operator_norms
@@ -56,6 +59,14 @@ def report(store: str, name: str, runs: list[str], **changes: object) -> Run:
     run = open_run(store, name)
     finish(run, BoundsReportSpec.model_validate({**values, **changes}))
     return run
+
+
+def in_terminal(run: Run) -> str:
+    """What the tables of one run show at 200 columns, line breaks taken as spaces."""
+    console = Console(file=io.StringIO(), width=400)
+    for table in comparison([load_record(run)]):
+        console.print(table)
+    return " ".join(console.file.getvalue().split())
 
 
 @pytest.fixture(scope="module")
@@ -131,11 +142,23 @@ def test_no_adversary_makes_the_robust_bounds_the_clean_ones(store):
 
 
 def test_a_margin_that_is_not_positive_leaves_the_bounds_undefined(store):
-    run = report(store, "low", ["weak"], percentile="1/10")
+    run = report(store, "low", ["weak"], percentile="1/10", margins="all")
     (network,) = json.loads(run.read("artifacts/summary.json"))["networks"]
     assert network["margin"] is None
     assert network["bounds"] == {}
     assert "undefined" in render([load_record(run)], "low")
+    assert "set margins: correct" in in_terminal(run)
+
+
+def test_a_network_with_training_errors_has_bounds_at_the_margins_of_what_it_gets_right(store):
+    """The spec's own percentile; 'weak' misclassifies more of its training images than that."""
+    run = report(store, "usual", ["weak"], percentile="5")
+    (network,) = json.loads(run.read("artifacts/summary.json"))["networks"]
+    errors = 1 - network["accuracy"]["train"]["clean"]
+    assert 0.05 < errors < network["margin"]["below"]
+    assert network["bounds"]["robust"]["arc"] > 0
+    of_all = report(store, "of-all", ["weak"], percentile="5", margins="all")
+    assert "misclassified" in in_terminal(of_all)
 
 
 def test_a_sweep_stands_for_its_trials_and_what_is_left_out_is_said(store):
@@ -151,6 +174,66 @@ def test_a_network_that_is_smooth_has_no_pac_bayes_bound(store):
     (network,) = json.loads(report(store, "of-smooth", ["smooth"]).read("artifacts/summary.json"))["networks"]
     assert network["bounds"]["robust"]["pac_bayes"] is None
     assert network["bounds"]["robust"]["vacuous"] == network["bounds"]["robust"]["arc"]
+
+
+def test_a_network_with_softplus_has_no_covering_bound(store):
+    train(store, "softplus", model={"name": "cnn", "width": 4, "activation": "softplus"})
+    run = report(store, "of-softplus", ["softplus"])
+    (network,) = json.loads(run.read("artifacts/summary.json"))["networks"]
+    assert set(network["bounds"]["robust"].values()) == {None}
+    assert "no ARC and no cover" in in_terminal(run)
+
+
+def test_models_from_elsewhere_have_bounds(store, tmp_path, monkeypatch):
+    """The state dict of a run and a function of the user's own have the bounds of the run that they came from."""
+    trained = open_trained(store, "weak", torch.device("cpu"))
+    weights = {name: tensor.contiguous() for name, tensor in trained.model.state_dict().items()}
+    save_file(weights, tmp_path / "weak.safetensors")
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "class Shifted(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.fc = torch.nn.Linear(64, 10)\n"
+        "    def forward(self, x):\n"
+        "        return self.fc((2 * x - 1).view(x.size(0), -1))\n"
+        "make = Shifted\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    changes = {
+        "models": [
+            {"file": "weak.safetensors", "name": "cnn", "width": 4, "normalize": "data"},
+            {"function": "mine:make"},
+        ],
+        "data": {"name": "digits", "batch_size": 50, "limit": 300, "validation": 50},
+        "threats": {"linf": {"eps": 0.02, "steps": 2}},
+    }
+    run = report(store, "elsewhere", ["weak"], **changes)
+    of_run, of_file, of_function = json.loads(run.read("artifacts/summary.json"))["networks"]
+    for key in ("log10", "margin"):
+        assert of_file[key] == pytest.approx(of_run[key])
+    for risk, bounds in of_run["bounds"].items():
+        assert of_file["bounds"][risk] == pytest.approx(bounds)
+    assert (of_file["run"], of_file["step"]) == ("weak.safetensors", None)
+    assert of_function["depth"] == 1
+    assert "mine:make" in in_terminal(run)
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"runs": []}, "runs: is required"),
+        ({"models": [{"run": "weak"}]}, r"models.0.run: name it under runs instead: runs: \[weak\]"),
+        ({"models": [{"function": "a:b"}], "threats": {"linf": {"eps": 0.1}}}, "data: is required"),
+        ({"models": [{"function": "a:b"}], "data": {"name": "digits"}}, "threats: is required"),
+        ({"data": {"name": "digits"}}, "data: belongs to models"),
+    ],
+)
+def test_what_a_report_lacks_is_said_before_it_starts(changes, what):
+    values = {"kind": "bounds.report", "name": "short", "runs": ["weak"]}
+    with pytest.raises(ValidationError, match=what.partition(": ")[2]):
+        BoundsReportSpec.model_validate({**values, **changes})
 
 
 @pytest.mark.parametrize(
@@ -171,8 +254,6 @@ def test_it_is_shown_on_a_page_and_in_a_terminal(finished):
     assert "mathdefault" not in page
     for network in record.summary["networks"]:
         assert f"10^{network['bounds']['robust']['vacuous']:.1f}" in page
-    terminal = Console(file=io.StringIO(), width=200)
-    for table in comparison([record]):
-        terminal.print(table)
-    assert "strong" in terminal.file.getvalue()
-    assert "PAC-Bayes" in terminal.file.getvalue()
+    terminal = in_terminal(finished)
+    assert "strong" in terminal
+    assert "PAC-Bayes" in terminal

@@ -17,7 +17,14 @@ from torch.nn.grad import conv2d_input
 
 __all__ = ["Affine", "LayerNorms", "measure"]
 
-_STARTS, _STEPS, _SETTLED = 3, 100, 1e-8
+_STARTS = 3
+_MIN_STEPS = 60
+_MAX_STEPS = 100
+_SETTLED = 1e-8
+_EXHAUSTED = 1e-10
+_FAILURE = 1e-12
+_DENSE_SIDE = 1024
+_DENSE_ENTRIES = 2**25
 _FREQUENCIES_AT_ONCE = 64
 Pair = tuple[int, int]
 
@@ -26,9 +33,10 @@ Pair = tuple[int, int]
 class LayerNorms:
     """The norms of one affine layer, its bias left out.
 
-    `sigma_lo` <= spectral norm <= `sigma_hi`; bounds use sigma_hi, and `method` says what certifies it. `frobenius`;
-    `l21`: sum of the 2-norms of the rows; `l1`: sum of absolute entries; `width`: rows; `parameters`: numbers in the
-    kernel, each counted once however often it is shared.
+    `sigma_lo` <= spectral norm <= `sigma_hi`; bounds use sigma_hi, and `method` says what certifies it: "svd" of the
+    whole matrix, "fft" or "kernel" (see `fft_bound` and `kernel_bound`), or "lanczos", which fails with probability
+    1e-12 at most (see `lanczos`). `frobenius`; `l21`: sum of the 2-norms of the rows; `l1`: sum of absolute entries;
+    `width`: rows; `parameters`: numbers in the kernel, each counted once however often it is shared.
     """
 
     name: str
@@ -57,6 +65,8 @@ class Affine:
     padding: Pair = (0, 0)
     dilation: Pair = (1, 1)
     groups: int = 1
+    parameters: int | None = None
+    """The numbers that were trained, where the weight has more (an even kernel, made odd)."""
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         """The layer without its bias at x (N, *inside), with another kernel of the same shape."""
@@ -100,7 +110,7 @@ def measure(layer: Affine) -> LayerNorms:
         l21=squares.sqrt().sum().item(),
         l1=sums.sum().item(),
         width=math.prod(layer.outside),
-        parameters=layer.weight.numel(),
+        parameters=layer.weight.numel() if layer.parameters is None else layer.parameters,
     )
 
 
@@ -108,36 +118,79 @@ def _spectral(layer: Affine) -> tuple[float, float, str]:
     if len(layer.inside) == 1:
         sigma = torch.linalg.matrix_norm(layer.weight, ord=2).item()
         return sigma, sigma, "svd"
-    upper = {"fft": fft_bound(layer), "kernel": kernel_bound(layer)}
+    rows, columns = math.prod(layer.outside), math.prod(layer.inside)
+    if min(rows, columns) <= _DENSE_SIDE and rows * columns <= _DENSE_ENTRIES:
+        sigma = _largest_singular_value(dense(layer).unsqueeze(0))
+        return sigma, sigma, "svd"
+    estimate = lanczos(layer)
+    upper = {"fft": fft_bound(layer), "kernel": kernel_bound(layer), "lanczos": estimate.upper}
     method = min(upper, key=lambda name: upper[name])
-    return lanczos(layer), upper[method], method
+    return estimate.lower, upper[method], method
 
 
-def lanczos(layer: Affine) -> float:
-    """The spectral norm of a convolution from below: Golub-Kahan bidiagonalisation from three starts at once.
+def dense(layer: Affine) -> Tensor:
+    """The whole matrix of a layer, (rows, columns), from the images of the unit vectors of its smaller side."""
+    rows, columns = math.prod(layer.outside), math.prod(layer.inside)
+    basis = torch.eye(min(rows, columns), dtype=layer.weight.dtype, device=layer.weight.device)
+    if columns <= rows:
+        return layer.apply(basis.view(-1, *layer.inside), layer.weight).flatten(1).T
+    return layer.transpose(basis.view(-1, *layer.outside)).flatten(1)
 
-    Both bases are fully reorthogonalised. It ends after 100 steps, or when the estimate has moved by less than 1e-8
-    twice in a row for every start. Whatever it returns is a lower estimate (papers/bounds.md, 1.3).
+
+@dataclass(frozen=True)
+class LanczosNorm:
+    """An interval of the spectral norm. `lower` always holds; `upper` fails with a probability of at most 1e-12."""
+
+    lower: float
+    upper: float
+
+
+def lanczos(layer: Affine) -> LanczosNorm:
+    """The spectral norm of a convolution: Golub-Kahan bidiagonalisation from three random starts at once.
+
+    Both bases are fully reorthogonalised. After k steps U'A(V, v) is a k x (k + 1) bidiagonal matrix, whose norm is a
+    lower estimate. It ends after 100 steps, or, at the earliest after 60, when the estimate has moved by less than 1e-8
+    twice in a row for every start (papers/bounds.md, 1.3).
+
+    From a start that is uniform on the sphere of dimension n, the estimate of the largest eigenvalue of A'A is too
+    small by a relative error e with probability at most 1.648 sqrt(n) exp(-sqrt(e) (2k - 1)), whatever the spectrum is
+    (Kuczynski and Wozniakowski, SIAM J. Matrix Anal. Appl. 13, 1992). Solved for e, that is the upper estimate.
     """
     n, m = math.prod(layer.inside), math.prod(layer.outside)
-    steps = min(_STEPS, n, m)
+    max_steps = min(_MAX_STEPS, n, m)
     start = torch.randn(_STARTS, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    v, _ = _unit(start.to(layer.weight.device))
-    rights, lefts = v.new_zeros(_STARTS, steps + 1, n), v.new_zeros(_STARTS, steps, m)
+    start = start.to(layer.weight.device)
+    v = start / torch.linalg.vector_norm(start, dim=1, keepdim=True)
+    rights = v.new_zeros(_STARTS, max_steps + 1, n)
+    lefts = v.new_zeros(_STARTS, max_steps, m)
     rights[:, 0] = v
-    bidiagonal, best, still = torch.zeros(_STARTS, steps, steps + 1, dtype=torch.float64), torch.zeros(_STARTS), 0
-    for k in range(steps):
-        u, alpha = _unit(_orthogonal(layer.apply(v.view(-1, *layer.inside), layer.weight).flatten(1), lefts[:, :k]))
-        lefts[:, k] = u
-        v, beta = _unit(_orthogonal(layer.transpose(u.view(-1, *layer.outside)).flatten(1), rights[:, : k + 1]))
-        rights[:, k + 1] = v
-        bidiagonal[:, k, k], bidiagonal[:, k, k + 1] = alpha.cpu(), beta.cpu()
-        estimate = torch.linalg.matrix_norm(bidiagonal[:, : k + 1, : k + 1], ord=2)
-        still = still + 1 if bool(((estimate - best).abs() <= _SETTLED * estimate).all()) else 0
+    bidiagonal = torch.zeros(_STARTS, max_steps, max_steps + 1, dtype=torch.float64)
+    best = torch.zeros(_STARTS, dtype=torch.float64)
+    settled_for = 0
+    steps = 0
+    while steps < max_steps and (steps < _MIN_STEPS or settled_for < 2):
+        image = layer.apply(v.view(-1, *layer.inside), layer.weight).flatten(1)
+        u, alpha = _unit(_orthogonal(image, lefts[:, :steps]), best)
+        image = layer.transpose(u.view(-1, *layer.outside)).flatten(1)
+        v, beta = _unit(_orthogonal(image, rights[:, : steps + 1]), torch.maximum(best, alpha.cpu()))
+        lefts[:, steps] = u
+        rights[:, steps + 1] = v
+        bidiagonal[:, steps, steps] = alpha.cpu()
+        bidiagonal[:, steps, steps + 1] = beta.cpu()
+        steps += 1
+        estimate = torch.linalg.matrix_norm(bidiagonal[:, :steps, : steps + 1], ord=2)
+        settled = bool(((estimate - best).abs() <= _SETTLED * estimate).all())
+        settled_for = settled_for + 1 if settled else 0
         best = estimate
-        if still == 2:
-            break
-    return float(best.max())
+    lower = float(best.max())
+    return LanczosNorm(lower, lower / math.sqrt(1 - _relative_error(n, steps)))
+
+
+def _relative_error(n: int, steps: int) -> float:
+    """What the largest eigenvalue can be above its best Lanczos estimate, relative to itself."""
+    of_one_start = _FAILURE ** (1 / _STARTS)  # the starts are independent, and all have to fail
+    error = (math.log(1.648 * math.sqrt(n) / of_one_start) / (2 * steps - 1)) ** 2
+    return min(error, 1 - 1e-12)
 
 
 def fft_bound(layer: Affine) -> float:
@@ -186,7 +239,12 @@ def _orthogonal(x: Tensor, basis: Tensor) -> Tensor:
     return x
 
 
-def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x / ||x|| per row and the lengths; a row of zeros stays one."""
+def _unit(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """x / ||x|| per row and the lengths. A row that is rounding beside `scale` (starts,) becomes zero.
+
+    That is where the Krylov space of a start is exhausted: what is left has no direction, and is not orthogonal.
+    """
     length = torch.linalg.vector_norm(x, dim=1)
-    return x / length.clamp(min=torch.finfo(x.dtype).tiny).unsqueeze(1), length
+    length = torch.where(length > _EXHAUSTED * scale.to(x.device), length, 0.0)
+    inverse = torch.where(length > 0, 1 / length, 0.0)
+    return x * inverse.unsqueeze(1), length

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from poise.robust.threats import Threat
 
-__all__ = ["Radius", "clean_margins", "data_radius", "margin_percentile", "on_grid"]
+__all__ = ["Margins", "Radius", "clean_margins", "data_radius", "margin_percentile", "on_grid"]
 
+Margins = Literal["correct", "all"]
 Radius = Literal["paper", "l2", "box"]
 _ORDERS = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
 
@@ -24,12 +25,17 @@ def clean_margins(logits: Tensor, y: Tensor) -> Tensor:
     return own - logits.scatter(1, y.unsqueeze(1), -torch.inf).amax(1)
 
 
-def margin_percentile(margins: Tensor, percent: float) -> float:
-    """The percentile of margins (N,), linearly interpolated; NaN where it is not above 0 and every bound is undefined.
+def margin_percentile(margins: Tensor, percent: float, of: Margins = "correct") -> float:
+    """A percentile of margins (N,), linearly interpolated; NaN where it is not above 0 and no bound is defined.
 
-    Source: papers/bounds.md, 1.8.
+    `of`: the margins of all examples, as in the papers' experiments (NaN as soon as more than `percent` of them are
+    misclassified), or of the correctly classified alone. A bound holds at any margin that does not depend on the data,
+    see `on_grid`: it limits the risk beyond the share of examples whose margin is smaller (papers/bounds.md, 1.8).
     """
-    value = float(np.percentile(margins.cpu().numpy(), percent))
+    values = margins[margins > 0] if of == "correct" else margins
+    if not len(values):
+        return math.nan
+    value = float(np.percentile(values.cpu().numpy(), percent))
     return value if value > 0 else math.nan
 
 

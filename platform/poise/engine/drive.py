@@ -8,7 +8,6 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Literal
 
-from poise.engine.launched import check_launcher, for_processes
 from poise.engine.session import claim, is_finished, located
 from poise.engine.sweep import Execute, in_turn, run_sweep
 from poise.env import launched_rank
@@ -31,12 +30,7 @@ def stages_of(spec: RunSpec) -> list[RunSpec]:
 
 
 def drive(spec: RunSpec, engine: Engine, address: str | None, display: Display, sink: Sink) -> None:
-    """Bring every run of `spec` to its end; what is finished already is skipped.
-
-    Under `torchrun`, UserError before anything has started when its processes cannot share every run equally.
-    """
-    check_launcher(engine)
-    spec = for_processes(spec, launched_rank()[1])
+    """Bring every run of `spec` to its end; what is finished already is skipped."""
     left = [stage for stage in stages_of(spec) if not is_finished(located(stage), stage)]
     if not left:
         return

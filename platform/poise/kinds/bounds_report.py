@@ -8,23 +8,26 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from poise.bounds.complexity import covering_complexity, frobenius_product, pac_bayes_complexity, spectral_product
 from poise.bounds.margins import clean_margins, data_radius, margin_percentile, on_grid
 from poise.bounds.operators import Network, network_norms
 from poise.bounds.pac_bayes import spectral_pac_bayes
 from poise.bounds.rademacher import arc_bound, arc_gap, covering_bound
+from poise.data.batches import Dataset
 from poise.data.sets import ImageSet, unit_pixels
 from poise.errors import UserError
 from poise.kinds.measure import described, robust_accuracy
 from poise.kinds.specs.bounds import BoundsReportSpec
-from poise.kinds.trained import Trained, open_trained, trained_runs
+from poise.kinds.specs.evaluation import SubjectSpec
+from poise.kinds.subject import open_subject
+from poise.kinds.trained import open_trained, trained_runs
 from poise.observe.events import event
 from poise.observe.progress import Progress
 from poise.robust.spec import Threats
@@ -50,48 +53,83 @@ def run(spec: BoundsReportSpec, context: Context) -> None:
     if unfinished and context.leads:
         context.run.append_events([event("left_out", why="trials that did not finish", runs=unfinished)])
     networks = []
-    for index, name in enumerate(names):
+    total = len(names) + len(spec.models)
+    openers = [partial(_of_run, spec, name, context) for name in names]
+    openers += [partial(_of_model, spec, model, context) for model in spec.models]
+    for index, open_classifier in enumerate(openers):
         if context.leads:
-            context.report(Progress(spec.name, "measure", index, len(names), index, len(names), unit="networks"))
-        networks.append(_measured(spec, open_trained(spec.store, name, context.device), context))
+            context.report(Progress(spec.name, "measure", index, total, index, total, unit="networks"))
+        networks.append(_measured(spec, open_classifier(), context))
     context.together(partial(_keep, spec, networks, context))
 
 
-def _measured(spec: BoundsReportSpec, trained: Trained, context: Context) -> dict[str, Any]:
-    """All that is said of one network."""
+@dataclass(frozen=True)
+class Classifier:
+    """A network to report on: `name` and `weights` for people, the `step` of its run if it has one."""
+
+    name: str
+    weights: str
+    step: int | None
+    model: nn.Module
+    data: Dataset
+    threats: Threats
+    batch_size: int
+
+
+def _of_run(spec: BoundsReportSpec, name: str, context: Context) -> Classifier:
+    trained = open_trained(spec.store, name, context.device)
     threats = spec.threats or trained.spec.evaluate.threats or trained.spec.threats
+    batch_size = trained.spec.evaluate.batch_size
+    return Classifier(name, trained.selected, trained.step, trained.model, trained.data, threats, batch_size)
+
+
+def _of_model(spec: BoundsReportSpec, model: SubjectSpec, context: Context) -> Classifier:
+    assert spec.threats is not None  # the spec asks for them
+    subject = open_subject(model, spec.data, store=spec.store, seed=spec.seed, device=context.device)
+    name = str(model.file or model.function)
+    return Classifier(name, subject.weights, None, subject.model, subject.data, spec.threats, spec.batch_size)
+
+
+def _measured(spec: BoundsReportSpec, trained: Classifier, context: Context) -> dict[str, Any]:
+    """All that is said of one network."""
     accuracy = {
-        split: _accuracy(spec, trained, images, threats, context)
+        split: _accuracy(spec, trained, images, context)
         for split, images in (("train", trained.data.train), ("test", trained.data.test))
     }
-    theory = context.together(partial(_theory, spec, trained, threats))
+    theory = context.together(partial(_theory, spec, trained))
     return {
         "run": trained.name,
-        "selected": trained.selected,
+        "selected": trained.weights,
         "step": trained.step,
-        "attacks": described(threats),
+        "attacks": described(trained.threats),
         "accuracy": accuracy,
         "gap": {measure: accuracy["train"][measure] - accuracy["test"][measure] for measure in accuracy["train"]},
         **theory,
     }
 
 
-def _accuracy(
-    spec: BoundsReportSpec, trained: Trained, images: ImageSet, threats: Threats, context: Context
-) -> dict[str, float]:
-    chosen, seed = images.select(slice(spec.examples)), derive_seed(spec.seed, "evaluate")
-    size = trained.spec.evaluate.batch_size
-    return robust_accuracy(trained.model, chosen, threats, batch_size=size, seed=seed, context=context).summary()
+def _accuracy(spec: BoundsReportSpec, trained: Classifier, images: ImageSet, context: Context) -> dict[str, float]:
+    chosen = images.select(slice(spec.examples))
+    evaluation = robust_accuracy(
+        trained.model,
+        chosen,
+        trained.threats,
+        batch_size=trained.batch_size,
+        seed=derive_seed(spec.seed, "evaluate"),
+        context=context,
+    )
+    return evaluation.summary()
 
 
-def _theory(spec: BoundsReportSpec, trained: Trained, threats: Threats) -> dict[str, Any]:
+def _theory(spec: BoundsReportSpec, trained: Classifier) -> dict[str, Any]:
     """Norms, radii and margins of one network, and the bounds that they make."""
     try:
         network = network_norms(trained.model, trained.data.shape)
     except ValueError as error:
-        raise UserError(f"run {trained.name!r}: {error}") from None
+        raise UserError(f"{trained.name}: {error}") from None
     train = trained.data.train
-    faced = {"clean": [Threat("l2", 0.0)], "robust": [Threat(norm, threat.eps) for norm, threat in threats.items()]}
+    balls = [Threat(norm, threat.eps) for norm, threat in trained.threats.items()]
+    faced = {"clean": [Threat("l2", 0.0)], "robust": balls}
     radii = {risk: _radius(spec, train, network, balls) for risk, balls in faced.items()}
     log10 = {
         "spectral_product": spectral_product(network),
@@ -100,7 +138,8 @@ def _theory(spec: BoundsReportSpec, trained: Trained, threats: Threats) -> dict[
         "pac_bayes_complexity": pac_bayes_complexity(network),
     }
     margins = _margins(trained, train.select(slice(spec.examples)))
-    margin, bounds = margin_percentile(margins, float(spec.percentile)), {}
+    margin = margin_percentile(margins, float(spec.percentile), spec.margins)
+    bounds = {}
     if margin > 0:
         used, share = on_grid(margin)
         delta = float(spec.delta) * share
@@ -111,6 +150,8 @@ def _theory(spec: BoundsReportSpec, trained: Trained, threats: Threats) -> dict[
         "width": network.width,
         "parameters": network.parameters,
         "homogeneous": network.homogeneous,
+        "fixes_zero": network.fixes_zero,
+        "left_out": _left_out(spec, network, margins, margin),
         "radius": radii,
         "margin": {"percentile": margin, "used": used, "below": float((margins < used).double().mean())}
         if margin > 0
@@ -120,6 +161,23 @@ def _theory(spec: BoundsReportSpec, trained: Trained, threats: Threats) -> dict[
         "decomposition": _decomposition(radii, margin, log10),
         "layers": [asdict(layer) for layer in network.layers],
     }
+
+
+def _left_out(spec: BoundsReportSpec, network: Network, margins: Tensor, margin: float) -> list[str]:
+    """Which bounds this network does not have, and why, for people."""
+    reasons = []
+    if not margin > 0:
+        wrong = 100 * float((margins <= 0).double().mean())
+        cure = "set margins: correct" if spec.margins == "all" and wrong < 100 else "train it longer"
+        reasons.append(
+            f"no bound: {wrong:.1f} % of its training images are misclassified, so that the percentile "
+            f"{spec.percentile} of their margins is not above 0; {cure}"
+        )
+    if not network.fixes_zero:
+        reasons.append("no ARC and no cover: an activation does not map 0 to 0, as softplus")
+    if not network.homogeneous:
+        reasons.append("no PAC-Bayes: an activation is not homogeneous, as ReLU is")
+    return reasons
 
 
 def _radius(spec: BoundsReportSpec, images: ImageSet, network: Network, balls: list[Threat]) -> float:
@@ -133,7 +191,7 @@ def _radius(spec: BoundsReportSpec, images: ImageSet, network: Network, balls: l
 
 
 @torch.no_grad()
-def _margins(trained: Trained, images: ImageSet) -> Tensor:
+def _margins(trained: Classifier, images: ImageSet) -> Tensor:
     device = next(trained.model.parameters()).device
     parts = zip(torch.split(images.images, _AT_ONCE), torch.split(images.labels, _AT_ONCE), strict=True)
     return torch.cat([clean_margins(trained.model(unit_pixels(x.to(device))), y.to(device)).cpu() for x, y in parts])
@@ -144,25 +202,32 @@ def _bounds(
 ) -> dict[str, float | None]:
     """log10 of each bound on the gap; None where it does not apply. `vacuous` is that of the smallest explicit one."""
     depth = len(network.layers)
-    reach = partial(arc_bound, parameters=network.parameters, depth=depth, radius=radius, samples=samples)
-    arc = {
-        name: arc_gap(reach(log10[f"{norms}_product"]), margin=margin, samples=samples, delta=delta)
-        for name, norms in (("arc", "spectral"), ("arc_frobenius", "frobenius"))
-    }
-    pac = spectral_pac_bayes(
-        log10["pac_bayes_complexity"], product=log10["spectral_product"], depth=depth, width=network.width,
-        radius=radius, margin=margin, samples=samples, delta=delta,
-    )  # fmt: skip
-    pac_gap = pac.gap if network.homogeneous else None
-    return {
-        **arc,
-        "covering": covering_bound(
+    bounds: dict[str, float | None] = dict.fromkeys(
+        ("arc", "arc_frobenius", "covering", "pac_bayes", "pac_bayes_shape")
+    )
+    if network.fixes_zero:
+        reach = partial(arc_bound, parameters=network.parameters, depth=depth, radius=radius, samples=samples)
+        for name, norms in (("arc", "spectral"), ("arc_frobenius", "frobenius")):
+            bounds[name] = arc_gap(reach(log10[f"{norms}_product"]), margin=margin, samples=samples, delta=delta)
+        bounds["covering"] = covering_bound(
             log10["covering_complexity"], lipschitz=2 / margin, radius=radius, samples=samples, delta=delta
-        ),
-        "pac_bayes": pac_gap,
-        "pac_bayes_shape": pac.shape if network.homogeneous else None,
-        "vacuous": min(bound for bound in (*arc.values(), pac_gap) if bound is not None),
-    }
+        )
+    if network.homogeneous:
+        pac_bayes = spectral_pac_bayes(
+            log10["pac_bayes_complexity"],
+            product=log10["spectral_product"],
+            depth=depth,
+            width=network.width,
+            radius=radius,
+            margin=margin,
+            samples=samples,
+            delta=delta,
+        )
+        bounds["pac_bayes"] = pac_bayes.gap
+        bounds["pac_bayes_shape"] = pac_bayes.shape
+    explicit = [bounds[name] for name in ("arc", "arc_frobenius", "pac_bayes")]
+    bounds["vacuous"] = min((bound for bound in explicit if bound is not None), default=None)
+    return bounds
 
 
 def _decomposition(radii: Mapping[str, float], margin: float, log10: Mapping[str, float]) -> dict[str, float | None]:
@@ -182,7 +247,14 @@ def _keep(spec: BoundsReportSpec, networks: list[dict[str, Any]], context: Conte
         for network in networks
     ]
     summary = {
-        "run": spec.name, "kind": spec.kind, "seed": spec.seed, "examples": spec.examples,
-        "percentile": float(spec.percentile), "radius": spec.radius, "delta": float(spec.delta), "networks": short,
-    }  # fmt: skip
+        "run": spec.name,
+        "kind": spec.kind,
+        "seed": spec.seed,
+        "examples": spec.examples,
+        "percentile": float(spec.percentile),
+        "margins": spec.margins,
+        "radius": spec.radius,
+        "delta": float(spec.delta),
+        "networks": short,
+    }
     context.run.write("artifacts/summary.json", json.dumps(summary, indent=1).encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,8 +18,8 @@ from poise.report.record import RunRecord
 __all__ = ["SECTION"]
 
 _COLUMNS = (
-    "gap clean", "gap robust", "radius", "margin", "\u220fs", "\u220fF", "\u221a\u03a6", "cover R", "ARC", "PAC-Bayes",
-    "cover", "vacuous by",
+    "gap clean", "gap robust", "radius", "margin", "below", "\u220fs", "\u220fF", "\u221a\u03a6", "cover R", "ARC",
+    "PAC-Bayes", "cover", "vacuous by",
 )  # fmt: skip
 _BRIEF = ("gap clean", "gap robust", "ARC", "PAC-Bayes", "cover")
 
@@ -28,7 +29,9 @@ def _grids(records: Sequence[RunRecord]) -> Iterator[Grid]:
         title="Bounds on the gap under attack: log10, measured gaps in points",
         caption="Gaps: training minus test accuracy in percentage points, the same attacks on both; robust is their "
         "union. radius: 2-norm of the farthest input that the adversary reaches; margin: percentile of the clean "
-        "training margins. All else log10: products of spectral and Frobenius norms of the layers as operators, biases "
+        "margins of the training images, by default of the correctly classified; below: percentage of all training "
+        "images whose margin is smaller than the one used, to which the bounds on the gap are added. "
+        "All else log10: products of spectral and Frobenius norms of the layers as operators, biases "
         "left out; \u03a6 and R, the complexities of the PAC-Bayes and the covering bound; bounds on the robust gap. "
         "\u201ccover\u201d has no constants and is no bound. A bound says something only below 10^0.",
         heading="network",
@@ -50,15 +53,17 @@ def _line(record: RunRecord, network: Mapping[str, Any]) -> Line:
         percent(gap["robust/union"]),
         number(network["radius"]["robust"], form=".2f"),
         number((network["margin"] or {}).get("percentile"), form=".2g"),
+        percent((network["margin"] or {}).get("below", math.nan)),
         *(number(value, form=".1f") for value in values),
         _vacuity(bounds.get("vacuous")),
     ]
-    return Line(network["run"], f"{network['selected']}, step {network['step']:,}, in {record.name}", cells)
+    weights = network["selected"] if network["step"] is None else f"{network['selected']}, step {network['step']:,}"
+    return Line(network["run"], "; ".join([f"{weights}, in {record.name}", *network["left_out"]]), cells)
 
 
 def _vacuity(value: float | None) -> Cell:
     if value is None:
-        return Cell("undefined", "no margin")
+        return Cell("undefined")
     return Cell(f"10^{value:.1f}") if value >= 0 else Cell("not vacuous", f"10^{value:.1f}")
 
 
