@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 __all__ = [
+    "CACHE",
     "COMMIT",
     "PRIVATE_CLUSTER",
     "RAY_DEFAULTS",
@@ -19,6 +20,9 @@ __all__ = [
 
 RAY_LOGS = "POISE_RAY_LOGS"
 """Set to 1 to see what Ray's processes and the workers print; by default it is kept in Ray's logs only."""
+
+CACHE = "POISE_CACHE"
+"""Folder for what can be computed again, such as the hashes of large files; the default is ~/.cache/poise."""
 
 COMMIT = "POISE_COMMIT"
 """Set by `poise submit` for its job, as JSON: the commit of the code that was sent, which has no repository there."""

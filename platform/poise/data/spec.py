@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from poise.spec import Real, Section, mistake
+from poise.spec import Input, Real, Section, mistake
 
 __all__ = [
     "DataSpec",
@@ -22,6 +23,18 @@ __all__ = [
     "known_sizes",
     "num_validation",
 ]
+
+
+_PARQUET = r"(.*/)?(train|test)([-._][^/]*)?\.parquet"
+_IMAGE_FILES = {
+    "mnist": r"(train|t10k)-(images|labels)[-.]idx[13]-ubyte(\.gz)?",
+    "cifar10": rf"(data_batch_[1-5]|test_batch)\.bin|{_PARQUET}",
+    "cifar100": rf"(train|test)\.bin|{_PARQUET}",
+    "svhn": r"(train|test)_32x32\.mat",
+    "npz": r"[^/]*\.npz",
+    "images": _PARQUET,
+}
+"""Regular expressions of the names below `root` that a data set is read from."""
 
 
 class DataSpec(Section):
@@ -60,6 +73,11 @@ class DataSpec(Section):
         if self.name != "digits" and self.root is None:
             raise ValueError(f"{self.name} is read from files: set root to their folder or to s3://bucket/prefix")
         return self
+
+    def inputs(self) -> Iterator[Input]:
+        """The files of the data set; those of scikit-learn's digits are known by its version."""
+        if self.root is not None:
+            yield Input(("root",), "files", self.root, _IMAGE_FILES[self.name])
 
 
 class Sizes(NamedTuple):
@@ -145,6 +163,10 @@ class _TextFiles(Section):
     max_tokens: int = Field(512, ge=2, le=1_000_000, description="longest prompt and completion together, in tokens")
     too_long: Literal["error", "cut"] = Field("error", description="refuse longer examples, or drop what is beyond")
 
+    def inputs(self) -> Iterator[Input]:
+        """The file, or those of the folder that have the suffix of the format."""
+        yield _rows_input(self.path, f".{getattr(self, 'name')}")  # noqa: B009 - each format has one, of a type of its own
+
 
 class JsonlText(_TextFiles):
     """Prompts and completions in JSON lines."""
@@ -179,6 +201,15 @@ class JsonlQuestions(Section):
     question: str = Field("question", description="field with the question")
     answers: str = Field("answer", description="field with the list of accepted answers")
     limit: int | None = Field(None, ge=1, description="use only the first so many questions")
+
+    def inputs(self) -> Iterator[Input]:
+        """The file, or those of the folder."""
+        yield _rows_input(self.path, ".jsonl")
+
+
+def _rows_input(path: str, suffix: str) -> Input:
+    """Rows of a file, or of every file with this suffix below a folder."""
+    return Input(("path",), "files", path, "" if path.endswith(suffix) else rf".*\{suffix}")
 
 
 QuestionsSpec = Annotated[WorldQuestions | JsonlQuestions, Field(discriminator="name")]

@@ -8,7 +8,7 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Literal
 
-from poise.engine.session import claim, is_finished, located
+from poise.engine.session import claim, has_committed, is_finished, located
 from poise.engine.sweep import Execute, in_turn, run_sweep
 from poise.env import launched_rank
 from poise.errors import UserError
@@ -16,7 +16,9 @@ from poise.kinds.specs.pipeline import PipelineSpec
 from poise.kinds.specs.sweep import SweepSpec
 from poise.observe.progress import Display
 from poise.observe.sinks import Sink
+from poise.report.record import when
 from poise.spec import RunSpec
+from poise.store.inputs import check_inputs
 
 __all__ = ["Engine", "drive", "stages_of"]
 
@@ -30,8 +32,12 @@ def stages_of(spec: RunSpec) -> list[RunSpec]:
 
 
 def drive(spec: RunSpec, engine: Engine, address: str | None, display: Display, sink: Sink) -> None:
-    """Bring every run of `spec` to its end; what is finished already is skipped."""
-    left = [stage for stage in stages_of(spec) if not is_finished(located(stage), stage)]
+    """Bring every run of `spec` to its end; what is finished already is skipped, and said to be.
+
+    Raises:
+        UserError: a run that was begun with another spec, or with other inputs than there are now.
+    """
+    left = [stage for stage in stages_of(spec) if not _was_finished(stage, display)]
     if not left:
         return
     with _opened(engine, address, spec) as run_one:
@@ -41,6 +47,21 @@ def drive(spec: RunSpec, engine: Engine, address: str | None, display: Display, 
                     run_one(stage, display, sink)
         else:
             run_one(spec, display, sink)
+
+
+def _was_finished(spec: RunSpec, display: Display) -> bool:
+    """Whether a run has ended well before; that nothing is run then is said."""
+    run = located(spec)
+    finished = is_finished(run, spec)
+    if finished or has_committed(spec):
+        check_inputs(run, spec)
+    if not finished:
+        return False
+    manifest = run.manifest()
+    assert manifest is not None  # of a finished run
+    if launched_rank()[0] == 0:
+        display.note(f"[{spec.name}] finished at {when(manifest.updated)} UTC; nothing was run")
+    return True
 
 
 @contextmanager

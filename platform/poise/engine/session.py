@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from poise.errors import PoiseError
+from poise.kinds.specs.pipeline import PipelineSpec
+from poise.kinds.specs.sweep import SweepSpec
 from poise.observe.environment import environment
 from poise.observe.events import event
 from poise.spec import RunSpec, dump
+from poise.store.inputs import has_results, record_inputs
 from poise.store.lease import Lease
 from poise.store.runs import Run, open_run
 
-__all__ = ["absolute_store", "claim", "identity", "is_finished", "located"]
+__all__ = ["absolute_store", "claim", "has_committed", "identity", "is_finished", "located"]
 
 
 def located(spec: RunSpec) -> Run:
@@ -57,10 +60,12 @@ def absolute_store(spec: RunSpec) -> str:
 def claim(run: Run, spec: RunSpec) -> Iterator[Lease]:
     """Hold the run for this driver. On leaving, the manifest says `finished`, or `failed` and why; Ctrl-C leaves it.
 
-    Raises RunBusyError when another driver holds it and UserError when the stored run has another spec.
+    Raises RunBusyError when another driver holds it and UserError when the stored run has another spec, or was begun
+    with other inputs than there are now.
     """
     with run.lease() as lease:
         run.claim_spec(dump(spec), identity(spec))
+        record_inputs(run, spec, committed=has_committed(spec), lenient=True)
         run.start(spec.kind, identity(spec))
         run.write("environment.json", json.dumps(environment(), indent=1).encode())
         try:
@@ -80,6 +85,21 @@ def claim(run: Run, spec: RunSpec) -> Iterator[Lease]:
         lease.check()
         summary = _summary(run)
         run.finish("finished", final_step=summary.get("step"), best_step=summary.get("best_step"))
+
+
+def has_committed(spec: RunSpec) -> bool:
+    """Whether the run, or one that it consists of, has left anything that its inputs have gone into."""
+    return any(has_results(located(each)) for each in _runs_of(spec))
+
+
+def _runs_of(spec: RunSpec) -> Iterator[RunSpec]:
+    """The run itself, and those that it consists of."""
+    yield spec
+    if isinstance(spec, SweepSpec):
+        yield from (trial.spec for trial in spec.trials())
+    if isinstance(spec, PipelineSpec):
+        for stage in spec.stages.values():
+            yield from _runs_of(stage)
 
 
 def _summary(run: Run) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from poise.kinds.specs.pipeline import PipelineSpec
 from poise.kinds.specs.robust import RobustTrainSpec
 from poise.kinds.specs.sweep import SweepSpec
 from poise.spec import RunSpec
+from poise.store.inputs import record_inputs
 
 if TYPE_CHECKING:
     from poise.train.context import Context
@@ -39,6 +40,11 @@ KINDS: Mapping[str, type[RunSpec]] = {
 def run(spec: RunSpec, context: Context) -> None:
     """Run `spec` in this worker; every worker of the gang calls it. What it finds is in the store afterwards.
 
-    `kind: a.b` is at home in `poise.kinds.a_b`.
+    `kind: a.b` is at home in `poise.kinds.a_b`. Rank 0 compares the inputs with the record first, as they are seen
+    here: a worker that is started again may meet other files than the one before it.
+
+    Raises:
+        UserError: an input is not the one that the run has begun with.
     """
+    context.together(lambda: record_inputs(context.run, spec))
     import_module(f"poise.kinds.{spec.kind.replace('.', '_')}").run(spec, context)

@@ -24,6 +24,7 @@ from poise.observe.rows import Rows
 from poise.robust.manifold import elbo_parts
 from poise.robust.noise import Noise
 from poise.spec.seeds import derive_seed
+from poise.store.inputs import check_inputs
 from poise.store.runs import open_run
 from poise.train.context import Context
 from poise.train.loop import Fitted, fit
@@ -63,6 +64,7 @@ def open_vae(store: str, name: str, device: torch.device) -> tuple[ConditionalVa
     if summary["kind"] != "robust.vae":
         raise UserError(f"run {name!r} is a {summary['kind']} and trains no autoencoder; name a robust.vae")
     spec = RobustVaeSpec.model_validate(yaml.safe_load(run.read("spec.yaml")))
+    check_inputs(run, spec)
     data = load(spec.data, spec.seed)
     model = _model(spec, data).to(device)
     with tempfile.TemporaryDirectory(prefix="poise-") as scratch:

@@ -19,6 +19,7 @@ from poise.errors import DamagedError, UserError
 from poise.kinds.specs.robust import RobustTrainSpec
 from poise.models.build import build
 from poise.spec.seeds import derive_seed
+from poise.store.inputs import check_inputs
 from poise.store.runs import Run, open_run
 from poise.train.state import load_weights
 
@@ -73,6 +74,7 @@ def open_trained(store: str, name: str, device: torch.device, weights: str | Non
     """
     run = open_run(store, name, must_exist=True)
     summary, spec = _summary(run), RobustTrainSpec.model_validate(yaml.safe_load(run.read("spec.yaml")))
+    check_inputs(run, spec)  # what it was trained on is measured here
     data, selected = load(spec.data, spec.seed), weights or summary["selected"]
     model, step = classifier(spec, data).to(device), summary["best_step" if selected == "best" else "step"]
     if selected == "averaged":

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from poise.errors import UserError
 from poise.models.plans import RESIDUAL, SMALLEST_SIDE, VGG, WIDTH, Architecture, ResidualPlan, Shape
-from poise.spec import Real, RunName, Section, mistake
+from poise.spec import Input, Real, RunName, Section, mistake
 
 __all__ = [
     "Architecture",
@@ -132,6 +132,10 @@ class DecodingSpec(Section):
     )
 
 
+_MODEL_FILES = r"[^/]*\.(json|safetensors|model|jinja|tiktoken)|vocab\.txt|merges\.txt"
+"""Weights, configuration and tokenizer directly below a model folder; what else lies there is not read."""
+
+
 class LanguageModelSpec(Section):
     """A language model: what another run has left, a folder, or a new Llama; one of `run`, `folder` and `name`."""
 
@@ -155,6 +159,13 @@ class LanguageModelSpec(Section):
         if self.hidden not in (width * self.heads for width in (32, 64, 128)):
             raise mistake("hidden", f"{self.hidden} is not {self.heads} heads of 32, 64 or 128 channels each")
         return self
+
+    def inputs(self) -> Iterator[Input]:
+        """The other run, or the files of the folder."""
+        if self.run is not None:
+            yield Input(("run",), "run", self.run)
+        if self.folder is not None:
+            yield Input(("folder",), "files", self.folder, _MODEL_FILES)
 
 
 def num_llama_parameters(spec: LanguageModelSpec, vocabulary: int) -> int:

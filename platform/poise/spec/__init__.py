@@ -1,6 +1,7 @@
 """What a run is: typed specs, YAML in, precise errors out."""
 
 from poise.spec.base import Section, mistake
+from poise.spec.inputs import Input
 from poise.spec.interval import Every
 from poise.spec.load import dump, json_schema, load, parse, sha256
 from poise.spec.problems import Problem, SpecError
@@ -9,6 +10,7 @@ from poise.spec.values import Name, Real, RunName
 
 __all__ = [
     "Every",
+    "Input",
     "Name",
     "Problem",
     "Real",

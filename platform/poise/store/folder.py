@@ -72,8 +72,8 @@ class FolderStorage(Storage):
     def list(self, prefix: str = "") -> list[Entry]:
         folder = _folder_of(prefix)
         with explained(self.url):
-            entries = _walk(self.root / folder, f"{folder}/" if folder else "")
-            return sorted(entry for entry in entries if entry.key.startswith(prefix))
+            parent = f"{folder}/" if folder else ""
+            return sorted(_walk(self.root / folder, parent, begins=prefix.removeprefix(parent)))
 
     def folders(self) -> Sequence[str]:
         if not self.root.is_dir():
@@ -208,10 +208,11 @@ def _folder_of(prefix: str) -> str:
     return check_key(folder) if folder else ""
 
 
-def _walk(folder: Path, prefix: str) -> Iterator[Entry]:
+def _walk(folder: Path, prefix: str, begins: str = "") -> Iterator[Entry]:
+    """Every file below a folder; of the folder itself only what `begins` so, as the rest is not worth a look."""
     try:
         with os.scandir(folder) as items:
-            names = [item for item in items if not item.name.startswith(RESERVED)]
+            names = [item for item in items if item.name.startswith(begins) and not item.name.startswith(RESERVED)]
     except (FileNotFoundError, NotADirectoryError):
         return
     for item in names:

@@ -1,7 +1,8 @@
 """Runs: what is kept of one, where, and which runs a store has.
 
 A store's address is the parent of its runs: `store: runs` keeps run `digits` in `runs/digits/`, as
-`spec.yaml, environment.json, manifest.json, metrics/*.parquet, checkpoints/step-*/, artifacts/, events.jsonl`.
+`spec.yaml, environment.json, inputs.json, manifest.json, metrics/*.parquet, checkpoints/step-*/, artifacts/,
+events.jsonl`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ Status = Literal["running", "finished", "failed", "stopped"]
 
 _NAME: TypeAdapter[str] = TypeAdapter(Name)
 _MANIFEST, _SPEC, _EVENTS = "manifest.json", "spec.yaml", "events.jsonl"
-_RECORDED = ("artifacts/", "metrics/", "samples/", _SPEC, "environment.json")
+_RECORDED = ("artifacts/", "metrics/", "samples/", _SPEC, "environment.json", "inputs.json")
 """What the manifest of an ended run vouches for; checkpoints vouch for themselves, and events go on being added."""
 
 

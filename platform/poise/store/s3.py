@@ -73,7 +73,10 @@ class S3Storage(Storage):
             pages = client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self._root + prefix)
             found = [item for page in pages for item in page.get("Contents", ())]
         start = len(self._root)
-        return sorted(Entry(item["Key"][start:], item["Size"], item["LastModified"].timestamp()) for item in found)
+        return sorted(
+            Entry(item["Key"][start:], item["Size"], item["LastModified"].timestamp(), item.get("ETag", "").strip('"'))
+            for item in found
+        )
 
     def folders(self) -> Sequence[str]:
         with self._calls() as client:

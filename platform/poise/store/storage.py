@@ -30,11 +30,15 @@ _FORMS = "write a folder, such as runs, or s3://bucket/prefix"
 
 @dataclass(frozen=True, order=True)
 class Entry:
-    """One object: its key, its size in bytes, when it was last modified (epoch seconds, by the store's clock)."""
+    """One object: its key, its size in bytes, when it was last modified (epoch seconds, by the store's clock).
+
+    `etag` is what the service says of the content; empty in a folder.
+    """
 
     key: str
     size: int
     modified: float
+    etag: str = ""
 
 
 class Storage(ABC):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -9,7 +10,7 @@ from pydantic import Field, model_validator
 from poise.data.spec import DataSpec
 from poise.kinds.specs.evaluation import SubjectSpec
 from poise.robust.spec import Threats
-from poise.spec import Real, RunName, RunSpec, mistake
+from poise.spec import Input, Real, RunName, RunSpec, mistake
 
 __all__ = ["BoundsReportSpec"]
 
@@ -61,6 +62,11 @@ class BoundsReportSpec(RunSpec):
         if self.data is not None and not self.models:
             raise mistake("data", "belongs to models: a run has its own data, remove it")
         return self
+
+    def inputs(self) -> Iterator[Input]:
+        """The classifiers, and what the sections read."""
+        yield from (Input(("runs", index), "run", name) for index, name in enumerate(self.runs))
+        yield from super().inputs()
 
     def cost(self) -> list[str]:
         """What is measured; how large the networks are stands in their runs."""

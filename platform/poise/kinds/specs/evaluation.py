@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -10,7 +11,7 @@ from pydantic import Field, model_validator
 from poise.data.spec import DataSpec
 from poise.models.spec import ModelSpec
 from poise.robust.spec import Coordinates, Norm
-from poise.spec import Name, Real, RunName, RunSpec, Section, mistake
+from poise.spec import Input, Name, Real, RunName, RunSpec, Section, mistake
 
 __all__ = [
     "AUTOATTACK",
@@ -68,6 +69,15 @@ class SubjectSpec(ModelSpec):
     def source(self) -> Literal["run", "file", "function"]:
         """Where the weights come from."""
         return "run" if self.run is not None else "file" if self.file is not None else "function"
+
+    def inputs(self) -> Iterator[Input]:
+        """The run, the file or the code."""
+        if self.run is not None:
+            yield Input(("run",), "run", self.run)
+        if self.file is not None:
+            yield Input(("file",), "files", self.file)
+        if self.function is not None:
+            yield Input(("function",), "code", self.function)
 
 
 class BallSpec(Section):
@@ -264,6 +274,10 @@ class ReverifySpec(Section):
     """Adversarial examples that were kept, judged again."""
 
     run: RunName = Field(description="finished run of robust.evaluate with keep_adversarial, in the same store")
+
+    def inputs(self) -> Iterator[Input]:
+        """The evaluation."""
+        yield Input(("run",), "run", self.run)
 
 
 class RobustEvaluateSpec(RunSpec):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -10,7 +11,7 @@ from poise.data.spec import DataSpec, known_sizes
 from poise.kinds.specs.cost import in_bytes
 from poise.models.spec import VaeSpec, num_vae_parameters
 from poise.robust.spec import Eigenspace, Threats
-from poise.spec import Real, RunName, RunSpec, Section
+from poise.spec import Input, Real, RunName, RunSpec, Section
 from poise.train.spec import TrainSpec
 
 __all__ = ["LatentSpec", "RobustManifoldSpec", "RobustVaeSpec"]
@@ -57,6 +58,10 @@ class LatentSpec(Section):
     )
     restarts: int = Field(1, ge=1, le=1000, description="runs; those after the first start at random")
 
+    def inputs(self) -> Iterator[Input]:
+        """The autoencoder."""
+        yield Input(("vae",), "run", self.vae)
+
 
 class RobustManifoldSpec(RunSpec):
     """How trained classifiers withstand attacks on the data manifold, off it, and anywhere in the same balls."""
@@ -72,6 +77,11 @@ class RobustManifoldSpec(RunSpec):
     latent: LatentSpec | None = Field(None, description="attack on the codes that an autoencoder gives the images")
     examples: int = Field(1000, ge=1, description="test images to attack, from the first")
     batch_size: int = Field(256, ge=1, le=65_536, description="images attacked at once; the result does not hang on it")
+
+    def inputs(self) -> Iterator[Input]:
+        """The classifiers, and what the sections read."""
+        yield from (Input(("runs", index), "run", name) for index, name in enumerate(self.runs))
+        yield from super().inputs()
 
     def cost(self) -> list[str]:
         """Image gradients of the attacks, where the threats are known."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from poise.kinds.specs.stage import Job
 from poise.kinds.specs.sweep import SweepSpec
-from poise.spec import Name, RunSpec, mistake
+from poise.spec import Input, Name, RunSpec, mistake
 from poise.spec.problems import Path
 
 __all__ = ["PipelineSpec"]
@@ -66,6 +67,14 @@ class PipelineSpec(RunSpec):
         if len(set(names)) < len(names):
             raise ValueError("two stages have the same run name; leave `name` out of `common`")
         return self
+
+    def inputs(self) -> Iterator[Input]:
+        """What the stages read, the runs of each other left out: they are not made yet when the first one starts."""
+        made = {stage.name for stage in self.stages.values()}
+        sweeps = tuple(f"{stage.name}-" for stage in self.stages.values() if isinstance(stage, SweepSpec))
+        for each in super().inputs():
+            if each.kind != "run" or not (each.place in made or each.place.startswith(sweeps)):
+                yield each
 
     def cost(self) -> list[str]:
         """What each stage costs."""

@@ -13,7 +13,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from poise.kinds.specs.space import Axis, Values, contains
 from poise.kinds.specs.stage import Job
-from poise.spec import Real, RunSpec, Section, SpecError, mistake, parse
+from poise.spec import Input, Real, RunSpec, Section, SpecError, mistake, parse
 from poise.spec.problems import Path, Problem, dotted
 from poise.spec.reader import Document
 from poise.train.spec import Every
@@ -148,6 +148,11 @@ class SweepSpec(RunSpec):
             Trial(index, values, _read(self._tree(values, f"{self.name}-{index:04d}"), type(self.base)))
             for index, values in enumerate(self._variants())
         ]
+
+    def inputs(self) -> Iterator[Input]:
+        """What any of the trials reads: the space may vary what the base names."""
+        read = (each.below("base") for trial in self.trials() for each in trial.spec.inputs())
+        yield from dict.fromkeys(read)
 
     def cost(self) -> list[str]:
         """The number of trials, and what the first of them costs."""

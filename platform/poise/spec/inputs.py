@@ -1,0 +1,37 @@
+"""What a run reads besides its spec: files, other runs, code of the user's own. Each section of a spec declares it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from poise.spec.problems import Path, dotted
+
+__all__ = ["Input"]
+
+
+@dataclass(frozen=True)
+class Input:
+    """One thing that a spec names and a run reads.
+
+    Attributes:
+        path: where the spec names it.
+        kind: files of a folder or of S3, the outputs of another run of the store, or a module of the user's own.
+        place: a folder, a file or an S3 address; the name of a run; `package.module:attribute`.
+        pattern: for files, the regular expression of the names below `place` that are read; empty where `place` is
+            itself the file.
+    """
+
+    path: Path
+    kind: Literal["files", "run", "code"]
+    place: str
+    pattern: str = ""
+
+    def below(self, *prefix: str | int) -> Input:
+        """The same, seen from a section that has this one at `prefix`."""
+        return replace(self, path=(*prefix, *self.path))
+
+    @property
+    def where(self) -> str:
+        """Its place in the spec for people, such as `data.root`."""
+        return dotted(self.path)

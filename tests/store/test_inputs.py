@@ -1,0 +1,140 @@
+"""The record of what a run has read: what is hashed, how often, and how a difference is said."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from pydantic import Field
+
+from poise.data.spec import DataSpec, JsonlText
+from poise.errors import DamagedError, UserError
+from poise.spec import RunSpec
+from poise.store import hashes
+from poise.store.inputs import check_inputs, read_inputs, record_inputs
+from poise.store.runs import Run, open_run
+
+PARQUET = ("train-0.parquet", "train-1.parquet", "test.parquet", "readme.md")
+
+
+class ReadingSpec(RunSpec):
+    """A kind that reads images and text."""
+
+    data: DataSpec | None = Field(None, description="images")
+    text: JsonlText | None = Field(None, description="text")
+
+
+@pytest.fixture
+def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Four files; none is small enough to be hashed each time."""
+    monkeypatch.setattr(hashes, "LARGE", 4)
+    monkeypatch.setattr("poise.store.inputs.LARGE", 4)
+    monkeypatch.setenv("POISE_CACHE", str(tmp_path / "cache"))
+    root = tmp_path / "images"
+    root.mkdir()
+    for name in PARQUET:
+        (root / name).write_text(f"rows of {name}")
+    return root
+
+
+def reading(tmp_path: Path, root: Path) -> tuple[Run, RunSpec]:
+    spec = ReadingSpec(kind="x", name="one", store=str(tmp_path / "runs"), data=DataSpec(name="images", root=str(root)))
+    return open_run(tmp_path / "runs", "one"), spec
+
+
+def record(run: Run, spec: RunSpec) -> None:
+    record_inputs(run, spec, committed=True)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files that are hashed from now on."""
+    names: list[str] = []
+    real = hashes.sha256_of
+    monkeypatch.setattr(hashes, "sha256_of", lambda path: names.append(path.name) or real(path))
+    return names
+
+
+def test_a_large_file_is_hashed_once_and_again_when_it_was_touched(tmp_path, images, monkeypatch):
+    run, spec = reading(tmp_path, images)
+    hashed = counted(monkeypatch)
+    record(run, spec)
+    assert sorted(hashed) == sorted(PARQUET[:3])
+    hashed.clear()
+    record(run, spec)
+    check_inputs(run, spec)
+    other = open_run(tmp_path / "runs", "two")
+    record(other, spec)  # the hashes are known on this machine
+    assert hashed == []
+    os.utime(images / "train-1.parquet", (1, 1))
+    record(run, spec)
+    record(run, spec)
+    assert hashed == ["train-1.parquet"]
+    assert {entry.modified for entry in read_inputs(run).values() if entry.file == "train-1.parquet"} == {1.0}
+
+
+def test_a_change_that_keeps_size_and_name_is_found(tmp_path, images):
+    run, spec = reading(tmp_path, images)
+    record(run, spec)
+    (images / "readme.md").write_text("not read")
+    record(run, spec)
+    (images / "train-0.parquet").write_text("cows of train-0.parquet")
+    with pytest.raises(UserError, match=r"data\.root: .*/images/train-0\.parquet has changed: 23 bytes, sha256 \w{12}"):
+        record(run, spec)
+
+
+def test_files_that_come_and_go_are_named(tmp_path, images):
+    run, spec = reading(tmp_path, images)
+    record(run, spec)
+    (images / "train-1.parquet").rename(images / "train-2.parquet")
+    with pytest.raises(UserError) as caught:
+        record(run, spec)
+    assert "images/train-1.parquet is gone" in str(caught.value)
+    assert "images/train-2.parquet is new" in str(caught.value)
+    assert "train-0" not in str(caught.value)
+
+
+def test_a_place_that_is_not_there_is_left_to_who_reads_it(tmp_path, images):
+    run, spec = reading(tmp_path, tmp_path / "elsewhere")
+    record(run, spec)
+    assert read_inputs(run) == {}
+    images.rename(tmp_path / "elsewhere")
+    record(run, spec)
+    assert len(read_inputs(run)) == 3
+
+
+def test_a_run_without_results_may_begin_with_other_files(tmp_path, images):
+    run, spec = reading(tmp_path, images)
+    record_inputs(run, spec)
+    (images / "test.parquet").write_text("others")
+    record_inputs(run, spec)
+    run.write("samples/shard-00000.parquet", b"drawn")
+    (images / "test.parquet").write_text("once more")
+    with pytest.raises(UserError, match="has changed"):
+        record_inputs(run, spec)
+
+
+def test_one_file_is_looked_for_by_itself(tmp_path, monkeypatch):
+    """And a relative path that means another file in another folder is compared by its content."""
+    for name, text in (("a", "first"), ("b", "first"), ("c", "other")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rows.jsonl").write_text(text)
+        (tmp_path / name / "rows.jsonl.bak").write_text(name)
+    spec = ReadingSpec(
+        kind="x", name="one", store=str(tmp_path / "runs"), text=JsonlText(name="jsonl", path="rows.jsonl")
+    )
+    run = open_run(tmp_path / "runs", "one")
+    for name in ("a", "b"):
+        monkeypatch.chdir(tmp_path / name)
+        record(run, spec)
+    assert [entry.file for entry in read_inputs(run).values()] == ["rows.jsonl"]
+    monkeypatch.chdir(tmp_path / "c")
+    with pytest.raises(UserError, match=r"text\.path: rows\.jsonl has changed"):
+        record(run, spec)
+
+
+def test_a_damaged_record_is_named(tmp_path, images):
+    run, spec = reading(tmp_path, images)
+    run.write("inputs.json", b"[{]")
+    with pytest.raises(DamagedError, match=r"inputs\.json is damaged .*remove that one file"):
+        record(run, spec)
