@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -168,3 +169,90 @@ def _failing_proxy(backend: str, decide: Callable[[], str]) -> Iterator[str]:
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+CORPUS = [
+    "The cat sat on the mat. The dog sat on the cat.",
+    "What is the capital of France? Paris is the capital of France.",
+    "Question: who wrote the poem? Answer: the old poet of the river wrote the poem.",
+] * 4
+
+
+@pytest.fixture(scope="session")
+def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny random model with the tokenizer and special tokens of a family; made once per session.
+
+    llama: SentencePiece-like, BOS 1 before every text, EOS 2. qwen2: byte-level, no BOS; the tokenizer ends with
+    <|im_end|> (2), generation_config.json with <|endoftext|> (0) alone. gpt2: byte-level, tied, 128 positions, one
+    special token for everything. gemma2: SentencePiece-like, tied, BOS 2, EOS 1, and <end_of_turn> (4) ends as well.
+    mistral: as llama, but its tokenizer appends EOS to every text.
+    """
+    made: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp(family)
+            _save_family(family, made[family])
+        return made[family]
+
+    return folder
+
+
+def _save_family(family: str, path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    tokenizer = _family_tokenizer(family)
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(_family_config(family, len(tokenizer), ids))
+    stop = {"qwen2": [0], "gemma2": [1, 4]}.get(family, [tokenizer.eos_token_id])
+    model.generation_config = GenerationConfig(**{**ids, "eos_token_id": stop}, pad_token_id=tokenizer.pad_token_id)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+def _family_config(family: str, vocabulary: int, ids: dict[str, int | None]) -> Any:
+    from transformers import Gemma2Config, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
+
+    if family == "gpt2":
+        return GPT2Config(vocab_size=vocabulary, n_embd=32, n_layer=2, n_head=1, n_positions=128, **ids)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1}
+    sizes |= {"num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 128, "initializer_range": 0.1}
+    classes = {"llama": LlamaConfig, "qwen2": Qwen2Config, "gemma2": Gemma2Config, "mistral": MistralConfig}
+    tied = family == "gemma2"
+    return classes[family](vocab_size=vocabulary, tie_word_embeddings=tied, pad_token_id=None, **sizes, **ids)
+
+
+def _family_tokenizer(family: str) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = {
+        "qwen2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        "gpt2": ["<|endoftext|>"],
+        "gemma2": ["<pad>", "<eos>", "<bos>", "<unk>", "<end_of_turn>"],
+    }.get(family, ["<unk>", "<s>", "</s>"])
+    inner = Tokenizer(models.BPE())
+    if family in ("qwen2", "gpt2"):
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    else:
+        inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always" if family != "gemma2" else "never")
+        inner.decoder = decoders.Metaspace(prepend_scheme="always" if family != "gemma2" else "never")
+        alphabet = [chr(code) for code in range(33, 127)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    inner.train_from_iterator(CORPUS, trainer)
+    if frame := {"llama": "<s> $A", "gemma2": "<bos> $A", "mistral": "<s> $A </s>"}.get(family):
+        pairs = [(token, special.index(token)) for token in frame.split() if token != "$A"]
+        inner.post_processor = processors.TemplateProcessing(single=frame, special_tokens=pairs)
+    names = {
+        "qwen2": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+        "gpt2": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
+        "gemma2": {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"},
+    }.get(family, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"})
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **names)

@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+from poise.errors import UserError
+
 __all__ = [
     "CACHE",
     "COMMIT",
@@ -91,6 +93,18 @@ def defaults(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def launched_rank() -> tuple[int, int, int]:
-    """Rank, world size and rank on this machine as `torchrun` tells them; (0, 1, 0) in a process started alone."""
-    rank, world_size, local = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    return int(rank or 0), int(world_size or 1), int(local or 0)
+    """Rank, world size and rank on this machine as `torchrun` tells them; (0, 1, 0) in a process started alone.
+
+    Raises UserError when they cannot be those of a launcher.
+    """
+    rank, world_size, local = _count("RANK", 0), _count("WORLD_SIZE", 1), _count("LOCAL_RANK", 0)
+    if rank >= world_size:  # such a process would lead nothing, and nothing would be written
+        raise UserError(f"RANK is {rank} and WORLD_SIZE {world_size}: set both as torchrun does, or unset both")
+    return rank, world_size, local
+
+
+def _count(name: str, default: int) -> int:
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise UserError(f"{name} is {text!r}, not a count: unset it, or start the processes with torchrun")
+    return int(text)

@@ -96,7 +96,7 @@ def test_what_is_no_model_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"no config\.json"):
         fetch_folder(LanguageModelSpec(folder=str(tmp_path)), "unused", tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="no language model that transformers can open"):
+    with pytest.raises(UserError, match="does not say which model it is"):
         open_language_model(LanguageModelSpec(folder=str(tmp_path)), "unused", 0)
     with pytest.raises(UserError, match="there is no run 'lost'"):
         open_language_model(LanguageModelSpec(run="lost"), str(tmp_path), 0)

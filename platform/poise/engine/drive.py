@@ -8,6 +8,7 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Literal
 
+from poise.engine.launched import check_launcher, for_processes
 from poise.engine.session import claim, has_committed, is_finished, located
 from poise.engine.sweep import Execute, in_turn, run_sweep
 from poise.env import launched_rank
@@ -35,8 +36,11 @@ def drive(spec: RunSpec, engine: Engine, address: str | None, display: Display, 
     """Bring every run of `spec` to its end; what is finished already is skipped, and said to be.
 
     Raises:
-        UserError: a run that was begun with another spec, or with other inputs than there are now.
+        UserError: a run that was begun with another spec, or with other inputs than there are now; under `torchrun`,
+            processes that cannot share every run equally.
     """
+    check_launcher(engine)
+    spec = for_processes(spec, launched_rank()[1])
     left = [stage for stage in stages_of(spec) if not _was_finished(stage, display)]
     if not left:
         return

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from poise import kinds
+from poise.engine.launched import check_launcher, for_processes
 from poise.engine.session import claim, is_finished, located
 from poise.env import launched_rank
 from poise.errors import UserError
@@ -27,6 +28,8 @@ def run_local(spec: RunSpec, display: Display, sink: Sink) -> None:
     """Run `spec` to its end here, from where it stopped. A finished run is left as it is."""
     torch.set_num_threads(spec.workers.cpus)
     rank, world_size, _ = launched_rank()
+    check_launcher("local")
+    spec = for_processes(spec, world_size)
     device = _device(spec)
     context = Context(
         located(spec), rank, world_size, device, report=display.show, sampler=partial(_sampler, device), sink=sink
@@ -62,6 +65,12 @@ def _device(spec: RunSpec) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("workers.gpus is 1 and torch sees no GPU here; use --set workers.gpus=0")
-    device = torch.device("cuda", launched_rank()[2])
+    place, present = launched_rank()[2], torch.cuda.device_count()
+    if place >= present:
+        raise UserError(
+            f"process {place} of this machine has no GPU of its own, there are {present}: start as many processes "
+            "with torchrun, or use --set workers.gpus=0"
+        )
+    device = torch.device("cuda", place)
     torch.cuda.set_device(device)
     return device

@@ -24,7 +24,7 @@ from poise.errors import UserError
 from poise.kinds.confidence import SCHEMA, Asked, asked, described, summarised
 from poise.kinds.sampling import sample_all
 from poise.kinds.specs.calibrate import CalibrateMeasureSpec
-from poise.models.language import fetch_folder
+from poise.models.language import fetch_folder, open_tokenizer
 from poise.models.sampling import Decoding, Request, Sample
 from poise.observe.rows import Rows
 from poise.spec.seeds import derive_seed
@@ -48,17 +48,10 @@ def _measure(spec: CalibrateMeasureSpec, context: Context) -> None:
     with tempfile.TemporaryDirectory(prefix="poise-") as scratch:
         folder = fetch_folder(spec.model, spec.store, Path(scratch) / "model")
         with context.sampler(spec.sampler, folder) as sampler:
-            tokenizer = _tokenizer(folder)
+            tokenizer = open_tokenizer(folder)
             samples = sample_all(context, sampler, _requests(spec, questions, tokenizer), _decoding(spec))
     rows = [_asked(spec, question, drawn, tokenizer) for question, drawn in zip(questions, samples, strict=True)]
     _keep(spec, rows, sum(len(sample.tokens) for drawn in samples for sample in drawn), context)
-
-
-def _tokenizer(folder: Path) -> Tokenizer:
-    from transformers import AutoTokenizer
-
-    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    return tokenizer
 
 
 def _requests(spec: CalibrateMeasureSpec, questions: Sequence[Question], tokenizer: Tokenizer) -> list[Request]:

@@ -26,7 +26,7 @@ from poise.align.methods import (
 )
 from poise.align.oracles import Oracle
 from poise.align.spec import Mpo
-from poise.errors import PoiseError
+from poise.errors import PoiseError, UserError
 from poise.kinds.specs.align import AlignSelfplaySpec
 from poise.models.sampling import Decoding, Request, Sample, Sampler
 from poise.spec.seeds import derive_seed
@@ -82,6 +82,10 @@ class SelfPlay:
     ) -> None:
         self._spec, self._method, self._policy, self._asked = spec, spec.method, policy, asked
         self._oracle, self._words, self._sampler, self._context = oracle, words, sampler, context
+        if spec.prompts % (context.world_size * spec.train.accumulate):
+            raise UserError(
+                f"prompts: {spec.prompts} questions cannot be shared equally by {context.world_size} workers"
+            )
         self._parts: list[_Part] = []
         self._previous: Mapping[str, Tensor] = {}
 

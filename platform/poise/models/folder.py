@@ -6,17 +6,16 @@ once, under the name that the folder has for them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from poise.errors import PoiseError, UserError
+from poise.models.examine import examine_folder, read_json
 
 __all__ = ["ModelFolder", "check_newer", "read_folder"]
 
@@ -67,17 +66,10 @@ class ModelFolder:
 
 
 def read_folder(path: Path) -> ModelFolder:
-    """The facts of a folder; UserError when it is not one of a language model."""
-    files = sorted(path.glob("*.safetensors"))
-    if not files or not (path / "config.json").is_file():
-        raise UserError(f"{path} is no folder of a language model: it needs config.json and model.safetensors")
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as stored:
-            shapes |= {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
-    config = json.loads((path / "config.json").read_bytes())
-    context = config.get("max_position_embeddings", 2**31) - 1  # vLLM scores a sequence by asking for one token more
-    return ModelFolder(path, shapes, _stop(path, config), context)
+    """The facts of a folder, with or without a tokenizer; UserError when it is not one of a language model."""
+    facts = examine_folder(path, tokenizer=False)
+    context = (facts.context or 2**31) - 1  # vLLM scores a sequence by asking for one token more
+    return ModelFolder(path, facts.shapes, _stop(path, facts.config), context)
 
 
 def check_newer(version: int, than: int) -> None:
@@ -88,7 +80,7 @@ def check_newer(version: int, than: int) -> None:
 
 def _stop(path: Path, config: Mapping[str, Any]) -> frozenset[int]:
     generation = path / "generation_config.json"
-    known = json.loads(generation.read_bytes()) if generation.is_file() else {}
+    known = read_json(generation) if generation.is_file() else {}
     stop = known.get("eos_token_id", config.get("eos_token_id"))
     return frozenset(stop if isinstance(stop, list) else [] if stop is None else [stop])
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from poise.errors import UserError
+from poise.models.examine import examine_folder
 from poise.models.spec import LanguageModelSpec
 from poise.store.runs import open_run
 from poise.store.storage import Storage, open_storage
@@ -30,6 +31,8 @@ __all__ = [
     "new_llama",
     "open_folder",
     "open_language_model",
+    "open_model",
+    "open_tokenizer",
 ]
 
 MODEL_FOLDER = "artifacts/model"
@@ -56,17 +59,62 @@ def open_language_model(
 
 
 def open_folder(folder: Path) -> tuple[nn.Module, Tokenizer]:
-    """The model of a local folder in float32 on the CPU, in training mode, and its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """The model of a local folder in float32 on the CPU, in training mode, and its tokenizer.
 
-    _without_bars()
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **options)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder} holds no language model that transformers can open: {error}") from error
+    Raises:
+        UserError: what Poise cannot do with the folder, see `examine_folder` and `open_model`.
+    """
+    examine_folder(folder)
+    model, tokenizer = open_model(folder), open_tokenizer(folder)
     return model.train(), tokenizer
+
+
+def open_model(folder: Path) -> nn.Module:
+    """The model of a local folder in float32 on the CPU, in evaluation mode.
+
+    Raises:
+        UserError: transformers cannot open it, its files lack weights that the architecture has (transformers would
+            draw them at random), or a position sees the tokens after it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    _quiet()
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:  # transformers has no class for what is wrong with a folder
+        raise UserError(f"{folder} holds no language model that transformers can open: {_first_line(error)}") from error
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(
+            f"{folder} lacks {len(missing)} weights of its architecture, first {missing[0]}: they would be random"
+        )
+    opened: nn.Module = model.eval()
+    _check_causal(opened, folder)
+    return opened
+
+
+def open_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a local folder.
+
+    Raises:
+        UserError: there is none that transformers can open, or one that has no tokens.
+    """
+    from transformers import AutoTokenizer
+
+    _quiet()
+    try:
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers has no class for what is wrong with a folder
+        raise UserError(f"{folder} holds no tokenizer that transformers can open: {_first_line(error)}") from error
+    if not tokenizer("a text", add_special_tokens=False).input_ids:
+        raise UserError(f"{folder} holds a tokenizer without tokens: copy its files again from the original model")
+    return tokenizer
 
 
 def fetch_folder(spec: LanguageModelSpec, store: str, into: Path) -> Path:
@@ -81,8 +129,8 @@ def fetch_folder(spec: LanguageModelSpec, store: str, into: Path) -> Path:
     if spec.folder is None:
         raise UserError("model: a new model is in no folder; name a `run` or a `folder`")
     if not spec.folder.startswith("s3://"):
-        return _checked(Path(spec.folder).expanduser().absolute(), "it holds no model")
-    return _download(open_storage(spec.folder), "", into, "it holds no model")
+        return examine_folder(spec.folder).path
+    return _download(open_storage(spec.folder), "", into, f"{spec.folder} holds no model")
 
 
 def new_llama(spec: LanguageModelSpec, tokenizer: Tokenizer, seed: int) -> nn.Module:
@@ -113,7 +161,7 @@ def new_llama(spec: LanguageModelSpec, tokenizer: Tokenizer, seed: int) -> nn.Mo
 
 def export(model: nn.Module, tokenizer: Tokenizer, folder: Path) -> None:
     """Write a transformers model and its tokenizer into a folder, as plain files that transformers and vLLM load."""
-    _without_bars()
+    _quiet()
     model.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
     tokenizer.save_pretrained(folder)
 
@@ -160,23 +208,35 @@ def _scores(model: nn.Module, pairs: Sequence[tuple[Sequence[int], Sequence[int]
     return torch.where((mask & (column >= begin))[:, 1:], chosen, 0).sum(1).cpu()
 
 
-def _without_bars() -> None:
-    """Progress has one display, and it is not transformers'."""
+@torch.no_grad()
+def _check_causal(model: nn.Module, folder: Path) -> None:
+    """UserError where the logits of a position change with a token after it."""
+    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    ids = torch.arange(4) % vocabulary
+    other = torch.cat([ids[:-1], (ids[-1:] + 1) % vocabulary])
+    logits = model(input_ids=torch.stack([ids, other]), use_cache=False).logits[:, :-1].float()  # (2, 3, V)
+    if not torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-4 * float(logits.abs().max())):
+        raise UserError(f"{folder} holds a model that sees the tokens after each position: it cannot continue a text")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _quiet() -> None:
+    """Progress and warnings have one display, and it is not transformers'."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def _download(storage: Storage, prefix: str, into: Path, missing: str) -> Path:
-    """The plain files directly under a prefix."""
+    """The plain files directly under a prefix, examined."""
     for entry in storage.list(prefix):
         name = entry.key.removeprefix(prefix)
         if "/" not in name:
             storage.download(entry.key, into / name)
-    return _checked(into, f"{storage.url}: {missing}")
-
-
-def _checked(folder: Path, missing: str) -> Path:
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder if folder.is_dir() else missing}: {missing} (no config.json)")
-    return folder
+    if not into.is_dir():
+        raise UserError(f"{missing}: there is no file in {storage.url}/{prefix}")
+    return examine_folder(into).path

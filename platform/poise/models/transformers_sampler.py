@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from poise.models.folder import check_newer, read_folder
+from poise.models.language import open_model
 from poise.models.sampling import Decoding, Request, Sample
 
 __all__ = ["TransformersSampler"]
@@ -26,13 +27,8 @@ class TransformersSampler:
 
     def __init__(self, folder: Path, device: torch.device | str = "cpu", *, batch_size: int = 64) -> None:
         """UserError when the folder holds no language model."""
-        from transformers import AutoModelForCausalLM
-
         self._folder = read_folder(folder)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
-        )
-        self._model = model.to(device).eval()
+        self._model = open_model(folder).to(device)
         self._device = torch.device(device)
         self._batch_size = batch_size
         self._version = 0

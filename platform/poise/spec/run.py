@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -70,6 +70,9 @@ class SamplerSpec(Section):
 
 class RunSpec(Section):
     """The head of every spec."""
+
+    shares_batches: ClassVar[bool] = True
+    """Whether every worker takes part; False where one does all the work and others would only wait."""
 
     kind: str = Field(description="what is run, such as robust.train")
     name: Name = Field(description="name of the run and its resume key: the same name goes on where it stopped")

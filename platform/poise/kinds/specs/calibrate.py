@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,6 +15,8 @@ __all__ = ["CalibrateMeasureSpec"]
 
 class CalibrateMeasureSpec(RunSpec):
     """How well the confidence of a language model, the agreement of its own answers, tells whether it is right."""
+
+    shares_batches: ClassVar[bool] = False
 
     kind: Literal["calibrate.measure"]
     model: LanguageModelSpec = Field(description="what is measured: a `run` or a `folder`")

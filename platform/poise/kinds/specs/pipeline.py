@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -26,6 +26,8 @@ class PipelineSpec(RunSpec):
     `common` holds, by name, what several stages share; a stage with `use: NAME` has that laid under it. Where a stage
     names a run, `${stage}` is the run of an earlier stage.
     """
+
+    shares_batches: ClassVar[bool] = False
 
     kind: Literal["pipeline"]
     stages: dict[Name, Stage] = Field(min_length=1, max_length=100, description="the runs, by name, in order")

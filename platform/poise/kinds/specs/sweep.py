@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import product
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -65,6 +65,8 @@ class Trial:
 
 class SweepSpec(RunSpec):
     """One run varied: each trial is a run of its own, `NAME-0007`, of the base spec with some of its values changed."""
+
+    shares_batches: ClassVar[bool] = False
 
     kind: Literal["sweep"]
     base: Annotated[Job, Field(discriminator="kind")] = Field(

@@ -1,0 +1,251 @@
+"""Examination of a model folder: what Poise cannot do with it is said in one line, before anything is loaded.
+
+Only small files are read: config.json, the tokenizer's files and the headers of the safetensors files. torch and
+transformers are not imported, so that `poise check` can examine a folder in a fraction of a second. What only the
+opened model can show (weights that its architecture lacks, attention to later tokens) is checked by `open_folder`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+from typing import Any
+
+from poise.errors import UserError
+
+__all__ = ["FolderFacts", "examine_folder", "read_json"]
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_LFS_POINTER = b"version https://git-lfs"
+_LARGEST_HEADER = 100 * 2**20
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json",
+                    "vocab.txt", "tekken.json", "*.tiktoken")  # fmt: skip
+_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "embeddings", "tokens_embed")
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_sequence_length")
+
+_ENCODER_DECODERS = """
+    bart bigbird_pegasus blenderbot blenderbot-small byt5 fsmt led longt5 m2m_100 marian mbart mt5 mvp nllb-
+    moe pegasus pegasus_x plbart prophetnet switch_transformers t5 t5gemma trocr umt5 whisper
+"""
+_BIDIRECTIONAL = """
+    albert bert bert-generation big_bird camembert data2vec-text deberta deberta-v2 distilbert electra ernie
+    eurobert longformer megatron-bert modernbert mpnet nomic_bert rembert roberta roberta-prelayernorm
+    roc_bert roformer xlm xlm-roberta xlm-roberta-xl xlnet xmod
+"""
+_RECURRENT = """
+    bamba falcon_h1 falcon_mamba granitemoehybrid jamba kimi_linear lfm2 lfm2_moe mamba mamba2 minimax
+    nemotron_h olmo_hybrid qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next recurrent_gemma
+    reformer rwkv xlstm zamba zamba2
+"""
+
+
+@dataclass(frozen=True)
+class FolderFacts:
+    """What the files of a model folder say: its config, the shape of every stored weight by name, how many different
+    tokens its embedding has and how long a sequence it can hold (None where its files do not say)."""
+
+    path: Path
+    config: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    vocabulary: int | None
+    context: int | None
+
+
+def examine_folder(folder: str | Path, *, tokenizer: bool = True) -> FolderFacts:
+    """The facts of a local folder with a language model, as `save_pretrained` of transformers leaves it.
+
+    Takes milliseconds; imports neither torch nor transformers.
+
+    Args:
+        folder: as the user has written it; `~` is resolved.
+        tokenizer: whether the folder must hold a tokenizer too.
+
+    Raises:
+        UserError: in one line, what Poise cannot do with the folder and what to do instead.
+    """
+    path = _existing(folder)
+    _check_adapter(path)
+    config = _config(path)
+    _check_architecture(path, config)
+    shapes = _weight_shapes(path)
+    vocabulary = _vocabulary(path, config, shapes)
+    if tokenizer:
+        _check_tokenizer(path)
+    return FolderFacts(path, config, shapes, vocabulary, _context(config))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; UserError that names the file where it holds anything else."""
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
+    if data.startswith(_LFS_POINTER):
+        raise UserError(f"{file} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`")
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file} holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def _existing(folder: str | Path) -> Path:
+    path = Path(folder).expanduser().absolute()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(f"{folder} is a file; name the folder that a model was saved into")
+    if _HUB_NAME.fullmatch(str(folder)):
+        raise UserError(
+            f"there is no folder {folder!r}; if it is the name of a model on a hub: nothing is downloaded, "
+            "so fetch it into a folder first and name that folder"
+        )
+    raise UserError(f"there is no folder {folder!s}")
+
+
+def _check_adapter(path: Path) -> None:
+    """transformers would follow an adapter to the base model that it names, wherever that is."""
+    if not (path / "adapter_config.json").is_file():
+        return
+    base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
+    raise UserError(
+        f"{path} holds an adapter of {base or 'another model'}, not a model: merge the adapter into its base model "
+        "(merge_and_unload of peft) and save the result"
+    )
+
+
+def _config(path: Path) -> dict[str, Any]:
+    if (path / "config.json").is_file():
+        return read_json(path / "config.json")
+    if any(path.glob("*.gguf")):
+        raise UserError(f"{path} holds GGUF files (no config.json): name a folder as transformers saves it")
+    if (path / "params.json").is_file():
+        raise UserError(f"{path} is in Meta's own format (no config.json): convert it to that of transformers first")
+    raise UserError(f"{path} holds no model as transformers saves it (no config.json)")
+
+
+def _check_architecture(path: Path, config: Mapping[str, Any]) -> None:
+    """UserError for everything but a decoder of text with plain floating-point weights."""
+    kind = str(config.get("model_type") or "unknown")
+    if not config.get("model_type") and not config.get("architectures"):
+        raise UserError(f"{path}/config.json does not say which model it is: it has no model_type")
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+        raise UserError(f"{path} holds quantised weights ({method}): Poise needs the model in floating point")
+    if config.get("is_encoder_decoder") or kind in _ENCODER_DECODERS.split():
+        raise UserError(f"{path} holds an encoder-decoder model ({kind}): Poise trains and samples decoders only")
+    if kind in _BIDIRECTIONAL.split() and not config.get("is_decoder"):
+        raise UserError(
+            f"{path} holds a model that sees the tokens after each position ({kind}), which cannot be trained to "
+            "continue a text: name a decoder"
+        )
+    if kind in _RECURRENT.split():
+        raise UserError(f"{path} holds a recurrent model ({kind}): Poise trains and samples attention models only")
+    named = [name for name in config.get("architectures") or () if isinstance(name, str)]
+    if named and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in named):
+        raise UserError(
+            f"{path} holds a {named[0]}, which has no head for the next token: name a causal language model"
+        )
+
+
+def _weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every weight that transformers would load, by name."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in _weight_files(path):
+        shapes |= _header_shapes(path / name)
+    return shapes
+
+
+def _weight_files(path: Path) -> list[str]:
+    if (path / "model.safetensors").is_file():
+        return ["model.safetensors"]
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not places:
+            raise UserError(f"{index} does not say which file holds which weight (weight_map)")
+        names = sorted({str(name) for name in places.values()})
+        if missing := [name for name in names if not (path / name).is_file()]:
+            raise UserError(f"{path}: {len(missing)} of {len(names)} weight files are missing, first {missing[0]}")
+        return names
+    if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
+        raise UserError(
+            f"{path} holds pickled weights, which Poise does not open: save the model anew as safetensors "
+            "(save_pretrained of transformers does)"
+        )
+    other = next(path.glob("*.safetensors"), None)
+    hint = f"; {other.name} is not where transformers looks" if other else ""
+    raise UserError(f"{path} holds no weights (model.safetensors){hint}")
+
+
+def _header_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes in the header of a safetensors file, whose length must be what the header promises."""
+    size = file.stat().st_size
+    with file.open("rb") as stored:
+        start = stored.read(max(8, len(_LFS_POINTER)))
+        if start.startswith(_LFS_POINTER):
+            raise UserError(f"{file} is a Git LFS pointer, not the weights: fetch them with `git lfs pull`")
+        length = int.from_bytes(start[:8], "little")
+        if size < 8 or length > min(size - 8, _LARGEST_HEADER):
+            raise UserError(f"{file} is no safetensors file, or is cut off")
+        stored.seek(8)
+        header = stored.read(length)
+    try:
+        entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+        shapes = {name: tuple(map(int, entry["shape"])) for name, entry in entries.items()}
+        end = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise UserError(f"{file} is no safetensors file: its header cannot be read") from error
+    if 8 + length + end != size:
+        raise UserError(f"{file} holds {size:,} bytes where its header promises {8 + length + end:,}: it is cut off")
+    return shapes
+
+
+def _vocabulary(path: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """The rows of the token embedding, which must be what config.json says."""
+    stated = _stated(config, ("vocab_size",))
+    rows = [shape[0] for name, shape in shapes.items() if _is_embedding(name, shape)]
+    if not rows or stated is None:
+        return rows[0] if rows else stated
+    if stated not in rows:
+        raise UserError(f"{path}: config.json says vocab_size {stated} and the stored embedding has {rows[0]} rows")
+    return stated
+
+
+def _is_embedding(name: str, shape: tuple[int, ...]) -> bool:
+    module, _, leaf = name.rpartition(".")
+    return leaf == "weight" and len(shape) == 2 and module.rpartition(".")[2] in _EMBEDDINGS
+
+
+def _context(config: Mapping[str, Any]) -> int | None:
+    """The longest sequence, under the first of the names that models have for it."""
+    return _stated(config, _POSITIONS)
+
+
+def _stated(config: Mapping[str, Any], names: Iterable[str]) -> int | None:
+    """The first of these numbers in a config, or in the part of it that is about text."""
+    nested = config.get("text_config")
+    for part in (config, nested if isinstance(nested, dict) else {}):
+        for name in names:
+            value = part.get(name)
+            if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < inf:
+                return int(value)
+    return None
+
+
+def _check_tokenizer(path: Path) -> None:
+    if not any(any(path.glob(name)) for name in _TOKENIZER_FILES):
+        raise UserError(
+            f"{path} holds a model without a tokenizer (no tokenizer.json): copy the tokenizer's files from the model "
+            "that it was made from"
+        )
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        if (path / name).is_file():
+            read_json(path / name)
