@@ -49,6 +49,7 @@ def test_the_layout_is_the_documented_one(tmp_path: Path) -> None:
         "runs/digits/metrics/train.parquet",
         "runs/digits/artifacts/report.html",
         "runs/digits/events.jsonl",
+        "runs/digits/records.jsonl",
         "runs/digits/LOCK",
         "runs/digits/checkpoints/step-00000040/model.bin",
         "runs/digits/checkpoints/step-00000040/manifest.json",

@@ -99,6 +99,24 @@ def test_when_every_checkpoint_is_damaged_it_starts_anew_and_says_so(bench, tmp_
     bench.assert_equal("harmed", "whole", tmp_path)
 
 
+def test_no_flipped_bit_in_the_rows_of_an_unfinished_run_is_read(bench, tmp_path):
+    with pytest.raises(Killed):
+        bench.fit("harmed", kill_at(10))
+    run = bench.run("harmed")
+    assert run.verify() == []
+    rows = tmp_path / "runs/harmed/metrics/rows-00000006.parquet"
+    sound = rows.read_bytes()
+    for index in range(0, len(sound), 29):
+        rows.write_bytes(sound[:index] + bytes([sound[index] ^ 4]) + sound[index + 1 :])
+        with pytest.raises(DamagedError, match="rows-00000006"):
+            bench.rows("harmed")
+    assert "rows-00000006.parquet: sha256 differs" in str(run.verify()[0])
+    rows.unlink()
+    assert "rows-00000006.parquet: missing" in str(run.verify()[0])
+    with pytest.raises(DamagedError, match=r"rows-00000006.parquet is missing"):
+        [run.read(name) for name in run.committed_files("metrics/")]
+
+
 def test_the_state_on_disk_is_the_state_in_memory(tmp_path, adamw, make_task):
     from poise.train.optim import build_optimizer
 

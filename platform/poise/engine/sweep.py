@@ -148,7 +148,7 @@ def _has_ended(trial: Trial) -> bool:
 
 
 def _rows(run: Run) -> pa.Table:
-    return read_rows(run.read(name) for name in run.files("metrics/") if name.endswith(".parquet"))
+    return read_rows(run.read(name) for name in run.committed_files("metrics/") if name.endswith(".parquet"))
 
 
 def _summarised(run: Run, path: str) -> float | None:

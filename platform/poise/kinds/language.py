@@ -86,5 +86,5 @@ def keep_model(model: nn.Module, tokenizer: Tokenizer, context: Context) -> None
         export(model, tokenizer, Path(scratch))
         names = sorted(path.name for path in Path(scratch).iterdir())
         for name in names:
-            context.run.storage.upload(Path(scratch) / name, context.run.key(f"{MODEL_FOLDER}/{name}"))
+            context.run.upload(Path(scratch) / name, f"{MODEL_FOLDER}/{name}")
     context.run.append_events([event("model", files=names)])

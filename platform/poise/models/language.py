@@ -18,7 +18,7 @@ from poise.errors import UserError
 from poise.models.examine import examine_folder
 from poise.models.spec import LanguageModelSpec
 from poise.store.runs import open_run
-from poise.store.storage import Storage, open_storage
+from poise.store.storage import open_storage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -125,12 +125,18 @@ def fetch_folder(spec: LanguageModelSpec, store: str, into: Path) -> Path:
     """
     if spec.run is not None:
         run = open_run(store, spec.run, must_exist=True)
-        return _download(run.storage, run.key(f"{MODEL_FOLDER}/"), into, f"run {spec.run!r} has left no model")
+        for path in run.committed_files(f"{MODEL_FOLDER}/"):
+            run.download(path, into / Path(path).name)
+        return _examined(into, f"run {spec.run!r} has left no model in {run.url}/{MODEL_FOLDER}/")
     if spec.folder is None:
         raise UserError("model: a new model is in no folder; name a `run` or a `folder`")
     if not spec.folder.startswith("s3://"):
         return examine_folder(spec.folder).path
-    return _download(open_storage(spec.folder), "", into, f"{spec.folder} holds no model")
+    storage = open_storage(spec.folder)
+    for entry in storage.list():
+        if "/" not in entry.key:
+            storage.download(entry.key, into / entry.key)
+    return _examined(into, f"{spec.folder} holds no model: there is no file in it")
 
 
 def new_llama(spec: LanguageModelSpec, tokenizer: Tokenizer, seed: int) -> nn.Module:
@@ -231,12 +237,8 @@ def _quiet() -> None:
     logging.set_verbosity_error()
 
 
-def _download(storage: Storage, prefix: str, into: Path, missing: str) -> Path:
-    """The plain files directly under a prefix, examined."""
-    for entry in storage.list(prefix):
-        name = entry.key.removeprefix(prefix)
-        if "/" not in name:
-            storage.download(entry.key, into / name)
-    if not into.is_dir():
-        raise UserError(f"{missing}: there is no file in {storage.url}/{prefix}")
-    return examine_folder(into).path
+def _examined(folder: Path, missing: str) -> Path:
+    """A folder that was downloaded to, examined; UserError that says `missing` where nothing came."""
+    if not folder.is_dir():
+        raise UserError(missing)
+    return examine_folder(folder).path

@@ -79,7 +79,7 @@ def load_record(run: Run) -> RunRecord:
     damages: list[DamagedError] = []
     state = run.summary()
     manifest = None if state.status == "damaged" else run.manifest()
-    keys = [name for name in run.files("metrics/") if name.endswith(".parquet")]
+    keys = [name for name in run.committed_files("metrics/") if name.endswith(".parquet")]
     blobs = [_read(run, key, _sound_rows, damages) for key in keys]
     return RunRecord(
         name=run.name,

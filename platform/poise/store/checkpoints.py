@@ -13,13 +13,13 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from poise.errors import DamagedError, StoreError, UserError
 from poise.spec import Section
@@ -51,6 +51,7 @@ class _Manifest(Section):
     step: int
     files: dict[str, FileRecord]
     info: dict[str, Any]
+    appended: dict[str, FileRecord] = Field(default={})
 
     def encoded(self) -> bytes:
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=1).encode()
@@ -64,17 +65,24 @@ class Checkpoints:
         self.prefix = check_key(prefix)
 
     def commit(
-        self, step: int, folder: Path, *, info: dict[str, Any], guard: Callable[[], None] | None = None
+        self,
+        step: int,
+        folder: Path,
+        *,
+        info: dict[str, Any],
+        appended: Mapping[str, FileRecord] | None = None,
+        guard: Callable[[], None] | None = None,
     ) -> Commit:
         """Upload every file below a local folder and commit them as the checkpoint of `step`.
 
-        `info` is any JSON object, to be had again from `info()`. `guard` raises if this writer may not write any more;
-        it is called before anything is changed and again right before the commit becomes visible. A step that is
-        committed already is returned as it is if its files are the same ones, is moved to `damaged/` and committed anew
-        if it is damaged, and is a `StoreError` otherwise.
+        `info` is any JSON object, to be had again from `info()`. `appended` is what the files of the run that only grow
+        are now, to be had again from `appended()`: this commit vouches for that beginning of them. `guard` raises if
+        this writer may not write any more; it is called before anything is changed and again right before the commit
+        becomes visible. A step that is committed already is returned as it is if its files are the same ones, is moved
+        to `damaged/` and committed anew if it is damaged, and is a `StoreError` otherwise.
         """
         guard = guard or (lambda: None)
-        manifest = _new_manifest(step, folder, info)
+        manifest = _new_manifest(step, folder, info, appended or {})
         key = self._key(step)
         guard()
         entries = self._entries(key)
@@ -109,6 +117,14 @@ class Checkpoints:
         if isinstance(manifest, Damage):
             raise DamagedError(f"{self.storage.url}: {manifest}")
         return manifest.info
+
+    def appended(self) -> tuple[Commit | None, dict[str, FileRecord]]:
+        """The newest commit whose manifest can be trusted, and what the files that only grow were by then."""
+        for commit in reversed(self.commits()):
+            manifest = self._manifest(commit)
+            if not isinstance(manifest, Damage):
+                return commit, manifest.appended
+        return None, {}
 
     def fetch(self, commit: Commit, into: Path) -> Path:
         """Download a checkpoint to `into`, a folder that is new or empty, and verify every byte.
@@ -263,7 +279,7 @@ class Checkpoints:
         return problems
 
 
-def _new_manifest(step: int, folder: Path, info: dict[str, Any]) -> _Manifest:
+def _new_manifest(step: int, folder: Path, info: dict[str, Any], appended: Mapping[str, FileRecord]) -> _Manifest:
     if not 0 <= step < 10**12:
         raise UserError(f"a step is a number from 0 to 999999999999, not {step}")
     files = records_of(folder)
@@ -271,7 +287,7 @@ def _new_manifest(step: int, folder: Path, info: dict[str, Any]) -> _Manifest:
         raise UserError(f"{folder} has no file: there is nothing to commit as step {step}")
     if taken := {_MANIFEST, _COMMITTED} & set(files):
         raise UserError(f"{folder} has a file {min(taken)}: in a checkpoint that name is the store's own")
-    return _Manifest(step=step, files=files, info=info)
+    return _Manifest(step=step, files=files, info=info, appended=dict(appended))
 
 
 def _commit(step: int, key: str, entries: list[Entry]) -> Commit | None:

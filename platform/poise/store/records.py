@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from poise.spec import Section
 from poise.store.storage import sha256_of
 
-__all__ = ["Damage", "FileRecord", "check_files", "listed", "records_of"]
+__all__ = ["Damage", "FileRecord", "check_files", "listed", "record_of", "records_of"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class FileRecord(Section):
 
     bytes: int
     sha256: str
+
+
+def record_of(data: bytes) -> FileRecord:
+    """The record of a file that has these bytes."""
+    return FileRecord(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
 def records_of(folder: Path) -> dict[str, FileRecord]:

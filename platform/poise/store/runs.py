@@ -2,12 +2,13 @@
 
 A store's address is the parent of its runs: `store: runs` keeps run `digits` in `runs/digits/`, as
 `spec.yaml, environment.json, inputs.json, manifest.json, metrics/*.parquet, checkpoints/step-*/, artifacts/,
-events.jsonl`.
+events.jsonl`, and `records.jsonl` with the SHA-256 of each of them (see `result_files`).
 """
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import time
 from collections.abc import Iterable, Mapping
@@ -21,7 +22,8 @@ from poise.errors import DamagedError, UserError
 from poise.spec import Name, Section
 from poise.store.checkpoints import Checkpoints
 from poise.store.lease import Lease
-from poise.store.records import Damage, FileRecord, check_files
+from poise.store.records import Damage, FileRecord
+from poise.store.result_files import EVENTS, RECORDS, AppendedLines, RecordLog, ResultFiles
 from poise.store.storage import Storage, open_storage
 
 __all__ = ["Run", "RunManifest", "RunSummary", "Status", "list_runs", "open_run"]
@@ -30,9 +32,7 @@ Status = Literal["running", "finished", "failed", "stopped"]
 """`stopped` is a trial that its sweep has given up before its end."""
 
 _NAME: TypeAdapter[str] = TypeAdapter(Name)
-_MANIFEST, _SPEC, _EVENTS = "manifest.json", "spec.yaml", "events.jsonl"
-_RECORDED = ("artifacts/", "metrics/", "samples/", _SPEC, "environment.json", "inputs.json")
-"""What the manifest of an ended run vouches for; checkpoints vouch for themselves, and events go on being added."""
+_MANIFEST, _SPEC = "manifest.json", "spec.yaml"
 
 
 class RunManifest(Section):
@@ -48,6 +48,12 @@ class RunManifest(Section):
     best_step: int | None = Field(default=None, description="the step of the best checkpoint")
     error: str | None = Field(default=None, description="why the run failed")
     files: dict[str, FileRecord] = Field(default={}, description="the results and what made them, by path in the run")
+    appended: dict[str, FileRecord] = Field(default={}, description="what the files that only grow were at the end")
+    sha256: str = Field(default="", description="of this manifest without this field")
+
+    def content_sha256(self) -> str:
+        """The SHA-256 of all that the manifest says."""
+        return hashlib.sha256(self.model_dump_json(exclude={"sha256"}).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -75,19 +81,40 @@ class Run:
         self.storage = storage
         self.url = f"{storage.url}/{self.name}"
         self.checkpoints = Checkpoints(storage, f"{self.name}/checkpoints")
-        self._events_end_whole = False
+        self.results = ResultFiles(storage, self.name)
+        self._events = AppendedLines(storage, self.key(EVENTS))
 
     def key(self, relative: str) -> str:
         """The key in the storage of a file of this run."""
         return f"{self.name}/{relative}"
 
     def read(self, relative: str) -> bytes:
-        """The bytes of a file of this run; `FileNotFoundError` when there is none."""
-        return self.storage.read(self.key(relative))
+        """The bytes of a file of this run; `FileNotFoundError` when there is none.
+
+        `DamagedError` for a result that is not what was written, or that a commit vouches for and that is missing.
+        """
+        try:
+            return self.results.read(relative)
+        except FileNotFoundError:
+            if relative != _MANIFEST and relative in self._vouched():
+                raise DamagedError(f"{self.url}/{relative} is missing: it was committed, and is lost") from None
+            raise
 
     def write(self, relative: str, data: bytes) -> None:
         """Create or replace a file of this run, atomically."""
-        self.storage.write(self.key(relative), data)
+        self.results.write({relative: data})
+
+    def write_files(self, files: Mapping[str, bytes]) -> None:
+        """`write` for several files, which are recorded together."""
+        self.results.write(files)
+
+    def upload(self, path: Path, relative: str) -> None:
+        """Copy a local file into this run."""
+        self.results.upload(path, relative)
+
+    def download(self, relative: str, path: Path) -> None:
+        """Copy a file of this run to a local path; `DamagedError` for a result that is not what was written."""
+        self.results.download(relative, path)
 
     def exists(self) -> bool:
         """Whether a run of this name was ever started here."""
@@ -96,6 +123,14 @@ class Run:
     def files(self, prefix: str = "") -> list[str]:
         """The files of this run whose path begins with `prefix`, sorted."""
         return [entry.key.removeprefix(f"{self.name}/") for entry in self.storage.list(self.key(prefix))]
+
+    def committed_files(self, prefix: str) -> list[str]:
+        """The results whose path begins with `prefix`: those that are there, and those that a commit vouches for.
+
+        To read one that was lost is a `DamagedError`, so that nothing is ever summed up without it.
+        """
+        lost = [path for path in self._vouched() if path.startswith(prefix)]
+        return sorted({*self.files(prefix), *lost})
 
     def lease(self, *, renew_s: float = 5.0, expires_s: float = 30.0) -> Lease:
         """The right to drive this run; enter it before anything is written."""
@@ -107,9 +142,18 @@ class Run:
         `text` is the resolved spec in YAML and `sha256` its hash, which decides where both are known.
         """
         if self.storage.create(self.key(_SPEC), text.encode()):
+            self.results.record_missing(_SPEC, text.encode())
             return True
-        stored = self.read(_SPEC).decode(errors="replace")
-        if stored == text or ((known := self.manifest()) and known.spec_sha256 == sha256):
+        same = (known := self.manifest()) is not None and known.spec_sha256 == sha256
+        try:
+            stored = self.read(_SPEC).decode(errors="replace")
+        except DamagedError:
+            if not same:
+                raise
+            self.write(_SPEC, text.encode())  # what it was, since its hash is known
+            return False
+        if stored == text or same:
+            self.results.record_missing(_SPEC, stored.encode())  # a driver may have died before it did
             return False
         changes = difflib.unified_diff(stored.splitlines(), text.splitlines(), "stored", "given", n=1, lineterm="")
         raise UserError(
@@ -140,51 +184,44 @@ class Run:
         known = self.manifest()
         if known is None:
             raise UserError(f"run {self.name!r} in {self.storage.url} was not started")
-        entries = [entry for prefix in _RECORDED for entry in self.storage.list(self.key(prefix))]
-        files = {
-            entry.key.removeprefix(f"{self.name}/"): FileRecord(bytes=entry.size, sha256=self.storage.sha256(entry.key))
-            for entry in entries
-        }
         changes = {"status": status, "updated": time.time(), "final_step": final_step, "best_step": best_step}
-        return self._record(known.model_copy(update={**changes, "error": error, "files": files}))
+        files = {"files": self.results.final_records(self._vouched()), "appended": self.results.appended()}
+        return self._record(known.model_copy(update={**changes, **files, "error": error}))
 
     def manifest(self) -> RunManifest | None:
         """What is recorded of the run, None before `start`; `DamagedError` if it cannot be read."""
         try:
-            return RunManifest.model_validate_json(self.read(_MANIFEST))
+            manifest = RunManifest.model_validate_json(self.storage.read(self.key(_MANIFEST)))
         except FileNotFoundError:
             return None
         except ValidationError as error:
-            raise DamagedError(
-                f"{self.url}/{_MANIFEST} is damaged ({error.errors()[0]['msg']}): remove that one file and run again; "
-                "checkpoints are not affected"
-            ) from error
+            raise self._damaged_manifest(error.errors()[0]["msg"]) from error
+        if manifest.sha256 != manifest.content_sha256():
+            raise self._damaged_manifest("its sha256 differs")
+        return manifest
 
     def append_events(self, events: Iterable[Mapping[str, Any]]) -> None:
         """Add events, one JSON object a line. Only who holds the lease does."""
-        lines = "".join(json.dumps(event, separators=(",", ":")) + "\n" for event in events)
-        if not lines:
-            return
-        if not self._events_end_whole and (text := self._events_text()) and not text.endswith("\n"):
-            lines = "\n" + lines  # what a dead driver left half written keeps to its own line
-        self._events_end_whole = False
-        self.storage.append(self.key(_EVENTS), lines.encode())
-        self._events_end_whole = True
+        self._events.append(events)
 
     def events(self) -> list[dict[str, Any]]:
         """Every event, oldest first; a line that was torn by a crash comes as `{"event": "torn", "text": ...}`."""
-        return [_event(line) for line in self._events_text().splitlines() if line]
+        return [_event(line) for line in self._events.read().decode(errors="replace").splitlines() if line]
 
     def verify(self) -> list[Damage]:
-        """Read every byte of every checkpoint and of what the manifest records, and say what is wrong."""
+        """Read every byte of every checkpoint and of every result, and say what is wrong."""
         damages = self.checkpoints.verify()
         try:
             known = self.manifest()
         except DamagedError as error:
             return [*damages, Damage(self.name, _MANIFEST, str(error))]
-        sizes = {entry.key.removeprefix(f"{self.name}/"): entry.size for entry in self.storage.list(f"{self.name}/")}
-        records = known.files if known else {}
-        return damages + check_files(self.name, records, sizes, lambda name: self.storage.sha256(self.key(name)))
+        ended = known if known is not None and known.status != "running" else None
+        commit, appended = self.checkpoints.appended()
+        if commit is not None:
+            damages += self.results.verify_appended(appended, commit.name)
+        if ended is not None:
+            damages += self.results.verify_appended(ended.appended, _MANIFEST)
+        return damages + self.results.verify(ended.files if ended else None, self._vouched())
 
     def summary(self) -> RunSummary:
         """The run in one line."""
@@ -213,15 +250,27 @@ class Run:
                 found.append(run.name)
         return found
 
-    def _events_text(self) -> str:
+    def _vouched(self) -> set[str]:
+        """The paths of results that have to be there: the manifest of a run that has ended, or a commit, says so."""
         try:
-            return self.read(_EVENTS).decode(errors="replace")
-        except FileNotFoundError:
-            return ""
+            known = self.manifest()
+        except DamagedError:
+            known = None
+        if known is not None and known.status != "running":
+            return set(known.files)
+        record = self.checkpoints.appended()[1].get(RECORDS)
+        return set() if record is None else set(RecordLog.parse(self.results.log().data[: record.bytes]).versions)
 
     def _record(self, manifest: RunManifest) -> RunManifest:
-        self.write(_MANIFEST, manifest.model_dump_json(indent=1).encode())
+        manifest = manifest.model_copy(update={"sha256": manifest.content_sha256()})
+        self.storage.write(self.key(_MANIFEST), manifest.model_dump_json(indent=1).encode())
         return manifest
+
+    def _damaged_manifest(self, why: str) -> DamagedError:
+        return DamagedError(
+            f"{self.url}/{_MANIFEST} is damaged ({why}): remove that one file and run again; "
+            "checkpoints are not affected"
+        )
 
 
 def list_runs(storage: Storage) -> list[RunSummary]:

@@ -232,13 +232,24 @@ class _Loop:
         """Rows first, then the checkpoint whose commit makes them count: a torn attempt writes the same rows again."""
         run, state = self.context.run, self.state
         started = time.perf_counter()
-        self._write_rows(state.step)
         timing = Rows()
         timing.add(state.step, self._epoch(), "timing", self.telemetry.timing(state.step))
-        run.write(f"metrics/timing-{state.step:08d}.parquet", timing.to_parquet())
+        self.context.guard()
+        run.write_files(
+            {
+                f"metrics/rows-{state.step:08d}.parquet": self.rows.to_parquet(),
+                f"metrics/timing-{state.step:08d}.parquet": timing.to_parquet(),
+            }
+        )
         with tempfile.TemporaryDirectory(prefix="poise-") as scratch:
             save_state(state, rngs, Path(scratch))
-            run.checkpoints.commit(state.step, Path(scratch), info=self._info(), guard=self.context.guard)
+            run.checkpoints.commit(
+                state.step,
+                Path(scratch),
+                info=self._info(),
+                appended=run.results.appended(),
+                guard=self.context.guard,
+            )
         run.checkpoints.prune(self.spec.checkpoint.keep, {state.best.step} if state.best else set())
         seconds = time.perf_counter() - started
         run.append_events([event("commit", step=state.step, seconds=round(seconds, 3), **self._attempt())])
