@@ -33,7 +33,7 @@ def test_the_set_of_names_is_frozen() -> None:
         ("poise_sampler_restarts_total", "counter", ("run",)),
         ("poise_damaged_checkpoints_total", "counter", ("run",)),
     }
-    assert PHASES == ("data", "attack", "forward_backward", "optim", "report")
+    assert PHASES == ("data", "generate", "attack", "forward_backward", "optim", "report")
 
 
 def test_the_table_keeps_the_rules_of_prometheus() -> None:

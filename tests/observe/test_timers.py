@@ -34,7 +34,7 @@ def test_a_phase_inside_another_pauses_it() -> None:
                 clock.pass_(0.5)
             clock.pass_(20)
         clock.pass_(2)
-    assert timers.take() == {"data": 0.5, "attack": 30, "forward_backward": 3, "optim": 0, "report": 0}
+    assert timers.take() == {"data": 0.5, "generate": 0, "attack": 30, "forward_backward": 3, "optim": 0, "report": 0}
 
 
 def test_a_phase_inside_itself_counts_once() -> None:

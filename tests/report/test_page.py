@@ -12,6 +12,7 @@ from rich.console import Console
 
 from poise.observe.rows import Rows, read_rows
 from poise.report.page import render
+from poise.report.publish import publish
 from poise.report.record import RunRecord, load_record
 from poise.report.table import comparison, run_details, run_list
 from poise.store.runs import Run, list_runs, open_run
@@ -118,6 +119,53 @@ def test_a_run_that_has_just_begun_has_a_page() -> None:
     assert any("No final evaluation yet" in part for part in page.texts)
     assert sum("No metrics yet" in part for part in page.texts) == 2
     Page(render([], "No run"))
+
+
+@pytest.mark.parametrize("kind", ["sweep", "bounds.report", "robust.evaluate", "calibrate.measure"])
+def test_a_finished_run_that_takes_no_steps_is_not_called_young(kind: str) -> None:
+    summary = {"kind": kind, "seed": 3, "examples": 1_234}
+    page = Page(render([RunRecord("done", kind=kind, status="finished", summary=summary)], "x"))
+    assert not any("No metrics yet" in text for text in page.texts)
+    assert "step" not in page.texts
+    assert page.texts[page.texts.index("examples") + 1] == "1,234"
+
+
+@pytest.mark.parametrize(
+    ("kind", "unit"), [("align.selfplay", "responses"), ("finetune.sft", "examples"), ("robust.train", "images")]
+)
+def test_speed_is_in_the_unit_of_the_kind_before_there_is_a_result(make_record, kind: str, unit: str) -> None:
+    record = dataclasses.replace(make_record(), kind=kind, summary={}, status="running")
+    assert any(text.endswith(f" {unit}/s (median)") for text in Page(render([record], "x")).texts)
+
+
+def test_sentences_are_broken_into_lines_and_numbers_are_not(make_record: Callable[..., RunRecord]) -> None:
+    """A cell of prose has a class of its own; a caption is no part of its table, which may be wider than the screen."""
+    text = render([make_record()], "x")
+    page = Page(text)
+    attack = "PGD-20 in the linf ball, eps 8/255, 1 restart"
+    assert f'<td class="prose">{attack}' in text
+    assert "caption" not in page.tags
+    assert page.values("class").count("caption") == page.tags.count("thead") - 1  # the event log has none
+    console = Console(file=io.StringIO(), width=60, record=True)
+    words = "a warning of many words that no terminal is wide enough for, which ends here"
+    warned = RunRecord("doubtful", kind="robust.evaluate", summary={"warnings": [words]})
+    console.print(*comparison([warned]))
+    assert words in " ".join(line[len("doubtful ") :].strip() for line in console.export_text().splitlines())
+
+
+def test_a_page_of_several_runs_is_titled_by_them(tmp_path: Path) -> None:
+    runs = [open_run(tmp_path, name) for name in ("a", "b", "c", "d", "e", "f")]
+
+    def title(count: int, home: Run) -> str:
+        publish(runs[:count], home, tmp_path / "page.html")
+        page = Page((tmp_path / "page.html").read_text())
+        return next(filter(None, page.texts))
+
+    assert title(1, runs[0]) == "a"
+    assert title(2, runs[0]) == "a and b"
+    assert title(4, runs[0]) == "a, b, c and d"
+    assert title(6, runs[0]) == "a, b, c and 3 more runs"
+    assert title(6, open_run(tmp_path, "pipeline")) == "pipeline"
 
 
 def test_values_that_are_missing_or_no_numbers_become_dashes(make_record: Callable[..., RunRecord]) -> None:

@@ -152,7 +152,6 @@ def _told(spec: FinetuneSftSpec, fitted: Fitted, selected: str) -> dict[str, Any
         "step": fitted.final_step,
         "best_step": fitted.best_step,
         "selected": selected,
-        "unit": "examples",
     }
 
 

@@ -94,7 +94,7 @@ class SelfPlay:
         iteration, inner = divmod(turn.step, self._method.inner_steps)
         part = index % self._spec.train.accumulate
         if inner == part == 0:
-            with turn.timers("data"):
+            with turn.timers("generate"):
                 state = self._begin(iteration, state)
         return self._learn(model, self._parts[part], state, turn, fresh=inner == 0)
 

@@ -14,8 +14,8 @@ __all__ = ["METRICS", "PHASES", "Kind", "Metric", "lookup"]
 
 Kind = Literal["counter", "gauge", "histogram"]
 
-PHASES = ("data", "attack", "forward_backward", "optim", "report")
-"""The five places where a training loop spends its time; every loop is timed at the same five."""
+PHASES = ("data", "generate", "attack", "forward_backward", "optim", "report")
+"""The places where a training loop spends its time: an adversary attacks, self-play generates, all else is common."""
 
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 _LONG = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)

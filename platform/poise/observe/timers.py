@@ -1,4 +1,4 @@
-"""Where the time of a step goes: one context manager per phase, at the same five points of every loop.
+"""Where the time of a step goes: one context manager per phase, at the same points of every loop.
 
 Invariant: at any moment at most one phase runs. A phase opened inside another pauses it, so the seconds are exclusive
 and their sum never exceeds the wall clock.

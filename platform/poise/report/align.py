@@ -95,4 +95,4 @@ def _divergences(record: RunRecord) -> Figure | None:
     return figure
 
 
-SECTION = Section("Self-play", _grids, _drawings, _details)
+SECTION = Section("Self-play", _grids, _drawings, _details, unit="responses")

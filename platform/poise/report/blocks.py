@@ -29,12 +29,14 @@ class Cell:
 class Column:
     """The heading of a column of numbers.
 
-    `colour` (CSS) ties it to a line of a figure; a column that is not `brief` is on the page only.
+    `colour` (CSS) ties it to a line of a figure; a column that is not `brief` is on the page only. A column of `prose`
+    holds sentences, which are broken into lines and never cut.
     """
 
     label: str
     colour: str = ""
     brief: bool = True
+    prose: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,16 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Section:
-    """How one kind of run is shown: grids and figures of all its runs beside each other, and figures of each alone."""
+    """How one kind of run is shown: grids and figures of all its runs beside each other, and figures of each alone.
+
+    `unit` is what its speed counts.
+    """
 
     title: str
     grids: Callable[[Sequence[RunRecord]], Iterable[Grid]]
     drawings: Callable[[Sequence[RunRecord]], Iterable[Drawn | None]]
     details: Callable[[str, RunRecord], Iterable[Drawn | None]]
+    unit: str = "images"
 
 
 def draw(name: str, title: str, figure: Figure | None, caption: str) -> Drawn | None:

@@ -63,7 +63,7 @@ def _grids(records: Sequence[RunRecord]) -> Iterator[Grid]:
         ],
     )
     protocols = [Line(r.name, "", [Cell(str(r.summary.get("protocol")))], False) for r in found]
-    yield Grid("", "What the numbers depend on.", "run", [Column("protocol")], protocols)
+    yield Grid("", "What the numbers depend on.", "run", [Column("protocol", prose=True)], protocols)
     for record in found:
         yield from _questions(record)
 
@@ -83,7 +83,7 @@ def _estimate(record: RunRecord, name: str) -> Cell:
 
 
 def _questions(record: RunRecord) -> Iterator[Grid]:
-    columns = [Column(text) for text in ("answers", "Sem1", "Sem2", "gap", "correct")]
+    columns = [Column("answers", prose=True), *map(Column, ("Sem1", "Sem2", "gap", "correct"))]
     for key, caption in {
         "hardest": "largest gap between Sem1 and Sem2: the model does not know which answer it means",
         "confidently_wrong": "wrong although at least nine answers in ten agree: no gap betrays them",
@@ -143,4 +143,4 @@ def confidences(histogram: Mapping[str, Sequence[int]]) -> Figure | None:
     return figure
 
 
-SECTION = Section("Calibration", _grids, lambda records: (), _details)
+SECTION = Section("Calibration", _grids, lambda records: (), _details, unit="requests")

@@ -27,7 +27,9 @@ def _grids(records: Sequence[RunRecord]) -> Iterator[Grid]:
         yield _again(again)
     if doubts := [(record, words) for record in records for words in record.summary.get("warnings") or ()]:
         lines = [Line(record.name, "", [Cell(words)]) for record, words in doubts]
-        yield Grid("Warnings", "What should make one doubt these results.", "run", [Column("warning")], lines)
+        yield Grid(
+            "Warnings", "What should make one doubt these results.", "run", [Column("warning", prose=True)], lines
+        )
 
 
 def _accuracies(records: Sequence[RunRecord]) -> Grid:
@@ -52,8 +54,9 @@ def _accuracies(records: Sequence[RunRecord]) -> Grid:
 
 
 _COLUMNS = (
-    Column("threat"), Column("attack", brief=False), Column("attacked"), Column("fooled"), Column("standing"),
-    Column("union"), Column("gradients", brief=False), Column("queries", brief=False), Column("seconds", brief=False),
+    Column("threat"), Column("attack", brief=False, prose=True), Column("attacked"), Column("fooled"),
+    Column("standing"), Column("union"), Column("gradients", brief=False), Column("queries", brief=False),
+    Column("seconds", brief=False),
 )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ __all__ = [
 
 WIDE, HALF = 10.2, 5.0  # inches; on the page the one is twice as wide as the other, so that their text is of one size
 MUTED, GRID = "#6b7280", "#e2e5ea"
-PHASE_COLOURS = dict(zip(PHASES, ("#56b4e9", "#d55e00", "#0072b2", "#009e73", "#cc79a7"), strict=True))
+PHASE_COLOURS = dict(zip(PHASES, ("#56b4e9", "#e69f00", "#d55e00", "#0072b2", "#009e73", "#cc79a7"), strict=True))
 VARIABLES = {c: f"c-{c[1:]}" for c in (*COLOURS.values(), *SPARE)}
 VARIABLES |= {INK: "ink", MUTED: "muted", GRID: "grid"}
 
@@ -218,8 +218,8 @@ def phase_bars(runs: Sequence[tuple[str, pa.Table]]) -> Figure | None:
         return None
     figure, axes = canvas(WIDE, 0.85 + 0.42 * len(timed), "time in the loop of one worker (s)", "")
     axes.grid(axis="y", visible=False)
-    phases = [p for p in PHASES if any(p in s for _, s in timed)]
-    phases += sorted({p for _, s in timed for p in s} - set(phases))
+    phases = [p for p in PHASES if any(s.get(p, 0) > 0 for _, s in timed)]
+    phases += sorted({p for _, s in timed for p in s} - set(PHASES))
     longest = max(sum(seconds.values()) for _, seconds in timed)
     for row, (_, seconds) in enumerate(timed):
         _phase_bar(axes, row, seconds, phases, longest)

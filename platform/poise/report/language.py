@@ -76,4 +76,4 @@ def curves(rows: pa.Table, train: str, validation: str, scale: float, floor: flo
     return figure
 
 
-SECTION = Section("Language models", _grids, lambda records: (), _details)
+SECTION = Section("Language models", _grids, lambda records: (), _details, unit="examples")

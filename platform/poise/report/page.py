@@ -53,6 +53,7 @@ def _run(index: int, record: RunRecord) -> dict[str, Any]:
         "anchor": f"run-{index + 1}",
         "status": record.status,
         "tone": TONES.get(record.status, ""),
+        "ended": record.status in ("finished", "failed"),
         "facts": list(_facts(record)),
         "figures": list(filter(None, _figures(f"run-{index + 1}", record))),
         "spec": record.spec_text,
@@ -73,13 +74,19 @@ def _facts(record: RunRecord) -> Iterator[tuple[str, str]]:
     yield "kind", record.kind or "unknown"
     if summary.get("objective"):
         yield "objective", str(summary["objective"])
-    yield "step", f"{summary.get('step', max(steps, default=0)):,}"
+    step = summary.get("step", max(steps, default=0))
+    if step:
+        yield "step", f"{step:,}"
+    for count in ("examples", "questions"):
+        if summary.get(count) and not step:
+            yield count, f"{summary[count]:,}"
     yield "seed", str(summary.get("seed", "unknown"))
     yield "commit", (git["commit"][:12] + (" + local changes" if git.get("dirty") else "")) if git else "unknown"
     if summary.get("parameters"):
         yield "parameters", f"{summary['parameters']:,}"
     if len(rate):
-        yield "speed", f"{np.nanmedian(rate):,.0f} {summary.get('unit', 'images')}/s (median)"
+        unit = SECTIONS[record.kind].unit if record.kind in SECTIONS else "examples"
+        yield "speed", f"{np.nanmedian(rate):,.0f} {unit}/s (median)"
     if seconds:
         yield "time in the loop", f"{seconds:,.1f} s"
     if "commit" in events:

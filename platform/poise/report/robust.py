@@ -84,7 +84,7 @@ def _attacks(records: Sequence[RunRecord]) -> Iterator[Grid]:
         for (threat, text), names in found
     ]
     if lines:
-        yield Grid("", "The attacks behind the robust columns.", "threat", [Column("attack")], lines)
+        yield Grid("", "The attacks behind the robust columns.", "threat", [Column("attack", prose=True)], lines)
 
 
 def _drawings(records: Sequence[RunRecord]) -> Iterator[Drawn | None]:

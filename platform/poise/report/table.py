@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import compress
+from typing import Literal
 
 from rich import box
 from rich.table import Table
@@ -34,7 +35,8 @@ def _table(grid: Grid) -> Table:
     table.add_column(grid.heading, overflow="fold", min_width=min(24, max(len(line.head) for line in lines)))
     brief = [column.brief for column in grid.columns]
     for column in compress(grid.columns, brief):
-        table.add_column(column.label, justify="right", no_wrap=True)
+        justify: Literal["left", "right"] = "left" if column.prose else "right"
+        table.add_column(column.label, justify=justify, no_wrap=not column.prose, overflow="fold")
     for line in lines:
         head = Text.assemble((line.head, "bold"), (f"\n{line.note}" if line.note else "", "dim"))
         table.add_row(head, *map(_cell, compress(line.cells, brief)))
