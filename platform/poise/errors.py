@@ -6,13 +6,21 @@ exits with `exit_code`; any other exception is a defect of Poise and keeps its t
 
 from __future__ import annotations
 
+from poise.secrets import redact
+
 __all__ = ["DamagedError", "PoiseError", "RunBusyError", "StoreError", "UserError"]
 
 
 class PoiseError(Exception):
-    """A failure that the message explains: what is wrong, where, and what to do about it."""
+    """A failure that the message explains: what is wrong, where, and what to do about it.
+
+    A message is printed, logged and kept in the record of a run; a secret in it is replaced by `***`.
+    """
 
     exit_code = 1
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(redact(each) if isinstance(each, str) else each for each in arguments))
 
 
 class UserError(PoiseError, ValueError):

@@ -14,6 +14,7 @@ from poise.kinds.specs.pipeline import PipelineSpec
 from poise.kinds.specs.sweep import SweepSpec
 from poise.observe.environment import environment
 from poise.observe.events import event
+from poise.secrets import redact
 from poise.spec import RunSpec, dump
 from poise.store.inputs import has_results, record_inputs
 from poise.store.lease import Lease
@@ -78,7 +79,7 @@ def claim(run: Run, spec: RunSpec) -> Iterator[Lease]:
         except Exception as error:
             with suppress(PoiseError):  # a full disk, or a lost lease, must not hide what went wrong first
                 lease.check()
-                why = str(error) or type(error).__name__
+                why = redact(str(error)) or type(error).__name__
                 run.append_events([event("failed", why=why)])
                 run.finish("failed", error=why)
             raise

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from poise.secrets import find_secrets, redact
 from poise.spec.problems import Path, Problem, SpecError, nearest
 from poise.spec.reader import Document, read_file
 from poise.spec.run import RunSpec
@@ -22,6 +23,11 @@ Kinds = Mapping[str, type[RunSpec]]
 
 _TAGS = ("name", "kind", "attack")
 """The keys that tell which of several sections one is."""
+
+_SECRET = (
+    "holds a secret, such as a password in a URL or a service's token. A spec is kept with its run and shown on its "
+    "page: take the secret out, and set it in the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+)
 
 
 def load(path: str | FilePath, kinds: Kinds, assignments: Sequence[str] = (), profile: str | None = None) -> RunSpec:
@@ -42,6 +48,8 @@ def parse(document: Document, kinds: Kinds) -> RunSpec:
         what = "is missing" if kind is None else f"{kind!r} is not a kind of job"
         hint = nearest(kind, kinds) if isinstance(kind, str) else f"valid: {', '.join(sorted(kinds))}"
         raise SpecError([document.problem(("kind",), f"{what}; {hint}")])
+    if secrets := list(find_secrets(document.tree)):
+        raise SpecError([document.problem(path, _SECRET) for path in secrets])
     document.tree, document.copies = kinds[kind].expand(document.tree)
     try:
         return kinds[kind].model_validate(document.tree)
@@ -117,7 +125,8 @@ def _message(detail: ErrorDetails, spec_class: type[RunSpec]) -> str:
         return f"{_short(shown)} is not valid; {hint}"
     text = re.sub(r"^(Value|Assertion) error, ", "", detail["msg"])
     text = re.sub(r"^Input should be", "must be", text)
-    return text if kind == "mistake" or isinstance(given, dict) else f"{text}, got {_short(given)}"
+    untold = kind == "mistake" or isinstance(given, dict) or "environment" in detail["loc"]
+    return text if untold else f"{text}, got {_short(given)}"
 
 
 def _choices(spec_class: type[BaseModel], loc: Path) -> str:
@@ -161,5 +170,5 @@ def _tag(member: type[BaseModel]) -> str | None:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = redact(repr(value))  # before it is cut, which may take away what a secret is known by
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -87,17 +87,22 @@ class Document:
     def _assign(self, text: str) -> Problem | None:
         key, equals, value = text.partition("=")
         path = tuple(key.strip().split("."))
+        shown = f"--set {key[:80]}"  # without the value: it may be long, or a secret
         if not equals or not all(path):
-            return Problem(f"--set {text}", 0, (), "expected path=value, such as train.epochs=5")
+            return Problem(f"--set {text[:80]!r}", 0, (), "expected path=value, such as train.epochs=5")
+        if len(text.splitlines()) > 1:
+            return Problem(
+                f"{shown!r}", 0, (), "is more than one line; write a list as [a, b], a section as {key: value}"
+            )
         try:
             parsed = read_document(f"value: {value}" if value.strip() else "value: null", f"--set {key}").tree["value"]
         except SpecError as error:
-            return Problem(f"--set {text}", 0, (), error.problems[0].message)
+            return Problem(shown, 0, (), error.problems[0].message)
         node: Any = self.tree
         for depth, part in enumerate(path[:-1]):
             node = node.setdefault(part, {})
             if not isinstance(node, dict):
-                return Problem(f"--set {text}", 0, path[: depth + 1], "is a value, not a section")
+                return Problem(shown, 0, path[: depth + 1], "is a value, not a section")
         node[path[-1]] = parsed
         self.overridden.add(path)
         return None

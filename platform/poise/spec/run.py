@@ -7,13 +7,13 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from poise.secrets import is_secret_variable
 from poise.spec.base import Section, mistake
 from poise.spec.problems import Path
 from poise.spec.values import Name, Real
 
 __all__ = ["RunSpec", "SamplerSpec", "WorkersSpec"]
 
-_SECRET = re.compile(r"secret|token|password|passwd|credential|access_key|api_key", re.IGNORECASE)
 _PERSON_IN_URL = re.compile(r"^\w+://[^/]*@")
 
 
@@ -34,8 +34,8 @@ class WorkersSpec(Section):
     @field_validator("environment")
     @classmethod
     def _no_secret(cls, value: dict[str, str]) -> dict[str, str]:
-        for name in value:
-            if _SECRET.search(name):
+        for name, content in value.items():
+            if is_secret_variable(name, content):
                 raise ValueError(
                     f"{name} looks like a secret; set it in the environment of the cluster, never in a spec"
                 )

@@ -1,0 +1,126 @@
+"""What a secret looks like: such a value is kept out of specs, and out of what Poise prints and records.
+
+A value is judged by its shape first, since names lie: a password in a URL, a private key, the tokens of well-known
+services. A name is judged only as a whole, or by its last words: TOKENIZERS_PARALLELISM holds the word TOKEN and is
+none.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+__all__ = ["find_secrets", "is_secret", "is_secret_variable", "redact"]
+
+_IN_URL = re.compile(
+    r"(?<=://)[^\s/@:'\"]+:(?!\d{1,5}/)[^\s@'\"]+(?=@)"  # user:password, and no port; a password may hold a slash
+    r"|(?<=://)[^\s/@:'\"]{16,}(?=@)"  # a user that is long enough for a token
+    r"|(?<=[?&])(?:X-Amz-(?:Signature|Credential|Security-Token)|sig|api_key|access_token|token|password)=[^&\s'\"]+"
+)
+"""The part of a URL that lets its owner in."""
+
+_SHAPES = re.compile(
+    r"-----BEGIN [A-Z ]*PRIVATE KEY-----"
+    r"|\b(?:gh[opusr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}"  # GitHub, GitLab
+    r"|hf_[A-Za-z0-9]{20,}|sk-(?=[\w-]*\d)[\w-]{20,}|nvapi-[\w-]{20,}"  # Hugging Face, OpenAI and others, NVIDIA
+    r"|(?:AKIA|ASIA)[A-Z0-9]{16}|AIza[\w-]{35}|ya29\.[\w.-]{20,}"  # AWS, Google
+    r"|xox[abprs]-[\w-]{10,}|dckr_pat_[\w-]{20,}|npm_\w{30,}|pypi-Ag\w{20,}"  # Slack, Docker, npm, PyPI
+    r"|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]*)"  # JSON Web Tokens
+)
+
+_NAMES = frozenset(
+    [
+        "ANTHROPIC_KEY",
+        "AWS_ACCESS_KEY",
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_KEY",
+        "AWS_SESSION_TOKEN",
+        "AZURE_CLIENT_SECRET",
+        "AZURE_STORAGE_CONNECTION_STRING",
+        "AZURE_STORAGE_KEY",
+        "AZURE_STORAGE_SAS_TOKEN",
+        "CLEARML_API_SECRET_KEY",
+        "COHERE_KEY",
+        "COMET_KEY",
+        "DATABASE_URL",
+        "DB_URL",
+        "GEMINI_KEY",
+        "GH_PAT",
+        "GITHUB_PAT",
+        "GITLAB_PAT",
+        "GOOGLE_KEY",
+        "GROQ_KEY",
+        "HF_AUTH",
+        "HF_KEY",
+        "HF_TOKEN",
+        "HUGGINGFACE_TOKEN",
+        "HUGGINGFACEHUB_API_TOKEN",
+        "HUGGING_FACE_HUB_TOKEN",
+        "MISTRAL_KEY",
+        "MONGO_URL",
+        "MONGODB_URI",
+        "MYSQL_PWD",
+        "NEPTUNE_API_TOKEN",
+        "NETRC",
+        "NGC_KEY",
+        "OPENAI_KEY",
+        "PGPASS",
+        "PGPASSWORD",
+        "RAY_AUTH_TOKEN",
+        "REDISCLI_AUTH",
+        "REDIS_URL",
+        "SLACK_WEBHOOK",
+        "SLACK_WEBHOOK_URL",
+        "SSH_KEY",
+        "SSH_PRIVATE_KEY",
+        "WANDB_KEY",
+    ]
+)
+"""Variables that hold a secret, whatever its value looks like."""
+
+_CERTAIN = re.compile(
+    r"(?:^|_)(?:PASSWORD|PASSWD|PASSPHRASE|PASS|SECRET|SECRETS|CREDENTIAL|CREDENTIALS|PAT"
+    r"|(?:API|ACCESS|SECRET|PRIVATE|SIGNING|ENCRYPTION|ACCOUNT)_?KEY"
+    r"|(?:API|AUTH|ACCESS|BEARER|REFRESH|SESSION|BOT)_?TOKEN)$"
+)
+"""Last words that mean a secret alone, unless the value is the path of the file that holds it."""
+
+_POSSIBLE = re.compile(r"(?:^|_)(?:KEY|TOKEN|AUTH|PWD|PW|SAS|DSN)$")
+"""Last words that mean a secret where the value looks drawn at random: PAD_TOKEN=<pad> and SORT_KEY=name do not."""
+
+_RANDOM = re.compile(r"(?=[^\s]*\d)(?=[^\s]*[A-Za-z])[A-Za-z0-9+/=_.:~-]{16,}")
+
+
+def is_secret(value: str) -> bool:
+    """Whether a value is a secret by its shape alone, or holds one."""
+    return bool(_IN_URL.search(value) or _SHAPES.search(value))
+
+
+def is_secret_variable(name: str, value: str) -> bool:
+    """Whether an environment variable holds a secret, by its name and its value."""
+    name = re.sub(r"[^A-Z0-9]+", "_", name.upper())
+    if not value.strip():
+        return False
+    if is_secret(value) or name in _NAMES:
+        return True
+    if value.startswith(("/", "~", "./")):
+        return name.endswith("SECRET_ACCESS_KEY")
+    return bool(_CERTAIN.search(name) or (_POSSIBLE.search(name) and _RANDOM.fullmatch(value)))
+
+
+def redact(text: str) -> str:
+    """The text with every secret that has a shape replaced by `***`."""
+    return _SHAPES.sub("***", _IN_URL.sub("***", text))
+
+
+def find_secrets(tree: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """The paths of all values in nested mappings and lists that are secrets by their shape."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from find_secrets(value, (*path, key))
+    elif isinstance(tree, list):
+        for index, value in enumerate(tree):
+            yield from find_secrets(value, (*path, index))
+    elif isinstance(tree, str) and is_secret(tree):
+        yield path
