@@ -28,6 +28,7 @@ JOBS = f"{RAY}::test_a_spec_is_sent_as_a_job_followed_listed_and_stopped"
 TORCHRUN = f"{RAY}::test_two_processes_under_torchrun_are_two_ray_workers"
 LAUNCH = "torchrun --standalone --nproc-per-node=2"
 CLUSTER = "tests/cluster/test_cluster.py::test_a_cluster_comes_takes_a_job_and_goes"
+BY_HAND = "tests/cluster/test_cluster.py::test_a_head_that_is_started_by_hand_asks_for_the_token_that_was_made_first"
 CHART = "tests/helm/test_chart.py"
 ELSEWHERE = {
     "make run": "tests/test_guides.py::test_make_knows_every_target",
@@ -37,6 +38,9 @@ ELSEWHERE = {
     "poise cluster up": CLUSTER,
     "poise cluster status": CLUSTER,
     "poise cluster down": CLUSTER,
+    "poise cluster token": BY_HAND,
+    "export RAY_AUTH_MODE=token": BY_HAND,
+    "ray start --head": BY_HAND,
     "ray job submit --working-dir . -- poise run jobs/digits.yaml --set store=$PWD/runs": CLUSTER,
     "helm install demo helm/poise --set workers.gpu.enabled=true": f"{CHART}::test_the_settings_of_the_guide",
     "helm install first helm/poise --set job.enabled=true --set-file job.spec=jobs/digits.yaml"

@@ -361,6 +361,18 @@ def cluster_status(folder: Path | None) -> None:
         click.echo(f"job {job.submission_id}: {job.status.value}")
 
 
+@cluster_group.command("token")
+def cluster_token() -> None:
+    """Make Ray's token unless there is one, and print where it is.
+
+    Do so before `ray start`, which by itself starts a cluster that asks for nothing: whoever reaches it may run code.
+    """
+    from poise.engine.auth import ensure_token, token_file
+
+    ensure_token()
+    click.echo(token_file())
+
+
 def _load(spec: Path, assignments: Sequence[str], profile: str | None) -> RunSpec:
     from poise.kinds import KINDS
     from poise.spec import load

@@ -11,6 +11,7 @@ from poise.errors import UserError
 __all__ = [
     "CACHE",
     "COMMIT",
+    "LOOPBACK_ALONE",
     "PRIVATE_CLUSTER",
     "RAY_DEFAULTS",
     "RAY_LOGS",
@@ -28,6 +29,13 @@ CACHE = "POISE_CACHE"
 
 COMMIT = "POISE_COMMIT"
 """Set by `poise submit` for its job, as JSON: the commit of the code that was sent, which has no repository there."""
+
+LOOPBACK_ALONE = {
+    # Made for the firewalls of other systems: Ray takes 127.0.0.1 for the address of this machine, and all that it
+    # starts listens there. Without it GCS, raylet and agents listen on every interface. Read when ray is imported.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+}
+"""Set for a cluster of this machine alone, in the processes of the cluster and in those that join it."""
 
 RAY_DEFAULTS = {
     # How soon the controller sees a dead worker or the end of a run; each poll interrupts every worker.

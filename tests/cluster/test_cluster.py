@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
+import stat
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -106,6 +110,94 @@ def run(tmp_path: Path) -> Iterator[Run]:
     start("poise", "cluster", "down")
 
 
+JOIN = """\
+import sys
+from poise.engine.drive import _opened
+from poise.kinds import KINDS
+with _opened("ray", sys.argv[1], next(iter(KINDS.values())).model_construct()):
+    import ray
+    print("CPU", int(ray.cluster_resources()["CPU"]))
+"""
+
+
+def check_that_it_is_closed_to_others(made: cluster.Cluster, home: Path) -> None:
+    """Files for their owner alone, and no port that another machine reaches."""
+    assert stat.S_IMODE((home / ".ray" / "auth_token").stat().st_mode) == 0o600
+    assert stat.S_IMODE(Path(made.scratch).stat().st_mode) == 0o700
+    listening = [
+        connection.laddr.ip
+        for process in cluster._processes(made)
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert len(listening) > 5
+    assert {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}
+
+
+def check_that_strangers_are_turned_away(run: Run, stranger: Path, made: cluster.Cluster) -> None:
+    """One line, in about the time that Python takes to start: Ray by itself asks again for 20 s."""
+    stranger.mkdir()
+    for token in ({}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "b" * 64}):
+        started = time.monotonic()
+        refused = run("poise", "run", "tiny.yaml", "--address", made.address, HOME=str(stranger), **token)
+        assert (refused.returncode, refused.stdout) == (2, ""), refused.stderr
+        assert len(refused.stderr.splitlines()) == 1
+        assert "asks for a token" in refused.stderr
+        assert time.monotonic() - started < 18
+    refused = run("poise", "status", "any", "--address", made.dashboard, HOME=str(stranger))
+    assert (refused.returncode, "asks for a token" in refused.stderr) == (2, True), refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_head_that_is_started_by_hand_asks_for_the_token_that_was_made_first(run, tmp_path):
+    """As the guide has it, with other ports and a folder of its own."""
+    file = run("poise", "cluster", "token").stdout.strip()
+    assert file == str(tmp_path / "home" / ".ray" / "auth_token")
+    port = free_port()
+    options = [
+        f"--port={port}",
+        "--include-dashboard=false",
+        f"--ray-client-server-port={free_port()}",
+        "--num-cpus=0",
+        "--block",
+    ]
+    scratch = tempfile.mkdtemp(prefix="poise-test-", dir="/tmp")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", f"--temp-dir={scratch}", *options]
+    head = subprocess.Popen(
+        command, env={**kept, "HOME": str(tmp_path / "home")}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:  # the head is ended as soon as its first process answers
+        answers = run(sys.executable, "-c", ASK, f"127.0.0.1:{port}", file)
+        assert answers.stdout == "False True True\n", answers.stderr
+    finally:
+        for process in (*psutil.Process(head.pid).children(recursive=True), head):
+            process.kill()
+        head.wait()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+ASK = """\
+import os, sys, time
+from poise.engine.auth import refuses_token
+address, port = sys.argv[1], int(sys.argv[1].rpartition(":")[2])
+os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=open(sys.argv[2]).read())
+import socket
+for _ in range(600):
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+        break
+    except OSError:
+        time.sleep(0.1)
+with_it = refuses_token(address)
+os.environ["RAY_AUTH_TOKEN"] = "b" * 64
+with_another = refuses_token(address)
+os.environ["RAY_AUTH_MODE"] = "disabled"
+print(with_it, with_another, refuses_token(address))
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_cluster_comes_takes_a_job_and_goes(run, tmp_path):
@@ -125,12 +217,12 @@ def test_a_cluster_comes_takes_a_job_and_goes(run, tmp_path):
     assert (again.returncode, again.stdout.startswith("already up: ")) == (0, True)
     assert cluster.find(record.parent) == made
 
-    stranger = tmp_path / "stranger"
-    stranger.mkdir()
-    refused = run("poise", "status", "any", "--address", dashboard, HOME=str(stranger))
-    assert (refused.returncode, "asks for a token" in refused.stderr) == (2, True), refused.stderr
-
     (home / "work" / "tiny.yaml").write_text(SPEC.format(store=tmp_path / "runs"))
+    check_that_it_is_closed_to_others(made, home)
+    check_that_strangers_are_turned_away(run, tmp_path / "stranger", made)
+    joined = run(sys.executable, "-c", JOIN, made.address)
+    assert joined.stdout == "CPU 3\n", joined.stderr
+
     submit = ("ray", "job", "submit", "--address", dashboard, "--working-dir", ".", "--submission-id", "mine")
     sent = run(*submit, "--", "poise", "run", "tiny.yaml", RAY_AUTH_MODE="token")
     assert sent.returncode == 0, sent.stdout + sent.stderr

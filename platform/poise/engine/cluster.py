@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from poise import env
+from poise.engine.auth import ensure_token
 from poise.errors import PoiseError, UserError
 
 if TYPE_CHECKING:
@@ -32,11 +34,13 @@ _UP_WITHIN_S, _DOWN_WITHIN_S = 120, 10
 _RAY = (sys.executable, "-m", "ray.scripts.scripts")
 _ANY_PORT = [f"--{name}-port=0" for name in ("min-worker", "max-worker", "dashboard-agent-listen")]
 _RECORD, _LOG = "cluster.json", "head.log"
+_RAYS_OWN = "ray"
+"""Ray opens its folder to everybody, so it lies inside one that is its owner's alone."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where drivers join (`address`), where jobs are sent to (`dashboard`), Ray's own folder, and what `down` ends."""
+    """Where drivers join (`address`), where jobs are sent to (`dashboard`), its scratch folder, what `down` ends."""
 
     address: str
     dashboard: str
@@ -47,7 +51,7 @@ class Cluster:
     @property
     def endpoints(self) -> str:
         """The file in which Ray lists its metrics' endpoints, for Prometheus (file_sd)."""
-        return f"{self.scratch}/prom_metrics_service_discovery.json"
+        return f"{self.scratch}/{_RAYS_OWN}/prom_metrics_service_discovery.json"
 
 
 @dataclass(frozen=True)
@@ -86,12 +90,12 @@ def up(folder: Path, port: int, dashboard_port: int, cpus: int | None = None, gp
     down(folder)  # forgets one that was killed
     for option, number in {"--port": port, "--dashboard-port": dashboard_port}.items():
         _check_free(option, number)
-    _protect()
+    ensure_token()  # a job is a program, and everybody on a machine reaches its loopback
     folder.mkdir(parents=True, exist_ok=True)
     scratch = tempfile.mkdtemp(prefix="poise-cluster-", dir="/tmp")  # the paths of Ray's sockets must be short
     offered = {"num-cpus": cpus, "num-gpus": gpus}
     options = [f"--{name}={value}" for name, value in offered.items() if value is not None]
-    options += [f"--port={port}", f"--dashboard-port={dashboard_port}", f"--temp-dir={scratch}"]
+    options += [f"--port={port}", f"--dashboard-port={dashboard_port}", f"--temp-dir={scratch}/{_RAYS_OWN}"]
     options += [f"--ray-client-server-port={_free_port()}"]  # the default is that of every other cluster
     process = _start(options, folder)
     cluster = Cluster(
@@ -190,20 +194,13 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _protect() -> None:
-    """A token, made once for this user: a job is a program, and everybody on a machine reaches its loopback."""
-    if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
-        command = [*_RAY, "get-auth-token", "--generate"]
-        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
-
-
 def _start(options: Sequence[str], folder: Path) -> subprocess.Popen[bytes]:
     command = [*_RAY, "start", "--head", "--block", "--dashboard-host=127.0.0.1"]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # jobs find `poise` and `python`
     with (folder / _LOG).open("wb") as log:
         return subprocess.Popen(
             [*command, *_ANY_PORT, *options],
-            env={**os.environ, "PATH": path},
+            env={**os.environ, **env.LOOPBACK_ALONE, "PATH": path},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.util import find_spec
 from typing import Literal
 
+from poise import env
+from poise.engine.auth import ensure_token
 from poise.engine.launched import check_launcher, for_processes
+from poise.engine.network import is_on_loopback_alone
 from poise.engine.session import claim, has_committed, is_finished, located
 from poise.engine.sweep import Execute, in_turn, run_sweep
 from poise.env import launched_rank
@@ -77,12 +82,26 @@ def _opened(engine: Engine, address: str | None, spec: RunSpec) -> Iterator[_Run
         return
     if find_spec("ray") is None:
         raise UserError("ray is not installed here; use --engine local, or install poise with its dependencies")
+    _prepare(address)
     from poise.engine.gang import cluster, run_gang
     from poise.engine.trials import by_tune
 
     bases = [stage.base if isinstance(stage, SweepSpec) else stage for stage in stages_of(spec)]
     with cluster(address, bases) as private:
         yield _runner(partial(run_gang, private=private), by_tune)
+
+
+def _prepare(address: str | None) -> None:
+    """What has to be said before ray is imported: whether the cluster is of this machine alone, and its token.
+
+    A cluster for this command alone is one, and its token is made before it starts.
+    """
+    joined = address or os.environ.get("RAY_ADDRESS")
+    if joined is None:
+        ensure_token()
+    if "ray" not in sys.modules and (joined is None or is_on_loopback_alone(joined)):
+        for name, value in env.LOOPBACK_ALONE.items():
+            os.environ.setdefault(name, value)
 
 
 def _runner(run_one: _RunOne, execute: Execute) -> _RunOne:

@@ -8,6 +8,7 @@ lose a step that was already reported, and every worker would wait for the poll.
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -15,10 +16,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray.exceptions import AuthenticationError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from poise import env
+from poise.engine.auth import MISSING, private_folder, refuses_token
 from poise.engine.board import BoardState, open_board
 from poise.engine.errand import Errand, run_errand
 from poise.engine.session import absolute_store, claim, is_finished, located
@@ -31,6 +34,8 @@ from poise.spec import RunSpec, SamplerSpec, WorkersSpec
 
 __all__ = ["cluster", "run_gang"]
 
+_HOST_AND_PORT = re.compile(r"[^/\s]+:\d+")
+
 
 @contextmanager
 def cluster(address: str | None, specs: Sequence[RunSpec]) -> Iterator[bool]:
@@ -39,9 +44,13 @@ def cluster(address: str | None, specs: Sequence[RunSpec]) -> Iterator[bool]:
     Yields whether it is such a private one.
     """
     verbose = os.environ.get(env.RAY_LOGS) == "1"
-    joins = address is not None or "RAY_ADDRESS" in os.environ
+    joined = address or os.environ.get("RAY_ADDRESS")
+    joins = joined is not None
+    if joined and _HOST_AND_PORT.fullmatch(joined) and refuses_token(joined):
+        raise UserError(f"the Ray cluster at {joined} refuses this command: {MISSING}")
     cpus = None if joins else max(os.cpu_count() or 1, *(_needs(spec)["CPU"] for spec in specs))
-    with env.defaults({} if joins else env.PRIVATE_CLUSTER):
+    alone = {} if joins else {**env.PRIVATE_CLUSTER, "RAY_TMPDIR": str(private_folder())}
+    with env.defaults(alone):
         try:
             ray.init(
                 address=address if joins else "local",
@@ -50,8 +59,10 @@ def cluster(address: str | None, specs: Sequence[RunSpec]) -> Iterator[bool]:
                 log_to_driver=verbose,
                 logging_level="INFO" if verbose else "ERROR",
             )
+        except AuthenticationError:
+            raise UserError(f"the Ray cluster at {joined or 'this machine'} refuses this command: {MISSING}") from None
         except ConnectionError as error:
-            raise UserError(f"no Ray cluster answers at {address or os.environ.get('RAY_ADDRESS')}: {error}") from None
+            raise UserError(f"no Ray cluster answers at {joined}: {error}") from None
         try:
             yield not joins
         finally:
@@ -102,20 +113,39 @@ def _fit(trainer: Trainer, board: Any) -> None:
         trainer.fit()
     except TrainingFailedError as error:
         state: BoardState = ray.get(board.read.remote())
-        raise state.error or PoiseError(_explained(error, state.attempts)) from None
+        raise state.error or failure_of(error, state.attempts) from None
     state = ray.get(board.read.remote())
     if state.error is not None:
         raise state.error
 
 
-def _explained(error: TrainingFailedError, attempts: int) -> str:
-    """What went wrong in the workers, with the traceback that a defect comes with."""
-    failures = error.worker_failures if isinstance(error, WorkerGroupError) else {0: error}
-    rank, cause = min(failures.items())
-    return (
-        f"worker {rank} failed, in attempt {attempts}: workers.max_failures allows no more. Commits are kept; "
-        f"the same command goes on from the last.\n{str(cause).strip()}"
+def failure_of(error: TrainingFailedError, attempts: int) -> PoiseError:
+    """What went wrong in the workers, as an error for people.
+
+    A failure that a worker explains itself is raised as it is; a defect comes with its traceback. `attempts` is the
+    number of gangs whose workers began.
+    """
+    rank, cause = _cause(error)
+    if isinstance(cause, PoiseError):
+        return cause
+    begun = isinstance(error, WorkerGroupError)
+    what = (
+        f"worker {rank} failed, in attempt {attempts}; workers.max_failures allows no more"
+        if begun
+        else ("the workers could not be started")
     )
+    return PoiseError(f"{what}. Commits are kept; the same command goes on from the last.\n{str(cause).strip()}")
+
+
+def _cause(error: TrainingFailedError) -> tuple[int, BaseException]:
+    """Rank and exception of the first worker that failed; Ray wraps what was raised in another process."""
+    failures: dict[int, BaseException] = {0: error}
+    if isinstance(error, WorkerGroupError):
+        failures = error.worker_failures
+    elif isinstance(error, ControllerError):
+        failures = {0: error.controller_failure}
+    rank, failure = min(failures.items())
+    return rank, getattr(failure, "cause", None) or failure
 
 
 def _needs(spec: RunSpec) -> dict[str, int]:

@@ -17,6 +17,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 import poise
 from poise import env
+from poise.engine.auth import MISSING
 from poise.engine.drive import stages_of
 from poise.errors import PoiseError, UserError
 from poise.observe.environment import environment
@@ -145,9 +146,7 @@ def connect(address: str) -> Iterator[JobSubmissionClient]:
     try:
         client = JobSubmissionClient(address)
     except AuthenticationError:
-        raise UserError(
-            f"{address} asks for a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
-        ) from None
+        raise UserError(f"the Ray cluster at {address} refuses this command: {MISSING}") from None
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}") from None
     yield client

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 from poise import kinds
 from poise.engine.launched import check_launcher, for_processes
+from poise.engine.network import use_interface_towards
 from poise.engine.session import claim, is_finished, located
 from poise.env import launched_rank
 from poise.errors import UserError
@@ -36,6 +38,7 @@ def run_local(spec: RunSpec, display: Display, sink: Sink) -> None:
     )
     with ExitStack() as stack:
         if world_size > 1:
+            _use_interface()
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
             stack.callback(dist.destroy_process_group)
         if context.together(lambda: is_finished(context.run, spec)):
@@ -46,6 +49,12 @@ def run_local(spec: RunSpec, display: Display, sink: Sink) -> None:
 
         context.together(claim_here)
         kinds.run(spec, context)
+
+
+def _use_interface() -> None:
+    """Where torchrun spans several machines, talk through the network that joins them."""
+    if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE") and "MASTER_ADDR" in os.environ:
+        use_interface_towards(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
 
 
 @contextmanager

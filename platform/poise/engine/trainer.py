@@ -6,7 +6,6 @@ starts actors for data sets that it never reads and for machines that nobody can
 
 from __future__ import annotations
 
-import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,10 +17,14 @@ from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from poise.engine.network import Rank, join_process_group, listen, use_interface
+
 __all__ = ["ProcessGroup", "Trainer"]
 
 _TIMEOUT = timedelta(minutes=30)
 _LEAVE_WITHIN_S = 30.0
+_meeting: list[socket.socket] = []
+"""In the process of rank 0, between choosing a port and joining: the socket that holds it."""
 
 
 class Trainer(DataParallelTrainer):  # type: ignore[misc]
@@ -80,28 +83,24 @@ class _ProcessGroups(Backend):  # type: ignore[misc]
 
 
 def _meeting_place() -> tuple[str, int]:
-    """Where rank 0 can be reached by the others: its address and a free port."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return ray.util.get_node_ip_address(), probe.getsockname()[1]
+    """Where the others reach rank 0: the address of its node, and a port at which it listens from now on."""
+    address = ray.util.get_node_ip_address()
+    _meeting.append(listen(address))
+    return address, _meeting[-1].getsockname()[1]
 
 
 def _join(backend: str, address: str, port: int) -> None:
-    """Enter the group; the environment says the same as under torchrun, for libraries that look there."""
-    import torch.distributed as dist
-
+    """Enter the group through the interface of this process's node."""
     context = ray.train.get_context()
-    place = {
-        "MASTER_ADDR": address,
-        "MASTER_PORT": port,
-        "RANK": context.get_world_rank(),
-        "WORLD_SIZE": context.get_world_size(),
-        "LOCAL_RANK": context.get_local_rank(),
-        "LOCAL_WORLD_SIZE": context.get_local_world_size(),
-        "NODE_RANK": context.get_node_rank(),
-    }
-    os.environ.update({name: str(value) for name, value in place.items()})
-    dist.init_process_group(backend, timeout=_TIMEOUT)
+    use_interface(ray.util.get_node_ip_address())
+    place = Rank(
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        local_rank=context.get_local_rank(),
+        local_world_size=context.get_local_world_size(),
+        node_rank=context.get_node_rank(),
+    )
+    join_process_group(backend, address, port, place, _TIMEOUT, _meeting.pop() if place.rank == 0 else None)
 
 
 def _leave() -> None:
