@@ -29,53 +29,11 @@ _SHAPES = re.compile(
     r"|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]*)"  # JSON Web Tokens
 )
 
-_NAMES = frozenset(
-    [
-        "ANTHROPIC_KEY",
-        "AWS_ACCESS_KEY",
-        "AWS_ACCESS_KEY_ID",
-        "AWS_SECRET_KEY",
-        "AWS_SESSION_TOKEN",
-        "AZURE_CLIENT_SECRET",
-        "AZURE_STORAGE_CONNECTION_STRING",
-        "AZURE_STORAGE_KEY",
-        "AZURE_STORAGE_SAS_TOKEN",
-        "CLEARML_API_SECRET_KEY",
-        "COHERE_KEY",
-        "COMET_KEY",
-        "DATABASE_URL",
-        "DB_URL",
-        "GEMINI_KEY",
-        "GH_PAT",
-        "GITHUB_PAT",
-        "GITLAB_PAT",
-        "GOOGLE_KEY",
-        "GROQ_KEY",
-        "HF_AUTH",
-        "HF_KEY",
-        "HF_TOKEN",
-        "HUGGINGFACE_TOKEN",
-        "HUGGINGFACEHUB_API_TOKEN",
-        "HUGGING_FACE_HUB_TOKEN",
-        "MISTRAL_KEY",
-        "MONGO_URL",
-        "MONGODB_URI",
-        "MYSQL_PWD",
-        "NEPTUNE_API_TOKEN",
-        "NETRC",
-        "NGC_KEY",
-        "OPENAI_KEY",
-        "PGPASS",
-        "PGPASSWORD",
-        "RAY_AUTH_TOKEN",
-        "REDISCLI_AUTH",
-        "REDIS_URL",
-        "SLACK_WEBHOOK",
-        "SLACK_WEBHOOK_URL",
-        "SSH_KEY",
-        "SSH_PRIVATE_KEY",
-        "WANDB_KEY",
-    ]
+_NAMES = re.compile(
+    r"(?:ANTHROPIC|AWS_ACCESS|AWS_SECRET|AZURE_STORAGE|COHERE|COMET|GEMINI|GOOGLE|GROQ|HF|MISTRAL|NGC|OPENAI|SSH|WANDB)"
+    r"_KEY|AWS_ACCESS_KEY_ID|SSH_PRIVATE_KEY|(?:HF|HUGGINGFACE|HUGGING_FACE_HUB|NEPTUNE|RAY_AUTH)_TOKEN"
+    r"|(?:HF|REDISCLI)_AUTH|MYSQL_PWD|NETRC|PGPASS(?:WORD)?|(?:DATABASE|DB|MONGO|MONGODB|POSTGRES|REDIS)_UR[IL]"
+    r"|AZURE_STORAGE_(?:CONNECTION_STRING|SAS_TOKEN)|SLACK_WEBHOOK(?:_URL)?"
 )
 """Variables that hold a secret, whatever its value looks like."""
 
@@ -102,7 +60,7 @@ def is_secret_variable(name: str, value: str) -> bool:
     name = re.sub(r"[^A-Z0-9]+", "_", name.upper())
     if not value.strip():
         return False
-    if is_secret(value) or name in _NAMES:
+    if is_secret(value) or _NAMES.fullmatch(name):
         return True
     if value.startswith(("/", "~", "./")):
         return name.endswith("SECRET_ACCESS_KEY")

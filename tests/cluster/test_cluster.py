@@ -234,7 +234,7 @@ def test_a_cluster_comes_takes_a_job_and_goes(run, tmp_path):
     assert status.returncode == 0, status.stderr
     assert "3 CPU" in status.stdout
     assert "job mine: SUCCEEDED" in status.stdout
-    assert Path(made.scratch, "prom_metrics_service_discovery.json").is_file()
+    assert Path(made.endpoints).is_file()
 
     processes = cluster._processes(made)
     assert len(processes) > 5

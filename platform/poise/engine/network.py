@@ -161,7 +161,7 @@ def _outer_addresses() -> list[str]:
 
 def _unreached(backend: str, address: str, port: int, rank: int, error: RuntimeError) -> str:
     variable = NCCL if backend == "nccl" else GLOO
-    said = re.sub(r"\[enforce fail at [^]]*\] ", "", str(error).strip().splitlines()[0])
+    said = re.sub(r"\[[^]]*/third_party/[^]]*\] ", "", str(error).strip().splitlines()[0])
     return (
         f"worker {rank} on {socket.gethostname()} did not reach the other workers (meeting place {address}:{port}, "
         f"{variable}={os.environ.get(variable, '')}): {said}. Check that the machines "
