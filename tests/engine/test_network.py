@@ -78,8 +78,8 @@ def hosts() -> Iterator[tuple[str, str]]:
             ]
             folder = Path("/etc/netns", name)  # what lies there takes the place of files of /etc inside
             folder.mkdir(parents=True)
-            others = f"{FIRST} first\n{SECOND} second\n"  # so that nobody waits for a name server
-            (folder / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {socket.gethostname()}\n{others}")
+            (folder / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {socket.gethostname()}\n")
+            (folder / "resolv.conf").write_text("nameserver 127.0.0.1\n")  # refuses at once; none outside is waited for
         for command in commands:
             subprocess.run([ip, *command.split()], check=True)
         yield names

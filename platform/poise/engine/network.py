@@ -118,7 +118,7 @@ def join_process_group(
     }
     os.environ.update({name: str(value) for name, value in said.items()})
     try:
-        store = dist.TCPStore(
+        store = dist.TCPStore(  # type: ignore[attr-defined]  # documented, and left out of its list of names
             address,
             port,
             place.world_size,
