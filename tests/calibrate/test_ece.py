@@ -130,6 +130,7 @@ def test_the_noise_floor_is_what_calibrated_grades_give():
 
 
 def test_nothing_gives_nan_and_nonsense_is_refused():
+    assert math.isnan(noise_floor([]))
     assert all(math.isnan(f([], [])) for f in (ece, debiased_ece, smooth_ece, brier, auroc))
     assert smooth_ece([0.5, 0.5], [0.5, 0.5]) == 0.0
     for wrong, y in (([1.5], [1]), ([0.5], [2]), ([float("nan")], [1]), ([0.5, 0.5], [1])):
@@ -141,3 +142,21 @@ def test_nothing_gives_nan_and_nonsense_is_refused():
         ece([0.5], [1], bins=0)
     with pytest.raises(ValueError, match="edges"):
         ece([0.5], [1], edges="right")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ece([0.5], [1], bins=2.5), "at least one bin"),
+        (lambda: noise_floor([1.5]), "confidences"),
+        (lambda: noise_floor([math.nan]), "confidences"),
+        (lambda: noise_floor([0.5], reps=0), "at least one draw"),
+        (lambda: smooth_ece([0.5], [1], ends="none"), "half"),
+        (lambda: classwise_ece([[0.5, 0.5]], [0.5]), "labels"),
+        (lambda: classwise_ece([[0.5, 0.4]], [0]), "adds up to 1"),
+        (lambda: classwise_ece([[math.nan, 0.5]], [0]), "adds up to 1"),
+    ],
+)
+def test_what_a_measure_does_not_mean_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -19,12 +19,16 @@ PARTITIONS = st.lists(st.integers(0, 5), min_size=2, max_size=5).filter(lambda c
 TIES = ("uniform", "lowest")
 
 
-def over_all_splits(counts: Sequence[int], ties: str, s: int, value: Callable[[int, float], float]) -> float:
-    """The mean of value(deployed class, its share of the other answers) over every choice of s answers."""
-    answers = [k for k, count in enumerate(counts) for _ in range(count)]
+def over_all_splits(
+    counts: Sequence[int], ties: str, s: int, value: Callable[[int, float], float], unanswered: int = 0
+) -> float:
+    """The mean of value(deployed class, its share of the other samples) over every choice of s samples."""
+    answers = [k for k, count in enumerate(counts) for _ in range(count)] + [-1] * unanswered
     total, splits = 0.0, list(combinations(range(len(answers)), s))
     for chosen in splits:
         inside = [sum(answers[i] == k for i in chosen) for k in range(len(counts))]
+        if not any(inside):
+            continue  # nothing was answered: nothing is deployed
         winners = [k for k in range(len(counts)) if inside[k] == max(inside)]
         winners = winners if ties == "uniform" else winners[:1]
         shares = {k: (counts[k] - inside[k]) / (len(answers) - s) for k in winners}
@@ -58,12 +62,16 @@ def expectation(pi: Sequence[float], n: int, value: Callable[[tuple[int, ...]], 
 @given(PARTITIONS, st.sampled_from(TIES), st.data())
 @settings(max_examples=120, deadline=None)
 def test_exact_equals_brute_force_over_all_splits(counts, ties, data):
-    s = data.draw(st.integers(1, sum(counts) - 1))
+    silent = data.draw(st.integers(0, 3 if sum(counts) < 8 else 0))
+    s = data.draw(st.integers(1, sum(counts) + silent - 1))
     grades = data.draw(st.lists(st.integers(0, 1), min_size=len(counts), max_size=len(counts)))
-    assert sem2_exact(counts, ties, s=s) == pytest.approx(over_all_splits(counts, ties, s, lambda k, share: share))
-    assert graded_over_splits(counts, grades, ties, s=s) == pytest.approx(
-        over_all_splits(counts, ties, s, lambda k, share: grades[k])
+    assert sem2_exact(counts, ties, s=s, unanswered=silent) == pytest.approx(
+        over_all_splits(counts, ties, s, lambda k, share: share, silent)
     )
+    assert graded_over_splits(counts, grades, ties, s=s, unanswered=silent) == pytest.approx(
+        over_all_splits(counts, ties, s, lambda k, share: grades[k], silent)
+    )
+    assert 0 <= sem2_exact(counts, unanswered=silent) <= sem1(counts, unanswered=silent)
 
 
 @pytest.mark.parametrize(
@@ -224,3 +232,31 @@ def test_the_fixtures_splits_and_populations(fixture):
             truth = expectation(pi, n, lambda c, pi=pi, ties=ties: np.mean([pi[k] for k in deployed(c, ties)]))
             second = expectation(pi, n, lambda c, ties=ties: sem2_exact(c, ties) if sum(c) else 0)
             assert (second, truth) == pytest.approx(told, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: sem1([2.9, 1]),
+        lambda: sem1([2, 1], unanswered=0.5),
+        lambda: sem1([2, -1]),
+        lambda: sem1([2, math.nan]),
+        lambda: margin([2.9, 1]),
+        lambda: entropy([0.5, 0.5]),
+        lambda: sem2_exact([2.9, 1.9]),
+        lambda: sem2_exact([4, 2], s=2.5),
+        lambda: graded_over_splits([2, 1.5], [1, 0]),
+        lambda: graded_over_splits([2, 2], [0.5, 1]),
+        lambda: sem2_splits([0.9, 1, 1]),
+        lambda: sem2_splits([0, 1, -1]),
+        lambda: sem2_splits([0, 1], R=1.5),
+    ],
+)
+def test_a_number_that_is_no_count_is_never_cut_to_one(call):
+    with pytest.raises(ValueError, match="not"):
+        call()
+
+
+def test_whole_numbers_of_any_type_are_counts():
+    assert sem1(np.array([3.0, 1.0])) == sem1([3, 1]) == 0.75
+    assert sem2_exact(np.array([3, 1])) == sem2_exact([3.0, 1]) == 0.5

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from transformers import AutoTokenizer
 
 from poise import kinds
 from poise.calibrate.ece import auroc, brier, debiased_ece, ece, smooth_ece
+from poise.calibrate.ece_interval import unbiased_ece
 from poise.calibrate.sem_ece import sem1, sem2_exact
 from poise.data.examples import Question, encode_completion
 from poise.data.spec import WorldSpec
@@ -29,6 +31,10 @@ from poise.models.sampling import Decoding, Request, Sample, Sampler
 from poise.models.spec import LanguageModelSpec
 from poise.models.transformers_sampler import TransformersSampler
 from poise.observe.rows import read_rows
+from poise.report.calibrate import SECTION
+from poise.report.page import render
+from poise.report.record import load_record
+from poise.stats import wilson
 from poise.store.runs import Run, open_run
 from poise.train.context import Context
 
@@ -156,8 +162,15 @@ def test_the_summary_is_what_the_rows_say(knows):
         bins = knows.summary["reliability"][name]
         assert sum(bins["count"]) == sum(knows.summary["histogram"][name]) == 40
     assert knows.value("difference/ece") == pytest.approx(knows.value("sem1/ece") - knows.value("sem2/ece"))
-    for name, (_, low, high) in knows.summary["metrics"].items():
-        assert low <= high, name
+    for name, (value, low, high) in knows.summary["metrics"].items():
+        if name.endswith(("/ece", "ece_all", "smooth_ece", "debiased_ece", "true/error")):
+            assert low is high is None, f"{name} is biased: no interval round it covers"
+        elif low is not None:
+            assert low <= value <= high, name
+    for name in ("sem1", "sem2"):
+        conf = [row[name] for row in rows]
+        assert knows.summary["metrics"][f"{name}/unbiased_ece"] == list(unbiased_ece(conf, y, reps=60))
+    assert knows.summary["metrics"]["accuracy"][1:] == list(wilson(np.mean(y), 40))
     told = read_rows([knows.run.read("metrics/test.parquet")]).to_pylist()
     assert {row["name"]: row["value"] for row in told}["sem2/ece"] == knows.value("sem2/ece")
 
@@ -203,6 +216,9 @@ def test_transformers_answers_and_its_confidence_is_what_it_scores(folder, tmp_p
         said = {s.tokens: s.request for s in samples if (s.finish == "length") == cut}
         if not cut:  # all answers differ, so the first is the modal one
             said = dict(list(said.items())[:1])
+        else:  # nothing was answered, so nothing is deployed
+            assert (row["true_confidence"], row["K"], row["sem1"], row["sem2"]) == (None, 0, 0, 0)
+            continue
         prompt = AutoTokenizer.from_pretrained(folder)(row["question"]).input_ids
         scores = sampler.score([prompt] * len(said), list(said))
         total = math.fsum(math.exp(math.fsum(score)) for score in scores)
@@ -214,8 +230,57 @@ def test_answers_that_were_cut_are_no_answers(world, folder, tmp_path):
     assert {row["modal"] for row in found.rows} == {"<NOANSWER>"}
     assert (found.summary["coverage"], found.value("accuracy")) == (0, 0)
     assert found.summary["answers"]["no_answer"] == found.summary["answers"]["drawn"] == 800
-    assert found.summary["metrics"]["sem1/auroc"] == [None, None, None]
-    assert len(found.summary["confidently_wrong"]) == 10
+    assert found.summary["metrics"]["sem1/ece"] == [None, None, None]
+    assert "sem1/auroc" not in found.summary["metrics"]
+    assert {row["sem1"] for row in found.rows} == {0}, "agreement in being cut off is no confidence"
+    assert found.summary["confidently_wrong"] == []
+    assert found.summary["warnings"][0].startswith("100% of the questions have no answer")
+    assert "cut at decoding.max_tokens" in found.summary["warnings"][1]
+    record = replace(load_record(found.run), kind="calibrate.measure")
+    assert any(grid.title == "Warnings" for grid in SECTION.grids([record]))
+    assert "of the questions have no answer" in render([record], "t")
+
+
+def test_cut_answers_lower_the_agreement_and_are_never_deployed(world, folder, tmp_path):
+    """Of every ten responses six are cut: the most frequent answer is among the other four."""
+
+    class Rambling(Oracle):
+        def _sample(self, request, index, decoding):
+            sample = super()._sample(request, index, decoding)
+            if index % 10 < 6:
+                return replace(sample, tokens=sample.tokens[:-1], logprobs=sample.logprobs[:-1], finish="length")
+            return sample
+
+    sure = Rambling(world, lambda question: {next(iter(truth(question))): 1.0})
+    found = measured(spec_of(folder), open_run(tmp_path, "measured"), sure)
+    for row in found.rows:
+        assert (row["n"], row["truncated"], row["no_answer"], row["counts"]) == (20, 12, 12, [8])
+        assert (row["sem1"], row["K"]) == (8 / 20, 1)
+        assert row["sem2"] == sem2_exact([8], unanswered=12)
+    assert found.summary["coverage"] == 1
+    assert [text[:3] for text in found.summary["warnings"]] == ["60%"]
+
+
+def test_errors_are_of_the_answered_questions_and_those_of_all_stand_beside_them(world, folder, tmp_path):
+    ids = [question.id for question in world.questions("evaluate")]
+
+    class Half(Oracle):
+        def _sample(self, request, index, decoding):
+            sample = super()._sample(request, index, decoding)
+            if ids.index(request.id) % 2:
+                return replace(sample, tokens=sample.tokens[:-1], logprobs=sample.logprobs[:-1], finish="length")
+            return sample
+
+    found = measured(spec_of(folder), open_run(tmp_path, "measured"), Half(world, sharpened))
+    answered = [row for row in found.rows if row["K"]]
+    assert len(answered) == 20
+    conf, y = [row["sem1"] for row in answered], [row["correct"] for row in answered]
+    assert found.summary["coverage"] == 0.5
+    assert found.value("sem1/ece") == pytest.approx(ece(conf, y))
+    assert found.value("sem1/ece_all") == pytest.approx(ece(conf + [0.0] * 20, y + [False] * 20))
+    assert found.value("answered/accuracy") == pytest.approx(np.mean(y))
+    assert found.value("accuracy") == pytest.approx(np.mean(y) / 2)
+    assert found.value("true/ece") > 0
 
 
 def test_away_from_temperature_one_nothing_is_said_of_the_true_confidence(world, folder, tmp_path):

@@ -29,7 +29,6 @@ from poise.errors import DamagedError, PoiseError, UserError
 from poise.kinds.specs.evaluation import AUTOATTACK, RobustEvaluateSpec
 from poise.kinds.specs.robust import RobustTrainSpec
 from poise.kinds.trained import AVERAGED, open_trained
-from poise.report.curves import wilson
 from poise.report.evaluation import falling
 from poise.report.page import load_record, render
 from poise.report.table import comparison
@@ -39,6 +38,7 @@ from poise.robust.evaluate import evaluate
 from poise.robust.threats import Threat
 from poise.spec import RunSpec, dump
 from poise.spec.seeds import derive_seed
+from poise.stats import wilson
 from poise.store.runs import Run, open_run
 from poise.train.context import Context
 

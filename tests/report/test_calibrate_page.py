@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 from matplotlib.figure import Figure
+from rich.console import Console
 
 from poise.report.calibrate import ESTIMATES, SECTION, confidences, reliability_diagram
 from poise.report.page import render
 from poise.report.record import RunRecord
+from poise.report.table import comparison
 
 BINS = {"low": [0.2, 0.9], "high": [0.3, 1.0], "count": [12, 88], "confidence": [0.25, 0.97], "accuracy": [0.5, 0.75]}
 HARD = {"question": "the poet of <b> ?", "answers": [["ann", 3], ["bob", 2]], "K": 2, "sem1": 0.6, "sem2": 0.4,
@@ -18,7 +22,9 @@ HARD = {"question": "the poet of <b> ?", "answers": [["ann", 3], ["bob", 2]], "K
 def record() -> RunRecord:
     each = ("confidence", "bias", "ece", "debiased_ece", "smooth_ece", "brier")
     metrics = {f"{name}/{key}": [0.25, 0.125, 0.5] for name in ESTIMATES for key in each}
-    metrics |= {"accuracy": [0.72, 0.6, 0.8], "difference/ece": [-0.01, -0.05, 0.03], "sem1/auroc": [None, None, None]}
+    metrics |= {f"{name}/ece": [0.3, None, None] for name in ESTIMATES}
+    metrics |= {f"{name}/unbiased_ece": [0.25, 0.125, 0.5] for name in ESTIMATES}
+    metrics |= {"accuracy": [0.72, 0.6, 0.8], "difference/ece": [-0.01, None, None], "sem1/auroc": [None, None, None]}
     summary = {
         "seed": 3,
         "examples": 100,
@@ -44,7 +50,8 @@ def test_the_headline_has_the_errors_with_their_intervals(record):
     found = cells(headline)
     assert headline.lines[0].note == "n=100, coverage 98.0%, seed 3"
     assert found["accuracy"] == ("0.720", "0.600\u20130.800")
-    assert found["Sem1 \u2212 Sem2"] == ("-0.010", "-0.050\u20130.030")
+    assert found["Sem1-ECE"] == ("0.300", "unbiased 0.250\n0.125\u20130.500")
+    assert found["Sem1 \u2212 Sem2"] == ("-0.010", "")
     assert found["true ECE"] == ("\u2013", "")  # not known outside a world
     assert [line.note for line in each.lines] == ["Sem1", "Sem2"]
     assert cells(each)["AUROC"] == ("\u2013", "")
@@ -52,6 +59,18 @@ def test_the_headline_has_the_errors_with_their_intervals(record):
     assert cells(protocol)["protocol"] == ("n=5", "")
     assert hardest.lines[0].cells[0].text == "ann \u00d73, bob \u00d72"
     assert cells(hardest)["correct"] == ("no", "")
+
+
+def test_the_method_is_named_on_the_page_and_in_the_terminal(record):
+    headline, *_ = SECTION.grids([record])
+    assert "test inversion" in headline.caption
+    assert "without its bias" in headline.title
+    text = Console(width=80, file=io.StringIO())
+    for table in comparison([record]):
+        text.print(table)
+    printed = text.file.getvalue()
+    assert "unbiased 0.250" in printed
+    assert "0.125\u20130.500" in printed
 
 
 def test_a_run_that_has_measured_nothing_has_no_table(record):

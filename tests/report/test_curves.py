@@ -4,26 +4,9 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from scipy.stats import binomtest
 
 from poise.observe.rows import Rows, read_rows
-from poise.report.curves import Curve, colour, curve, label, names, ordered, phase_seconds, wilson
-
-
-@settings(deadline=None, max_examples=100)
-@given(st.integers(1, 20_000), st.data())
-def test_the_interval_is_the_one_of_scipy(count: int, data: st.DataObject) -> None:
-    hits = data.draw(st.integers(0, count))
-    expected = binomtest(hits, count).proportion_ci(method="wilson")
-    assert wilson(hits / count, count) == pytest.approx((expected.low, expected.high), abs=1e-9)
-
-
-@pytest.mark.parametrize(("share", "count"), [(0.5, 0), (-0.1, 10), (1.1, 10), (math.nan, 10)])
-def test_an_interval_of_nothing_is_refused(share: float, count: int) -> None:
-    with pytest.raises(ValueError, match="share in"):
-        wilson(share, count)
+from poise.report.curves import Curve, colour, curve, label, names, ordered, phase_seconds
 
 
 def test_thinning_keeps_means_and_the_ends() -> None:

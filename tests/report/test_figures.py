@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 
 from poise.observe.rows import Rows, read_rows, schema
 from poise.report import figures
-from poise.report.curves import COLOURS, curve, wilson
+from poise.report.curves import COLOURS, curve
 from poise.report.record import RunRecord
+from poise.stats import wilson
 
 EMPTY = schema().empty_table()
 

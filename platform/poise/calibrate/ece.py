@@ -2,7 +2,7 @@
 
 Everywhere `conf` [N] are confidences in [0, 1] and `correct` [N] grades in [0, 1]; N = 0 gives NaN. All errors are
 biased upwards by the noise of the grades: `noise_floor` says what a calibrated model would show, `debiased_ece` removes
-most of it.
+most of it from the L2 error, and `ece_interval.unbiased_ece` estimates the L1 error without it, with an interval.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ __all__ = [
     "Bins",
     "Edges",
     "auroc",
+    "bin_indices",
     "brier",
+    "checked_pair",
     "classwise_ece",
     "debiased_ece",
     "ece",
@@ -51,8 +53,8 @@ class Bins:
 
 def reliability(conf: ArrayLike, correct: ArrayLike, bins: int = 10, edges: Edges = "integer") -> Bins:
     """What a reliability diagram shows; bins without examples are left out."""
-    c, y = _pair(conf, correct)
-    limits, index = _binned(c, bins, edges)
+    c, y = checked_pair(conf, correct)
+    limits, index = bin_indices(c, bins, edges)
     count = np.bincount(index, minlength=len(limits) - 1)
     full = count > 0
     confidence, accuracy = (np.bincount(index, values, len(count))[full] / count[full] for values in (c, y))
@@ -90,7 +92,9 @@ def smooth_ece(conf: ArrayLike, correct: ArrayLike, *, ends: Literal["half", "fu
     or 1 half a weight, so that a spike at 1 counts half: ends="half" agrees with it to 1e-3, ends="full" is the
     definition of the paper. Source: Blasiok and Nakkiran, Smooth ECE, ICLR 2024.
     """
-    c, y = _pair(conf, correct)
+    c, y = checked_pair(conf, correct)
+    if ends not in ("half", "full"):
+        raise ValueError(f"ends are 'half' or 'full', not {ends!r}")
     if not len(c):
         return nan
     weight = np.where((c == 0) | (c == 1), 0.5 if ends == "half" else 1.0, 1.0)
@@ -109,7 +113,7 @@ def smooth_ece(conf: ArrayLike, correct: ArrayLike, *, ends: Literal["half", "fu
 
 def brier(conf: ArrayLike, correct: ArrayLike) -> float:
     """mean (c - y)^2. Source: Brier, Monthly Weather Review 1950."""
-    c, y = _pair(conf, correct)
+    c, y = checked_pair(conf, correct)
     return float(np.mean((c - y) ** 2)) if len(c) else nan
 
 
@@ -118,7 +122,7 @@ def auroc(conf: ArrayLike, correct: ArrayLike) -> float:
 
     NaN where all or none are correct; ValueError for grades other than 0 and 1.
     """
-    c, y = _pair(conf, _binary(correct))
+    c, y = checked_pair(conf, _binary(correct))
     right = int(y.sum())
     wrong = len(y) - right
     if not right or not wrong:
@@ -129,22 +133,30 @@ def auroc(conf: ArrayLike, correct: ArrayLike) -> float:
 def classwise_ece(probabilities: ArrayLike, labels: ArrayLike, bins: int = 10, edges: Edges = "integer") -> float:
     """Mean over K classes of the ECE of each class: `probabilities` [N, K] against labels [N] in 0..K-1.
 
-    For a label set that all questions share. Source: Kull et al., NeurIPS 2019.
+    For a label set that all questions share. ValueError for rows that are no distribution (to 1e-4, the rounding of a
+    softmax in half precision), and for labels that are no whole numbers. Source: Kull et al., NeurIPS 2019.
     """
     p, y = np.asarray(probabilities, dtype=float), np.asarray(labels)
-    if p.ndim != 2 or y.shape != p.shape[:1] or (len(y) and not 0 <= y.min() <= y.max() < p.shape[1]):
+    if p.ndim != 2 or y.shape != p.shape[:1] or (len(y) and not np.isin(y, np.arange(p.shape[1])).all()):
         raise ValueError(f"needs probabilities [N, K] and labels [N] in 0..K-1, not {p.shape} and {y.shape}")
+    if not (np.abs(p.sum(1) - 1) <= 1e-4 * max(1, p.shape[1] ** 0.5)).all():
+        raise ValueError("each row of probabilities adds up to 1; logits need a softmax first")
     return float(np.mean([ece(p[:, k], y == k, bins, edges) for k in range(p.shape[1])]))
 
 
 def noise_floor(conf: ArrayLike, bins: int = 10, edges: Edges = "integer", *, reps: int = 200, seed: int = 0) -> float:
     """The mean ECE of a calibrated model with these confidences: grades are drawn with probability `conf`."""
-    c = np.asarray(conf, dtype=float)
+    c, _ = checked_pair(conf, np.zeros(np.shape(conf)))
+    if reps < 1 or reps != int(reps):
+        raise ValueError(f"needs at least one draw, not {reps}")
+    if not len(c):
+        return nan
     draws = np.random.default_rng(seed).random((reps, len(c))) < c
     return float(np.mean([ece(c, y, bins, edges) for y in draws]))
 
 
-def _pair(conf: ArrayLike, correct: ArrayLike) -> tuple[Array, Array]:
+def checked_pair(conf: ArrayLike, correct: ArrayLike) -> tuple[Array, Array]:
+    """Confidences and grades as float64 [N]; ValueError unless they are as many, and all of them in [0, 1]."""
     c, y = np.asarray(conf, dtype=float), np.asarray(correct, dtype=float)
     if c.ndim != 1 or c.shape != y.shape:
         raise ValueError(f"needs as many grades as confidences, not {c.shape} and {y.shape}")
@@ -160,10 +172,11 @@ def _binary(correct: ArrayLike) -> Array:
     return y
 
 
-def _binned(c: Array, bins: int, edges: Edges) -> tuple[Array, NDArray[np.int64]]:
+def bin_indices(c: Array, bins: int, edges: Edges) -> tuple[Array, NDArray[np.int64]]:
     """Limits of the bins [B + 1] and the bin of each confidence [N]."""
-    if bins < 1 or edges not in ("integer", "linspace", "mass"):
+    if bins < 1 or bins != int(bins) or edges not in ("integer", "linspace", "mass"):
         raise ValueError(f"needs at least one bin with edges integer, linspace or mass, not {bins}, {edges!r}")
+    bins = int(bins)
     limits = np.linspace(0.0, 1.0, bins + 1)
     if edges == "integer":
         return limits, np.minimum(np.floor(c * bins + 1e-12), bins - 1).astype(np.int64)

@@ -7,6 +7,11 @@ answers is scored by its share of the other m = n - s. Its mean over all halving
     Sem2 = E_S (c_z - t_z) / m,   z = z_S,   t_k = answers of class k in S,   P(t) = prod_k C(c_k, t_k) / C(n, s)
 
 E Sem2 is the probability that the model gives to z_S, for every s, m >= 1; 0 <= Sem2 <= Sem1 for every question.
+
+Samples without an answer (a response that was cut at its largest length, or is blank) are no class: their agreement
+is no confidence. They count among the n of a share, since the model gave its deployed answer that much less often, but
+can never be deployed; a half that holds nothing else deploys nothing and scores 0.
+
 Source: semantic calibration error (arXiv 2605.08432) and the sampling protocol of its release.
 """
 
@@ -29,49 +34,62 @@ _Ways = dict[tuple[int, int], int]
 """Ways to choose answers, by how many were chosen and how many classes tie with the marked one."""
 
 
-def sem1(counts: Sequence[int]) -> float:
-    """The share of the largest of the classes with `counts` [K]; ValueError without any answer."""
-    return max(_checked(counts)) / sum(counts)
+def sem1(counts: Sequence[int], *, unanswered: int = 0) -> float:
+    """The share of the largest of the classes with `counts` [K] in all samples, `unanswered` ones included.
+
+    ValueError without any answer, and for counts that are no whole numbers.
+    """
+    classes = _checked(counts)
+    return max(classes) / (sum(classes) + _whole(unanswered, "unanswered"))
 
 
 def margin(counts: Sequence[int]) -> float:
     """The difference of the two largest shares, 1 with a single class; ValueError without any answer."""
-    first, second, *_ = sorted((*_checked(counts), 0), reverse=True)
-    return (first - second) / sum(counts)
+    classes = _checked(counts)
+    first, second, *_ = sorted((*classes, 0), reverse=True)
+    return (first - second) / sum(classes)
 
 
 def entropy(counts: Sequence[int]) -> float:
     """Discrete semantic entropy -sum_k p_k ln p_k of the shares (nats). Source: Farquhar et al., Nature 630 (2024)."""
-    n = sum(_checked(counts))
-    return sum(count / n * log(n / count) for count in counts if count)
-
-
-def sem2_exact(counts: Sequence[int], ties: Ties = "uniform", *, s: int | None = None) -> float:
-    """Sem2 averaged over all C(n, s) splits of answers with `counts` [K]; NaN for fewer than two answers.
-
-    `s` answers choose the class (default: half, rounded down). With ties="lowest" the order of the classes counts: have
-    them in order of first occurrence, never as a judge listed them. ValueError for counts, s or ties of no sense.
-    """
     classes = _checked(counts)
-    if sum(classes) < 2:
+    n = sum(classes)
+    return sum(count / n * log(n / count) for count in classes if count)
+
+
+def sem2_exact(counts: Sequence[int], ties: Ties = "uniform", *, s: int | None = None, unanswered: int = 0) -> float:
+    """Sem2 averaged over all C(n, s) splits of n samples: answers with `counts` [K], and `unanswered` ones.
+
+    `s` samples choose the class (default: half, rounded down). With ties="lowest" the order of the classes counts: have
+    them in order of first occurrence, never as a judge listed them. NaN for fewer than two samples. ValueError without
+    any answer, and for counts, s or ties of no sense.
+    """
+    classes, silent = _checked(counts), _whole(unanswered, "unanswered")
+    if sum(classes) + silent < 2:
         return nan
     order = classes if ties == "lowest" else tuple(sorted(classes))
-    return _sem2(order, ties, _size(classes, s))
+    return _sem2(order, ties, _size(sum(classes) + silent, s), silent)
 
 
 def graded_over_splits(
-    counts: Sequence[int], grades: Sequence[int], ties: Ties = "uniform", *, s: int | None = None
+    counts: Sequence[int],
+    grades: Sequence[int],
+    ties: Ties = "uniform",
+    *,
+    s: int | None = None,
+    unanswered: int = 0,
 ) -> float:
     """sum_k P(z_S = k) grade_k: how often the class that a split deploys is correct. `grades` [K] are 0 or 1.
 
-    The label whose expectation Sem2 estimates question by question; NaN for fewer than two answers.
+    The label whose expectation Sem2 estimates question by question; NaN for fewer than two samples.
     """
-    classes = _checked(counts)
-    if len(grades) != len(classes):
-        raise ValueError(f"{len(classes)} classes need as many grades, not {len(grades)}")
-    if sum(classes) < 2:
+    classes, silent = _checked(counts), _whole(unanswered, "unanswered")
+    if len(grades) != len(classes) or any(grade not in (0, 1) for grade in grades):
+        raise ValueError(f"{len(classes)} classes need as many grades of 0 or 1, not {list(grades)}")
+    if sum(classes) + silent < 2:
         return nan
-    return float(_mean_over_splits(classes, _size(classes, s), ties, lambda k, t: int(grades[k])))
+    size = _size(sum(classes) + silent, s)
+    return float(_mean_over_splits(classes, silent, size, ties, lambda k, t: int(grades[k])))
 
 
 def sem2_splits(assignments: Sequence[int], R: int = 10, seed: int = 0) -> float:  # noqa: N803
@@ -80,56 +98,70 @@ def sem2_splits(assignments: Sequence[int], R: int = 10, seed: int = 0) -> float
     `numpy.random.default_rng(seed)` anew for each question, one permutation per split, ties to the lowest index. Its
     noise (about .03 for n = 50, R = 10) rivals what is measured: kept for parity. NaN for fewer than two answers.
     """
-    labels = np.asarray(assignments, dtype=np.int64)
-    if R < 1 or (len(labels) and labels.min() < 0):
-        raise ValueError(f"needs at least one split and class indices from 0, not R={R}, {assignments!r}")
+    labels = np.array([_whole(label, "a class index") for label in assignments], dtype=np.int64)
+    if _whole(R, "R") < 1:
+        raise ValueError(f"needs at least one split, not R={R}")
     if len(labels) < 2:
         return nan
     generator = np.random.default_rng(seed)
     shares = []
-    for _ in range(R):
+    for _ in range(int(R)):
         chosen, scored = np.split(labels[generator.permutation(len(labels))], [len(labels) // 2])
         shares.append(np.mean(scored == np.bincount(chosen).argmax()))
     return float(np.mean(shares))
 
 
 def _checked(counts: Sequence[int]) -> tuple[int, ...]:
-    classes = tuple(int(count) for count in counts)
-    if not any(classes) or min(classes) < 0:
-        raise ValueError(f"counts of answers are not negative and not all zero, got {list(counts)}")
+    classes = tuple(_whole(count, "each of the counts") for count in counts)
+    if not any(classes):
+        raise ValueError(f"needs counts with at least one answer, not {list(counts)}")
     return classes
 
 
-def _size(counts: tuple[int, ...], s: int | None) -> int:
-    n = sum(counts)
+def _whole(value: float, name: str) -> int:
+    """`value` as an int; 3.0 passes, 2.9 is never cut to 2."""
+    if not value >= 0 or value != int(value):
+        raise ValueError(f"{name} is a whole number that is not negative, not {value}")
+    return int(value)
+
+
+def _size(n: int, s: int | None) -> int:
     size = n // 2 if s is None else s
-    if not 1 <= size < n:
+    if not 1 <= size < n or size != int(size):
         raise ValueError(f"a split of {n} answers chooses by 1 to {n - 1} of them, not {size}")
-    return size
+    return int(size)
 
 
 @lru_cache(maxsize=65536)
-def _sem2(counts: tuple[int, ...], ties: Ties, s: int) -> float:
-    return float(_mean_over_splits(counts, s, ties, lambda k, t: counts[k] - t) / (sum(counts) - s))
+def _sem2(counts: tuple[int, ...], ties: Ties, s: int, unanswered: int) -> float:
+    total = _mean_over_splits(counts, unanswered, s, ties, lambda k, t: counts[k] - t)
+    return float(total / (sum(counts) + unanswered - s))
 
 
-def _mean_over_splits(counts: tuple[int, ...], s: int, ties: Ties, value: Callable[[int, int], int]) -> Fraction:
+def _mean_over_splits(
+    counts: tuple[int, ...], unanswered: int, s: int, ties: Ties, value: Callable[[int, int], int]
+) -> Fraction:
     """E_S value(z_S, answers of z_S in S), summed over how many answers t win."""
     if ties not in ("uniform", "lowest"):
         raise ValueError(f"ties are 'uniform' or 'lowest', not {ties!r}")
     total = Fraction(0)
     for t in range(1, min(max(counts), s) + 1):
-        total += sum(Fraction(ways, 1 + tied) for (_, tied), ways in _winning(counts, s, t, ties, value).items())
-    return total / comb(sum(counts), s)
+        winning = _winning(counts, unanswered, s, t, ties, value)
+        total += sum(Fraction(ways, 1 + tied) for (_, tied), ways in winning.items())
+    return total / comb(sum(counts) + unanswered, s)
 
 
-def _winning(counts: tuple[int, ...], s: int, t: int, ties: Ties, value: Callable[[int, int], int]) -> _Ways:
-    """Ways to choose s answers such that one class, the marked one, has t and wins, each weighted by the mark's value.
+def _winning(
+    counts: tuple[int, ...], unanswered: int, s: int, t: int, ties: Ties, value: Callable[[int, int], int]
+) -> _Ways:
+    """Ways to choose s samples such that one class, the marked one, has t and wins, each weighted by the mark's value.
 
     A product over the classes: before the mark and after it a class may have no more than t, and with lowest ties less
-    than t before it. Uniform ties are counted, since each of 1 + ties tied classes is marked in turn.
+    than t before it. Uniform ties are counted, since each of 1 + ties tied classes is marked in turn. Any number of
+    samples without an answer may be chosen: they win nothing.
     """
-    unmarked, marked = _Ways({(0, 0): 1}), _Ways()
+    unmarked = _Ways({(u, 0): comb(unanswered, u) for u in range(min(unanswered, s) + 1)})
+    marked = _Ways()
     for k, count in enumerate(counts):
         others = [(u, int(ties == "uniform" and u == t), comb(count, u)) for u in range(min(count, t) + 1)]
         mark = [(t, 0, comb(count, t) * value(k, t))]

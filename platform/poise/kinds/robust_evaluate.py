@@ -22,12 +22,12 @@ from poise.kinds.verdicts import Court, Verdict
 from poise.observe.events import event
 from poise.observe.progress import Progress
 from poise.observe.rows import Rows
-from poise.report.curves import wilson
 from poise.robust.attacks import AttackResult
 from poise.robust.attacks.checks import masking, suspicions
 from poise.robust.attacks.contract import scores
 from poise.robust.noise import Noise
 from poise.spec.seeds import derive_seed
+from poise.stats import wilson
 from poise.train.context import Context
 
 __all__ = ["run"]

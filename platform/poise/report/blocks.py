@@ -10,8 +10,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from poise.report import figures
-from poise.report.curves import wilson
 from poise.report.record import RunRecord
+from poise.stats import wilson
 
 __all__ = ["Cell", "Column", "Drawn", "Grid", "Line", "Section", "draw", "number", "percent"]
 

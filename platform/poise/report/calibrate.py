@@ -10,9 +10,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from poise.report.blocks import Cell, Column, Drawn, Grid, Line, Section, draw, number, percent
-from poise.report.curves import COLOURS, wilson
+from poise.report.curves import COLOURS
 from poise.report.figures import HALF, MUTED, STYLE, WIDE, canvas, legend
 from poise.report.record import RunRecord
+from poise.stats import wilson
 
 __all__ = ["SECTION", "confidences", "reliability_diagram"]
 
@@ -20,16 +21,11 @@ ESTIMATES = {"sem1": ("Sem1", COLOURS["linf"]), "sem2": ("Sem2", COLOURS["union"
 FEW = 30
 """A bin of fewer questions is drawn faintly: its accuracy says little."""
 
-_HEADLINE = {
-    "accuracy": "accuracy",
-    "sem1/ece": "Sem1-ECE",
-    "sem2/ece": "Sem2-ECE",
-    "difference/ece": "Sem1 \u2212 Sem2",
-    "true/ece": "true ECE",
-}
+_HEADLINE = {"sem1": "Sem1-ECE", "sem2": "Sem2-ECE", "true": "true ECE"}
 _EACH = {
     "confidence": "confidence",
     "bias": "bias",
+    "ece_all": "ECE, all",
     "smooth_ece": "smECE",
     "debiased_ece": "debiased L2",
     "brier": "Brier",
@@ -42,20 +38,25 @@ def _grids(records: Sequence[RunRecord]) -> Iterator[Grid]:
     if not found:
         return
     yield Grid(
-        title="Calibration, 95% intervals",
-        caption="Expected calibration errors with 95% intervals of a bootstrap over questions. Sem1: the share of the "
-        "largest class of answers. Sem2: the class that one half of the answers chooses is scored on the other half, "
-        "over all halvings. Coverage: the share of the n questions whose deployed answer is one. True ECE: the "
-        "confidence is the model\u2019s exact probability of its answer, where the world is known. Resampling adds to "
-        "an ECE, so an interval can lie above a small one; compare with the noise floor.",
+        title="Calibration; below each ECE: without its bias, with 95% interval",
+        caption="Expected calibration errors (ECE, L1) of the answered questions. The plug-in ECE is biased upwards by "
+        "the noise of the grades; below it stands the median-unbiased estimate with its 95% interval, by test "
+        "inversion (Carpenter 1999, Hansen 1999), which covers whether a model is calibrated or not. Sem1: the share "
+        "of the largest class of answers. Sem2: the class that one half of the answers chooses is scored on the other "
+        "half, over all halvings. True ECE: the confidence is the model\u2019s exact probability of its answer, where "
+        "the world is known. Coverage: the share of the n questions with an answer. Accuracy: of all questions, where "
+        "no answer is a wrong one, with its 95% Wilson interval.",
         heading="run",
-        columns=[Column(text, brief=measure != "difference/ece") for measure, text in _HEADLINE.items()],
-        lines=[Line(r.name, _note(r), [_estimate(r, name) for name in _HEADLINE]) for r in found],
+        columns=[*map(Column, ("accuracy", *_HEADLINE.values())), Column("Sem1 \u2212 Sem2", brief=False)],
+        lines=[Line(r.name, _note(r), _headline(r)) for r in found],
     )
+    yield from _doubts(found)
     yield Grid(
         title="",
-        caption="Each estimate of confidence by itself. Bias: mean confidence minus accuracy. Noise floor: the ECE "
-        "that a calibrated model with these confidences would show on so many questions.",
+        caption="Each estimate of confidence by itself, over the answered questions. Bias: mean confidence minus "
+        "accuracy. ECE, all: with the questions without an answer, as wrong with confidence 0. Noise floor: the ECE "
+        "that a calibrated model with these confidences would show on so many questions. ECE, all, smECE and debiased "
+        "L2 are point estimates without an interval; other intervals are percentiles of a bootstrap over questions.",
         heading="run",
         columns=[Column(text) for text in [*_EACH.values(), "noise floor"]],
         lines=[
@@ -71,6 +72,23 @@ def _grids(records: Sequence[RunRecord]) -> Iterator[Grid]:
 def _note(record: RunRecord) -> str:
     coverage = percent(record.summary["coverage"]).text
     return f"n={record.examples:,}, coverage {coverage}%, seed {record.summary.get('seed')}"
+
+
+def _headline(record: RunRecord) -> list[Cell]:
+    errors = [_error(record, name) for name in _HEADLINE]
+    return [_estimate(record, "accuracy"), *errors, _estimate(record, "difference/ece")]
+
+
+def _error(record: RunRecord, name: str) -> Cell:
+    """The plug-in ECE; below it, on lines of their own, the estimate without bias and its interval."""
+    plug_in, unbiased = _estimate(record, f"{name}/ece"), _estimate(record, f"{name}/unbiased_ece")
+    return Cell(plug_in.text, f"unbiased {unbiased.text}\n{unbiased.below}" if unbiased.below else "")
+
+
+def _doubts(records: Sequence[RunRecord]) -> Iterator[Grid]:
+    if doubts := [(record, words) for record in records for words in record.summary.get("warnings") or ()]:
+        lines = [Line(record.name, "", [Cell(words)]) for record, words in doubts]
+        yield Grid("Warnings", "What should make one doubt these results.", "run", [Column("warning")], lines)
 
 
 def _each(record: RunRecord, name: str) -> list[Cell]:

@@ -1,4 +1,4 @@
-"""Numbers behind the page: series out of the rows, labels and colours of threats, intervals of accuracies."""
+"""Numbers behind the page: series out of the rows, labels and colours of threats."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-__all__ = ["Curve", "colour", "curve", "label", "names", "ordered", "phase_seconds", "wilson"]
+__all__ = ["Curve", "colour", "curve", "label", "names", "ordered", "phase_seconds"]
 
 LABELS = {
     "clean": "clean",
@@ -106,17 +106,3 @@ def phase_seconds(rows: pa.Table) -> dict[str, float]:
         phase = name.removeprefix("seconds/")
         totals[phase] = totals.get(phase, 0.0) + (value if math.isfinite(value) else 0.0)
     return totals
-
-
-def wilson(share: float, count: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Wilson's score interval of a share in [0, 1] observed on `count` >= 1 examples; 95% by default.
-
-    E. B. Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927). For a mean of
-    values between 0 and 1 that are not only 0 or 1 (the average over norms) it is conservative: such values vary less.
-    """
-    if count < 1 or not 0 <= share <= 1:
-        raise ValueError(f"an interval needs a share in [0, 1] and at least one example, not {share} of {count}")
-    shrink = 1 + z * z / count
-    centre = (share + z * z / (2 * count)) / shrink
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / shrink
-    return max(0.0, centre - half), min(1.0, centre + half)

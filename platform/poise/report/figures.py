@@ -22,7 +22,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
 from poise.observe.names import PHASES
-from poise.report.curves import COLOURS, INK, SPARE, colour, curve, label, names, ordered, phase_seconds, wilson
+from poise.report.curves import COLOURS, INK, SPARE, colour, curve, label, names, ordered, phase_seconds
+from poise.stats import wilson
 
 __all__ = [
     "accuracy_curves",
