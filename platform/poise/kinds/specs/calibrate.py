@@ -29,9 +29,7 @@ class CalibrateMeasureSpec(RunSpec):
     decoding: DecodingSpec = Field(DecodingSpec(), description="how the answers are drawn")
     sampler: SamplerSpec = Field(SamplerSpec(), description="what draws them")
     bins: int = Field(10, ge=1, le=1000, description="bins of equal width of the calibration errors")
-    bootstrap: int = Field(
-        1000, ge=1, le=100_000, description="draws and resamples behind each interval"
-    )
+    bootstrap: int = Field(1000, ge=1, le=100_000, description="draws and resamples behind each interval")
 
     @model_validator(mode="after")
     def _fits(self) -> CalibrateMeasureSpec:
