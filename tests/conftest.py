@@ -9,7 +9,7 @@ import random
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ def s3_store(s3_settings: dict[str, str], new_bucket: Callable[[], str], monkeyp
 def flaky_s3(s3_store: str, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """`s3_store` behind a proxy that answers 503 to one request in three, to half of these after it was served."""
     draw = random.Random(0)
-    with _failing_proxy(s3_server, lambda: draw.choices(("serve", "drop", "lose"), (4, 1, 1))[0]) as endpoint:
+    with _failing_proxy(s3_server, lambda _: draw.choices(("serve", "drop", "lose"), (4, 1, 1))[0]) as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
         yield s3_store
 
@@ -105,14 +105,32 @@ def flaky_s3(s3_store: str, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def dead_s3(s3_store: str, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """`s3_store` behind a proxy that answers 503 to everything."""
-    with _failing_proxy(s3_server, lambda: "drop") as endpoint:
+    with _failing_proxy(s3_server, lambda _: "drop") as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
         yield s3_store
 
 
+@pytest.fixture
+def s3_behind(
+    s3_store: str, s3_server: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[Callable[[str], str]], str]]:
+    """Makes `s3_store` behind a proxy that asks a function, by HTTP method, what to do with each request."""
+    with ExitStack() as stack:
+
+        def make(decide: Callable[[str], str]) -> str:
+            monkeypatch.setenv("AWS_ENDPOINT_URL", stack.enter_context(_failing_proxy(s3_server, decide)))
+            return s3_store
+
+        yield make
+
+
 @contextmanager
-def _failing_proxy(backend: str, decide: Callable[[], str]) -> Iterator[str]:
-    """A forwarding proxy; `decide()` says of each request: serve it, drop it, or serve it and lose the answer."""
+def _failing_proxy(backend: str, decide: Callable[[str], str]) -> Iterator[str]:
+    """A forwarding proxy; `decide(method)` says of each request what becomes of it.
+
+    serve it; drop it; lose the answer after it was served; cut the body of the answer short; ignore its conditions;
+    change the checksum that is answered.
+    """
     target = urlsplit(backend).netloc
     lock = threading.Lock()
 
@@ -122,17 +140,27 @@ def _failing_proxy(backend: str, decide: Callable[[], str]) -> Iterator[str]:
         def forward(self) -> None:
             body = self._body()
             with lock:
-                fate = decide()
+                fate = decide(self.command)
+            if fate == "ignore":
+                for name in ("If-Match", "If-None-Match"):
+                    del self.headers[name]
             status, headers, answer = self._ask(body) if fate != "drop" else (503, [], b"")
-            if fate != "serve":
+            if fate in ("drop", "lose"):
                 status, headers, answer = 503, [], b""
             self.send_response(status)
+            changed = "x-amz-checksum-crc32" if fate == "change" else ""
             for name, value in headers:
-                if name.lower() not in ("transfer-encoding", "connection", "content-length", "date", "server"):
+                if name.lower() not in ("transfer-encoding", "connection", "content-length", "date", "server", changed):
                     self.send_header(name, value)
             length = dict(headers).get("Content-Length") if self.command == "HEAD" else len(answer)
             self.send_header("Content-Length", str(length or 0))
+            if fate == "change":
+                self.send_header("x-amz-checksum-crc32", "AAAAAA==")
             self.end_headers()
+            if fate == "cut":
+                self.wfile.write(answer[: len(answer) // 2])
+                self.close_connection = True
+                return
             self.wfile.write(answer)
 
         do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = forward  # noqa: N815

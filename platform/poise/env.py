@@ -15,6 +15,8 @@ __all__ = [
     "PRIVATE_CLUSTER",
     "RAY_DEFAULTS",
     "RAY_LOGS",
+    "STORE_PATIENCE_DEFAULT_S",
+    "STORE_PATIENCE_S",
     "VLLM_ON_CPU",
     "VLLM_SETTINGS",
     "defaults",
@@ -36,6 +38,11 @@ LOOPBACK_ALONE = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 """Set for a cluster of this machine alone, in the processes of the cluster and in those that join it."""
+
+STORE_PATIENCE_S = "POISE_STORE_PATIENCE_S"
+"""For how many seconds a run waits for an S3 service that has answered before and fails now."""
+
+STORE_PATIENCE_DEFAULT_S = 900.0
 
 RAY_DEFAULTS = {
     # How soon the controller sees a dead worker or the end of a run; each poll interrupts every worker.

@@ -38,7 +38,7 @@ def storage(url: str, clients: dict[str, object]) -> Storage:
 @pytest.fixture
 def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retries follow each other at once: for tests of their number, not of their pace."""
-    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda self, context: 0.0)
+    monkeypatch.setattr("poise.store.s3_retries.RetryPolicy._draw", lambda self, longest: 0.0)
 
 
 @pytest.fixture

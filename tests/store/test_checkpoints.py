@@ -346,6 +346,9 @@ class Mortal(Storage):
     def sweep(self, older_than_s: float) -> Sequence[str]:
         return self.storage.sweep(older_than_s)
 
+    def check_exclusion(self) -> None:
+        self.storage.check_exclusion()
+
 
 @pytest.mark.parametrize("half_written", [False, True])
 def test_death_at_any_point_of_a_commit(storage: Storage, tmp_path: Path, half_written: bool) -> None:

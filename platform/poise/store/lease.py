@@ -70,6 +70,7 @@ class Lease:
 
     def __enter__(self) -> Lease:
         """Take the lease, or raise `RunBusyError` that names the holder."""
+        self.storage.check_exclusion()
         now = time.time()
         mine = _Holder(
             token=self.token,

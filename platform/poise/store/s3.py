@@ -7,22 +7,28 @@ pickled, so that no secret travels in an actor argument.
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import time
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 import boto3
+from boto3.exceptions import Boto3Error
 from botocore import exceptions as aws
 from botocore.config import Config
+from s3transfer.exceptions import RetriesExceededError
 
-from poise.errors import StoreError
+from poise import env
+from poise.errors import StoreError, UserError
 from poise.store.folder import staged
-from poise.store.storage import Entry, Storage, check_key, explained
+from poise.store.s3_retries import RetryPolicy
+from poise.store.storage import RESERVED, Entry, Storage, check_key, explained
 
 __all__ = ["S3Storage"]
 
@@ -30,6 +36,10 @@ _MISSING = {"NoSuchKey", "NotFound", "404"}
 _REFUSED = {"AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}
 _LOST_RACE = {"PreconditionFailed", "ConditionalRequestConflict", "412", "409"}
 _BATCH = 1000  # keys that one delete request may name
+_RACES = 20  # lost ones after which an append gives up
+_CUT_SHORT = (aws.IncompleteReadError, aws.ReadTimeoutError, aws.ResponseStreamingError)
+
+T = TypeVar("T")
 
 
 class S3Storage(Storage):
@@ -39,9 +49,10 @@ class S3Storage(Storage):
         self.bucket = bucket
         self.prefix = prefix
         self.url = f"s3://{bucket}/{prefix}".removesuffix("/")
+        self._excludes = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_client"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_client", "_policy")}
 
     def read(self, key: str) -> bytes:
         return self._get(key)[0]
@@ -60,11 +71,16 @@ class S3Storage(Storage):
             return False
 
     def append(self, key: str, data: bytes) -> None:
-        try:
-            before = self.read(key)
-        except FileNotFoundError:
-            before = b""
-        self.write(key, before + data)
+        for _ in range(_RACES):
+            try:
+                before, tag = self._get(key)
+            except FileNotFoundError:
+                appended = self.create(key, data)
+            else:
+                appended = self._put_if(key, before + data, IfMatch=tag)
+            if appended:
+                return
+        raise StoreError(f"{self.url}/{key}: other writers were faster {_RACES} times: run again")
 
     def list(self, prefix: str = "") -> list[Entry]:
         if prefix:
@@ -73,10 +89,11 @@ class S3Storage(Storage):
             pages = client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self._root + prefix)
             found = [item for page in pages for item in page.get("Contents", ())]
         start = len(self._root)
-        return sorted(
+        entries = [
             Entry(item["Key"][start:], item["Size"], item["LastModified"].timestamp(), item.get("ETag", "").strip('"'))
             for item in found
-        )
+        ]
+        return sorted(entry for entry in entries if f"/{RESERVED}" not in f"/{entry.key}")
 
     def folders(self) -> Sequence[str]:
         with self._calls() as client:
@@ -107,7 +124,32 @@ class S3Storage(Storage):
 
     def download(self, key: str, path: Path) -> None:
         with explained(str(path)), staged(path) as file, self._calls(key) as client:
-            client.download_fileobj(self.bucket, self._name(key), file)
+
+            def fill() -> None:
+                file.seek(0)
+                file.truncate()
+                try:
+                    client.download_fileobj(self.bucket, self._name(key), file)
+                except RetriesExceededError as error:
+                    raise _CutShortError(str(error.last_exception)) from error
+
+            self._until_whole(fill)
+
+    def check_exclusion(self) -> None:
+        if self._excludes:
+            return
+        name = f"{self._root}{RESERVED}probe"
+        wrong_tag = '"00000000000000000000000000000000"'
+        if self._probe(name, IfNoneMatch="*"):  # it was not there yet, and is now
+            self._excludes = not self._probe(name, IfNoneMatch="*")
+        else:
+            self._excludes = True
+        self._excludes = self._excludes and not self._probe(name, IfMatch=wrong_tag)
+        if not self._excludes:
+            raise StoreError(
+                f"{self.url}: {_endpoint() or 'AWS'} ignores conditional writes (If-None-Match, If-Match), so that two "
+                "drivers could write one run at the same time: use one that honours them, or keep runs in a folder"
+            )
 
     def sweep(self, older_than_s: float) -> Sequence[str]:
         before = time.time() - older_than_s
@@ -127,24 +169,65 @@ class S3Storage(Storage):
         return self._root + check_key(key)
 
     @cached_property
+    def _policy(self) -> RetryPolicy:
+        patience_s = _number(env.STORE_PATIENCE_S, env.STORE_PATIENCE_DEFAULT_S)
+        return RetryPolicy(_endpoint() or "S3", int(_number("AWS_MAX_ATTEMPTS", 10)), patience_s)
+
+    @cached_property
     def _client(self) -> Any:
-        style = "path" if _endpoint() else "auto"  # a private endpoint seldom has a host name for each bucket
+        _check_endpoint()
         config = Config(
-            retries={"mode": "standard", "max_attempts": int(os.environ.get("AWS_MAX_ATTEMPTS", "10"))},
+            retries={"mode": "standard", "total_max_attempts": 1},  # the policy retries
             connect_timeout=10,
             read_timeout=60,
-            s3={"addressing_style": style},
+            s3={"addressing_style": "path" if _endpoint() else "auto"},  # a private endpoint has few host names
+            response_checksum_validation="when_required",  # the store has SHA-256 of its own, and says what is damaged
         )
-        client = boto3.session.Session().client("s3", config=config)
-        # boto3 stops retrying once retries have used up a quota, which a service that fails one request in three does
-        # within 300 requests. Here whatever succeeds in the end refills the quota; a dead service still exhausts it.
-        client.meta.events.register_first("after-call.s3", _refill_quota)
+        policy = self._policy
+        try:
+            client = boto3.session.Session().client("s3", config=config)
+        except ValueError as error:
+            raise UserError(f"{self.url}: the settings of boto3 are malformed: {error}") from None
+        policy.register(client)
         return client
 
     def _get(self, key: str) -> tuple[bytes, str]:
-        with self._calls(key) as client:
+        def get() -> tuple[bytes, str]:
             answer = client.get_object(Bucket=self.bucket, Key=self._name(key))
-            return answer["Body"].read(), answer["ETag"]
+            try:
+                return answer["Body"].read(), answer["ETag"]
+            except _CUT_SHORT as error:
+                raise _CutShortError(str(error)) from error
+
+        with self._calls(key) as client:
+            return self._until_whole(get)
+
+    def _until_whole(self, read: Callable[[], T]) -> T:
+        """What `read` returns; a body that ends early is asked for again, as a request that fails is."""
+        started = time.monotonic()
+        for attempt in itertools.count(1):
+            try:
+                return read()
+            except _CutShortError as error:
+                pause = self._policy.pause(attempt, started, error)
+                if pause is None:
+                    raise StoreError(
+                        f"{self.url}: an answer of {_endpoint() or 'AWS'} ended early {attempt} times ({error}): run "
+                        "again when it has recovered; nothing that was committed is lost"
+                    ) from error
+                time.sleep(pause)
+        raise AssertionError("unreachable")
+
+    def _probe(self, name: str, **condition: str) -> bool:
+        """Whether a conditional write was done."""
+        with self._calls(name) as client:
+            try:
+                client.put_object(Bucket=self.bucket, Key=name, Body=uuid.uuid4().hex.encode(), **condition)
+            except aws.ClientError as error:
+                if error.response["Error"]["Code"] in _LOST_RACE:
+                    return False
+                raise
+        return True
 
     def _put(self, key: str, data: bytes, **condition: str) -> None:
         with self._calls(key) as client:
@@ -180,7 +263,7 @@ class S3Storage(Storage):
                 f"{self.url}: {_endpoint() or 'AWS'} cannot be reached ({type(error).__name__}): check the network and "
                 "AWS_ENDPOINT_URL, then run again; nothing that was committed is lost"
             ) from error
-        except aws.BotoCoreError as error:
+        except (aws.BotoCoreError, Boto3Error) as error:
             raise StoreError(f"{self.url}: {error}") from error
 
     def _refuse(self, error: aws.ClientError, key: str) -> NoReturn:
@@ -215,8 +298,35 @@ class _LostRaceError(StoreError):
         self.retried = retried
 
 
-def _refill_quota(context: dict[str, Any], **_: object) -> None:
-    context["retry_quota_capacity"] = 500  # what botocore gives back after a success, and the whole of its quota
+class _CutShortError(Exception):
+    """The body of an answer ended before its end."""
+
+
+def _check_endpoint() -> None:
+    """UserError for an endpoint that cannot be parsed, which is not repeated: it may hold a password."""
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+        value = os.environ.get(name)
+        if not value:
+            continue
+        try:
+            url = urlsplit(value)
+            sound = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        except ValueError:
+            sound = False
+        if not sound:
+            raise UserError(f"{name} is not the address of a service: write https://host or http://host:port")
+
+
+def _number(name: str, default: float) -> float:
+    """A positive number of the environment."""
+    text = os.environ.get(name) or str(default)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0
+    if not 0 < value < float("inf"):
+        raise UserError(f"{name} is {text[:40]!r}: write a positive number, such as {default:g}")
+    return value
 
 
 def _endpoint() -> str:

@@ -100,6 +100,10 @@ class Storage(ABC):
     def sweep(self, older_than_s: float) -> Sequence[str]:
         """Remove what writers that died left behind if older than this many seconds; names what was removed."""
 
+    @abstractmethod
+    def check_exclusion(self) -> None:
+        """`StoreError` if of several racing `create` or `swap` calls more than one could succeed here."""
+
     def sha256(self, key: str) -> str:
         """The hexadecimal SHA-256 of an object as it is stored now."""
         with tempfile.TemporaryDirectory(prefix="poise-") as folder:
