@@ -14,6 +14,7 @@ from poise.data.spec import JsonlText, ParquetText, WorldSpec, WorldText
 from poise.data.text import IGNORED, TextBatches, load_text, text_batch, text_tokenizer
 from poise.data.worlds import make_world
 from poise.errors import UserError
+from poise.models.limits import ModelLimits
 
 WORLD = WorldSpec(entities=4, relations=2, answers=4, tail=3, pretrain=5)
 WORDS = word_tokenizer(["what", "is", "red", "green", "blue"])
@@ -118,7 +119,7 @@ def test_a_new_model_has_no_words_for_files(tmp_path):
 
 
 def test_json_lines_and_parquet_give_the_same_examples(tmp_path):
-    rows = [{"q": "what is red", "a": "green"}, {"q": "what is blue", "a": "red blue"}, {"q": "is", "a": "red"}]
+    rows = [{"q": "what is red", "a": " green"}, {"q": "what is blue", "a": " red blue"}, {"q": "is", "a": " red"}]
     write(tmp_path / "lines", rows[0], "\n", rows[1], name="a.jsonl")
     write(tmp_path / "lines", rows[2], name="b.jsonl")
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "all.parquet")
@@ -136,7 +137,7 @@ def test_json_lines_and_parquet_give_the_same_examples(tmp_path):
 def test_a_bucket_is_read_like_a_folder(tmp_path, s3_store):
     from poise.store.storage import open_storage
 
-    row = json.dumps({"prompt": "what", "completion": "red"}).encode()
+    row = json.dumps({"prompt": "what", "completion": " red"}).encode()
     open_storage(s3_store).write("text/part.jsonl", row)
     for path in (f"{s3_store}/text", f"{s3_store}/text/part.jsonl"):
         assert load_text(spec(path), WORDS, 0).train == [TextExample((1, 3), (5, 2))]
@@ -144,7 +145,7 @@ def test_a_bucket_is_read_like_a_folder(tmp_path, s3_store):
 
 def test_validation_is_disjoint_and_drawn_by_the_seed(tmp_path):
     tokenizer = word_tokenizer(str(k) for k in range(40))
-    path = write(tmp_path, *({"prompt": str(k), "completion": "1"} for k in range(40)))
+    path = write(tmp_path, *({"prompt": str(k), "completion": " 1"} for k in range(40)))
     one, same, other = (load_text(spec(path, validation=8), tokenizer, seed) for seed in (1, 1, 2))
     assert one == same != other
     prompts = [example.prompt[1] for example in one.train + one.validation]
@@ -154,7 +155,7 @@ def test_validation_is_disjoint_and_drawn_by_the_seed(tmp_path):
         load_text(spec(path, validation=40), tokenizer, 0)
 
 
-GOOD = {"prompt": "what is", "completion": "red green blue"}
+GOOD = {"prompt": "what is", "completion": " red green blue"}
 
 
 @pytest.mark.parametrize(
@@ -165,7 +166,9 @@ GOOD = {"prompt": "what is", "completion": "red green blue"}
         ({"prompt": "what"}, "no 'completion', only prompt"),
         ({"prompt": "what", "completion": 3}, "'completion' is int, not text"),
         ({"prompt": "what", "completion": " "}, "completion is empty"),
-        ({"prompt": "what", "completion": "red " * 9}, "11 tokens are more than data.max_tokens 10|12 tokens"),
+        ({"prompt": "what", "completion": " red\ud800"}, "'completion' has half of a surrogate pair as character 5"),
+        ({"prompt": "what", "completion": "red"}, "meet inside the token"),
+        ({"prompt": "what", "completion": " red" * 9}, "11 tokens are more than data.max_tokens 10|12 tokens"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, row, message):
@@ -188,6 +191,30 @@ def test_long_examples_are_cut_at_their_end_where_that_is_asked_for(tmp_path):
     assert load_text(spec(path, max_tokens=5, too_long="cut"), WORDS, 0).train == [TextExample((1, 3, 4), (5, 6))]
     with pytest.raises(UserError, match="the prompt alone fills"):
         load_text(spec(path, max_tokens=3, too_long="cut"), WORDS, 0)
+
+
+def test_what_the_model_cannot_hold_is_named_or_cut(tmp_path):
+    path = write(tmp_path, GOOD, GOOD)
+    limits = ModelLimits(vocabulary=8, context=5)
+    with pytest.raises(UserError, match=r"part\.jsonl:1: 7 tokens are more than the 5 that the model can hold"):
+        load_text(spec(path), WORDS, 0, limits)
+    (one, _) = load_text(spec(path, too_long="cut"), WORDS, 0, limits).train
+    assert one == TextExample((1, 3, 4), (5, 6))
+    with pytest.raises(UserError, match=r"part\.jsonl:1: its tokens go up to 7 and the model has embeddings of 7"):
+        load_text(spec(path), WORDS, 0, ModelLimits(vocabulary=7))
+    world = WorldText(name="world", world=WORLD)
+    for limits, message in ((ModelLimits(vocabulary=5), "embeddings of 5"), (ModelLimits(context=6), "6 of the model")):
+        with pytest.raises(UserError, match=message):
+            load_text(world, text_tokenizer(world), 0, limits)
+
+
+def test_an_unknown_word_that_is_the_end_as_well_is_no_unknown_word():
+    """GPT-2 has one special token for everything."""
+    world = WorldText(name="world", world=WORLD)
+    tokenizer = text_tokenizer(world)
+    before = load_text(world, tokenizer, 0)
+    tokenizer.unk_token = tokenizer.eos_token
+    assert load_text(world, tokenizer, 0) == before
 
 
 def test_nothing_to_read_is_an_error(tmp_path):

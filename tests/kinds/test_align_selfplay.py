@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from poise.align.games import exploitability
 from poise.align.oracles import MatrixOracle, extended
@@ -145,6 +146,39 @@ def test_what_is_left_agrees_with_itself(folder, tmp_path):
     answers = [encode_completion(tokenizer, answer) for answer in first["answers"]]
     (scores,) = answer_logprobs(model, [encode_prompt(tokenizer, first["prompt"])], [answers])
     assert scores.exp().tolist() == pytest.approx(first["final"]["policy"][:3], abs=1e-5)
+
+
+def test_an_answer_is_ended_by_any_token_that_ends_a_response(folder, tmp_path):
+    """Sampler and oracle stop at any stop token; the evaluation gives an answer the probability of them all."""
+    other = Path(shutil.copytree(folder, tmp_path / "model"))
+    settings = json.loads((other / "generation_config.json").read_text())
+    (other / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": [5, 0]}))
+    train = {"epochs": 1, "optimizer": {"name": "adamw", "lr": 1e-12, "weight_decay": 0}}
+    run = play(spec_of(other, tmp_path, train=train))
+    summary = json.loads(run.read("artifacts/summary.json"))
+    assert "the tokenizer ends a text with token 2" in summary["warnings"][0]
+    assert [event["what"] for event in run.events() if event["event"] == "warning"] == summary["warnings"]
+    model, tokenizer = open_folder(other)
+    question = json.loads(run.read("artifacts/selfplay.json"))["questions"][0]
+    prompt = encode_prompt(tokenizer, question["prompt"])
+    for answer, probability in zip(question["answers"], question["start"]["policy"], strict=False):
+        tokens = encode_completion(tokenizer, f" {answer}", question["prompt"])[:-1]
+        (scores,) = answer_logprobs(model, [prompt], [[(*tokens, end) for end in (2, 5, 0)]])
+        assert probability == pytest.approx(float(scores.double().exp().sum()), abs=1e-6)
+
+
+def test_what_the_iterations_need_is_tried_before_the_first(folder, tmp_path):
+    with pytest.raises(UserError, match="do not fit into the 255 that the model can hold; lower max_tokens"):
+        play(spec_of(folder, tmp_path, max_tokens=250))
+    renamed = Path(shutil.copytree(folder, tmp_path / "model"))
+    tensors = load_file(renamed / "model.safetensors")
+    save_file(
+        {name.removeprefix("model."): value for name, value in tensors.items()},
+        renamed / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(PoiseError, match="these are not the weights of"):
+        play(spec_of(renamed, tmp_path, "renamed"))
 
 
 def assert_shown(run, summary) -> None:

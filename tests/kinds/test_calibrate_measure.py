@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -223,6 +224,28 @@ def test_transformers_answers_and_its_confidence_is_what_it_scores(folder, tmp_p
         scores = sampler.score([prompt] * len(said), list(said))
         total = math.fsum(math.exp(math.fsum(score)) for score in scores)
         assert row["true_confidence"] == pytest.approx(total, rel=1e-4)
+
+
+def test_a_folder_that_disagrees_with_itself_is_read_in_one_way(world, folder, tmp_path):
+    """Two tokens may end a response: the sampler stops at both, and the samples do not say how likely each was."""
+    other = Path(shutil.copytree(folder, tmp_path / "model"))
+    settings = json.loads((other / "generation_config.json").read_text())
+    (other / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": 5}))
+    found = measured(spec_of(other, samples=2), open_run(tmp_path, "measured"), Oracle(world, truth))
+    (warning,) = found.summary["warnings"]
+    assert "ends a text with token 2 and the model's configs with [5]" in warning
+    assert [event["what"] for event in found.run.events() if event["event"] == "warning"] == [warning]
+    assert {row["true_confidence"] for row in found.rows} == {None}
+    assert found.value("accuracy") > 0
+
+
+def test_prompts_that_leave_no_room_are_refused_before_a_sampler_is_opened(folder, tmp_path):
+    def never(spec: object, folder: Path) -> Iterator[Sampler]:
+        raise AssertionError("nothing was to be opened")
+
+    context = Context(open_run(tmp_path, "measured"), sampler=never)
+    with pytest.raises(UserError, match="do not fit into the 255 that the model can hold; lower max_tokens"):
+        kinds.run(spec_of(folder, decoding={"max_tokens": 250}), context)
 
 
 def test_answers_that_were_cut_are_no_answers(world, folder, tmp_path):

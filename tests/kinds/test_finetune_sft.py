@@ -264,7 +264,7 @@ def test_files_of_one_s_own_from_the_command_line(base, store, tmp_path):
     """JSON lines, and a model of another run of the same store."""
     tokenizer = open_folder(Path(base.url) / "artifacts/model")[1]
     words = [word for word in tokenizer.get_vocab() if word.isalpha() and word not in ("the", "of")][:6]
-    lines = [{"prompt": f"the {a} of {b} ?", "completion": c} for a in words for b in words for c in words[:2]]
+    lines = [{"prompt": f"the {a} of {b} ?", "completion": f" {c}"} for a in words for b in words for c in words[:2]]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     spec = f"""
 kind: finetune.sft

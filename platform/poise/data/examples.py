@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 from poise.errors import UserError
+from poise.models.special_tokens import added_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-__all__ = ["Question", "TextExample", "encode", "encode_completion", "encode_prompt", "word_tokenizer"]
+__all__ = [
+    "Question",
+    "TextExample",
+    "answer_after",
+    "encode_answers",
+    "encode_completion",
+    "encode_example",
+    "encode_prompt",
+    "word_tokenizer",
+]
 
 UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"
 
@@ -41,29 +51,64 @@ class Question:
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-    """The tokens of a prompt, with those that the tokenizer puts before it (BOS)."""
-    return tuple(tokenizer(text).input_ids)
+    """The tokens of a prompt, which begins with BOS where the tokenizer sets it (see `poise.models.special_tokens`)."""
+    return _begun(tokenizer, _plain(tokenizer, text))
 
 
-def encode_completion(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-    """The tokens of an answer and EOS. UserError if the tokenizer has no EOS."""
+def encode_completion(tokenizer: Tokenizer, text: str, prompt: str = "") -> tuple[int, ...]:
+    """The tokens of a text that follows `prompt`, and EOS; UserError as `encode_example`."""
+    return encode_example(tokenizer, prompt, text).completion
+
+
+def encode_example(tokenizer: Tokenizer, prompt: str, completion: str) -> TextExample:
+    """The tokens of a prompt and of the text that follows it, as they are in the whole text.
+
+    Tokenized alone, a completion may begin otherwise: SentencePiece puts a space before any text. EOS is added unless
+    the completion ends with it already.
+
+    Raises:
+        UserError: the tokenizer has no EOS, or has a token that holds the end of the prompt and the beginning of the
+            completion: whoever asks with the prompt would ask with other tokens than were learned.
+    """
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer of this model has no EOS token: an answer could not end")
-    return (*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id)
+    before, whole = _plain(tokenizer, prompt), _plain(tokenizer, prompt + completion)
+    if whole[: len(before)] != before:
+        raise UserError(_moved_border(tokenizer, before, whole))
+    after = whole[len(before) :]
+    end = () if after[-1:] == (tokenizer.eos_token_id,) else (tokenizer.eos_token_id,)
+    return TextExample(_begun(tokenizer, before), (*after, *end))
 
 
-def encode(pairs: Iterable[tuple[str, str]], tokenizer: Tokenizer) -> list[TextExample]:
-    """Prompts and completions as tokens; equal texts are tokenized once."""
+def answer_after(prompt: str, answer: str) -> str:
+    """A listed answer as the text that follows its question: one space lies between the two, or the prompt's own."""
+    return answer if not prompt or prompt[-1].isspace() else f" {answer}"
 
-    @lru_cache(maxsize=65_536)
-    def prompt(text: str) -> tuple[int, ...]:
-        return encode_prompt(tokenizer, text)
 
-    @lru_cache(maxsize=65_536)
-    def completion(text: str) -> tuple[int, ...]:
-        return encode_completion(tokenizer, text)
+def encode_answers(pairs: Iterable[tuple[str, str]], tokenizer: Tokenizer) -> list[TextExample]:
+    """Questions and their listed answers as tokens; equal texts are tokenized once. UserError as `encode_example`."""
+    encoded = lru_cache(maxsize=65_536)(partial(encode_example, tokenizer))
+    return [encoded(question, answer_after(question, answer)) for question, answer in pairs]
 
-    return [TextExample(prompt(before), completion(after)) for before, after in pairs]
+
+def _plain(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    """Without what the tokenizer adds to every text."""
+    return tuple(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def _begun(tokenizer: Tokenizer, tokens: tuple[int, ...]) -> tuple[int, ...]:
+    """With what the tokenizer puts before every text, once."""
+    begin, _ = added_tokens(tokenizer)
+    return tokens if tokens[: len(begin)] == begin else (*begin, *tokens)
+
+
+def _moved_border(tokenizer: Tokenizer, before: tuple[int, ...], whole: tuple[int, ...]) -> str:
+    same = next((at for at, (one, other) in enumerate(zip(before, whole, strict=False)) if one != other), len(whole))
+    token = tokenizer.decode(list(whole[same : same + 1]))
+    return (
+        f"the prompt and its completion meet inside the token {token!r}: let the prompt end before it, and the "
+        "completion begin with it (a space belongs to the beginning of the completion)"
+    )
 
 
 def word_tokenizer(words: Iterable[str]) -> Tokenizer:

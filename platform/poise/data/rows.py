@@ -35,7 +35,18 @@ class Row:
         value = self.values[key]
         if not isinstance(value, str):
             raise UserError(f"{self.where}: {key!r} is {type(value).__name__}, not text")
+        if not value.isprintable() and (at := _lone_surrogate(value)) is not None:
+            raise UserError(f"{self.where}: {key!r} has half of a surrogate pair as character {at + 1}: it is no text")
         return value
+
+
+def _lone_surrogate(text: str) -> int | None:
+    """Where a text has half of a UTF-16 pair, which JSON can write as an escape and no tokenizer or file can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
 
 
 def read_rows(path: str, suffix: _Suffix, limit: int | None = None) -> list[Row]:

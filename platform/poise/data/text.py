@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from poise.data.examples import TextExample, encode
-from poise.data.rows import read_rows
-from poise.data.spec import TextSpec, WorldText, num_validation
+from poise.data.examples import TextExample, encode_answers, encode_example
+from poise.data.rows import Row, read_rows
+from poise.data.spec import JsonlText, ParquetText, TextSpec, WorldText, num_validation
 from poise.data.worlds import make_world
 from poise.errors import UserError
+from poise.models.limits import NO_LIMITS, ModelLimits
 from poise.spec.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -67,29 +69,27 @@ def text_tokenizer(spec: TextSpec) -> Tokenizer:
     return make_world(spec.world).tokenizer()
 
 
-def load_text(spec: TextSpec, tokenizer: Tokenizer, seed: int) -> TextData:
+def load_text(spec: TextSpec, tokenizer: Tokenizer, seed: int, limits: ModelLimits = NO_LIMITS) -> TextData:
     """Read a data set in tokens of a model; `seed` draws the samples of a world, or what is held out of files.
 
     Raises:
-        UserError: files that are missing or hold something else, an example that is too long or has nothing to learn
-            (all with file and line), or a world that the tokenizer has no words for.
+        UserError: files that are missing or hold something else, an example that is too long for the spec or beyond
+            the `limits` of the model or has nothing to learn (all with file and line), or a world that the tokenizer
+            has no words for.
     """
     if isinstance(spec, WorldText):
         world = make_world(spec.world, seed)
-        return TextData(_known(world.texts(spec.split), tokenizer), _known(world.texts("validation"), tokenizer))
+        train, validation = (_known(world.texts(split), tokenizer) for split in (spec.split, "validation"))
+        _check_limits([*train, *validation], limits)
+        return TextData(train, validation)
     rows = read_rows(spec.path, ".jsonl" if spec.name == "jsonl" else ".parquet")
-    pairs = [(row.text(spec.prompt), row.text(spec.completion)) for row in rows]
-    examples = [
-        _fitted(example, row.where, spec.max_tokens, cut=spec.too_long == "cut")
-        for row, (_, completion), example in zip(rows, pairs, encode(pairs, tokenizer), strict=True)
-        if _has_text(completion, row.where)
-    ]
+    examples = _encoded_rows(rows, spec, tokenizer, limits)
     held_out = num_validation(spec, len(examples))
     if held_out >= len(examples):
         raise UserError(f"data.validation: {held_out} held out of {len(examples)} examples leaves none to train on")
     order = _permutation(len(examples), derive_seed(seed, "validation")).tolist()
-    validation, train = sorted(order[:held_out]), sorted(order[held_out:])
-    return TextData([examples[row] for row in train], [examples[row] for row in validation])
+    validation_rows, train_rows = sorted(order[:held_out]), sorted(order[held_out:])
+    return TextData([examples[row] for row in train_rows], [examples[row] for row in validation_rows])
 
 
 class TextBatches:
@@ -170,30 +170,56 @@ class _Corpus:
 
 
 def _known(pairs: list[tuple[str, str]], tokenizer: Tokenizer) -> list[TextExample]:
-    """Texts of a world in tokens, none of them the unknown word."""
-    examples, unknown = encode(pairs, tokenizer), tokenizer.unk_token_id
+    """Texts of a world in tokens, none of them the unknown word, which some models use as EOS too."""
+    examples, unknown = encode_answers(pairs, tokenizer), tokenizer.unk_token_id
     for example, texts in zip(examples, pairs, strict=True):
-        if unknown is not None and unknown in (*example.prompt, *example.completion):
+        if unknown is not None and unknown in (*example.prompt, *example.completion[:-1]):
             raise UserError(f"the model has no tokens for {' '.join(texts)!r}: it was trained on another world")
     return examples
 
 
-def _has_text(completion: str, where: str) -> bool:
-    if not completion.strip():
-        raise UserError(f"{where}: the completion is empty; there is nothing to learn")
-    return True
+def _encoded_rows(
+    rows: Sequence[Row], spec: JsonlText | ParquetText, tokenizer: Tokenizer, limits: ModelLimits
+) -> list[TextExample]:
+    """Every row in tokens; UserError that names the row that cannot be learned."""
+    encoded = lru_cache(maxsize=65_536)(partial(encode_example, tokenizer))
+    examples = []
+    for row in rows:
+        prompt, completion = row.text(spec.prompt), row.text(spec.completion)
+        if not completion.strip():
+            raise UserError(f"{row.where}: the completion is empty; there is nothing to learn")
+        try:
+            example = encoded(prompt, completion)
+            limits.check_ids((*example.prompt, *example.completion))
+        except UserError as error:
+            raise UserError(f"{row.where}: {error}") from error
+        examples.append(_fitted(example, row.where, spec, limits))
+    return examples
 
 
-def _fitted(example: TextExample, where: str, most: int, *, cut: bool) -> TextExample:
+def _fitted(example: TextExample, where: str, spec: JsonlText | ParquetText, limits: ModelLimits) -> TextExample:
     size = len(example.prompt) + len(example.completion)
+    of_model = limits.context < spec.max_tokens
+    most = min(spec.max_tokens, limits.context)
     if size <= most:
         return example
-    if not cut:
-        raise UserError(f"{where}: {size} tokens are more than data.max_tokens {most}; raise it or set too_long: cut")
+    limit = f"the {most} that the model can hold" if of_model else f"data.max_tokens {most}"
+    if spec.too_long != "cut":
+        cure = "shorten it" if of_model else "raise it"
+        raise UserError(f"{where}: {size} tokens are more than {limit}; {cure} or set too_long: cut")
     room = most - len(example.prompt)
     if room < 1:
-        raise UserError(f"{where}: the prompt alone fills data.max_tokens {most}; nothing to learn would be left")
+        raise UserError(f"{where}: the prompt alone fills {limit}; nothing to learn would be left")
     return TextExample(example.prompt, example.completion[:room])
+
+
+def _check_limits(examples: Sequence[TextExample], limits: ModelLimits) -> None:
+    """UserError for an example of a world that the model cannot hold."""
+    for example in set(examples):
+        tokens = (*example.prompt, *example.completion)
+        limits.check_ids(tokens)
+        if len(tokens) > limits.context:
+            raise UserError(f"an example of {len(tokens)} tokens is more than the {limits.context} of the model")
 
 
 def _permutation(n: int, seed: int) -> Tensor:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from poise.data.examples import Question, TextExample, encode, word_tokenizer
+from poise.data.examples import Question, TextExample, encode_answers, word_tokenizer
 from poise.data.spec import WorldSpec
 from poise.spec.seeds import derive_seed
 
@@ -94,7 +94,7 @@ class World:
 
     def examples(self, split: Split) -> list[TextExample]:
         """The examples of a split in tokens of `tokenizer()`."""
-        return encode(self.texts(split), self.tokenizer())
+        return encode_answers(self.texts(split), self.tokenizer())
 
     def tokenizer(self) -> Tokenizer:
         """One token for each word of this world (see `word_tokenizer`)."""

@@ -36,6 +36,7 @@ class VllmSampler:
         from vllm import LLM
 
         self._folder, self._spec = read_folder(folder), spec
+        self._stop = sorted(self._folder.stop)  # read now: the folder may be gone later
         gpu = {"tensor_parallel_size": spec.gpus}
         cpu = {"dtype": "float32", "kv_cache_memory_bytes": int(spec.memory * 2**30), "enforce_eager": True}
         self._llm = LLM(
@@ -136,7 +137,7 @@ class VllmSampler:
     def _generate(self, prompts: Sequence[Sequence[int]], options: Sequence[Mapping[str, Any]]) -> list[Any]:
         from vllm import SamplingParams, TokensPrompt
 
-        fixed = {"stop_token_ids": sorted(self._folder.stop), "ignore_eos": True, "detokenize": False}
+        fixed = {"stop_token_ids": self._stop, "ignore_eos": True, "detokenize": False}
         outputs: list[Any] = self._llm.generate(
             [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts],
             [SamplingParams(**fixed, **chosen) for chosen in options],

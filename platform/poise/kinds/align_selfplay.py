@@ -18,16 +18,18 @@ from torch import nn
 
 from poise.align.oracles import MatrixOracle
 from poise.align.spec import NashRs
-from poise.data.examples import Question, encode_completion, encode_prompt
+from poise.data.examples import Question, answer_after, encode_completion, encode_prompt
 from poise.data.questions import load_questions
 from poise.errors import UserError
-from poise.kinds.language import keep_model
+from poise.kinds.language import keep_model, warn
 from poise.kinds.sampling import sample_all
 from poise.kinds.selfplay import Asked, SelfPlay, magnet_of
 from poise.kinds.specs.align import AlignSelfplaySpec
 from poise.kinds.standing import Measured, Standing
+from poise.models.folder import read_folder
 from poise.models.language import fetch_folder, open_folder
 from poise.models.sampling import Decoding, Request, Sample, Sampler
+from poise.models.special_tokens import reconcile
 from poise.observe.rows import Rows
 from poise.spec.seeds import derive_seed
 from poise.train.context import Context
@@ -48,8 +50,11 @@ def run(spec: AlignSelfplaySpec, context: Context) -> None:
         sampler = _sampler(spec, folder, context, stack)
         model, tokenizer = open_folder(folder)
         model.to(context.device)
+        special = reconcile(model, tokenizer)
+        warn(special.notes, context)
         asked = _asked(spec, tokenizer)
-        standing = Standing(spec, model, asked, context)
+        _check_fit(folder, model, asked, spec.max_tokens)
+        standing = Standing(spec, model, asked, special.stop, context)
         if isinstance(spec.method, NashRs):
             texts = context.together(lambda: _proposals(spec, asked, tokenizer, sampler, context))
             asked = [replace(question, proposals=given) for question, given in zip(asked, texts, strict=True)]
@@ -58,7 +63,17 @@ def run(spec: AlignSelfplaySpec, context: Context) -> None:
         fitted = fit(_task(spec, model, play, standing), spec.train, context)
     final = standing.measure()
     context.together(partial(keep_model, model, tokenizer, context))
-    context.together(partial(_keep, spec, model, standing, final, fitted, context))
+    context.together(partial(_keep, spec, model, standing, final, fitted, special.notes, context))
+
+
+def _check_fit(folder: Path, model: nn.Module, asked: Sequence[Asked], max_tokens: int) -> None:
+    """What the iterations will need: room behind every prompt, and weights that the sampler knows by their names."""
+    stored = read_folder(folder)
+    stored.check_room((question.tokens for question in asked), max_tokens)
+    for question in asked:
+        for answer in question.answer_tokens:
+            stored.limits.check_ids(answer)
+    stored.checked(model.state_dict())
 
 
 def _task(spec: AlignSelfplaySpec, model: nn.Module, play: SelfPlay, standing: Standing) -> Task:
@@ -89,7 +104,9 @@ def _one_asked(spec: AlignSelfplaySpec, question: Question, tokenizer: Tokenizer
     answers = tuple(dict.fromkeys(question.distribution or question.answers))[:number]
     if len(answers) < number:
         raise UserError(f"question {question.id!r} has {len(answers)} answers and the oracle ranks {number}")
-    tokens = tuple(encode_completion(tokenizer, answer) for answer in answers)
+    tokens = tuple(
+        encode_completion(tokenizer, answer_after(question.prompt, answer), question.prompt) for answer in answers
+    )
     if (longest := max(map(len, tokens))) > spec.max_tokens:
         raise UserError(f"max_tokens: question {question.id!r} has an answer of {longest} tokens, EOS included")
     return Asked(question.prompt, encode_prompt(tokenizer, question.prompt), answers, tokens)
@@ -126,7 +143,13 @@ def _text(tokenizer: Tokenizer, sample: Sample) -> str:
 
 
 def _keep(
-    spec: AlignSelfplaySpec, model: nn.Module, standing: Standing, final: Measured, fitted: Fitted, context: Context
+    spec: AlignSelfplaySpec,
+    model: nn.Module,
+    standing: Standing,
+    final: Measured,
+    fitted: Fitted,
+    warnings: Sequence[str],
+    context: Context,
 ) -> None:
     """Rank 0: the standing of every question before and after, the summary, and the row of the beginning."""
     told = {
@@ -142,6 +165,7 @@ def _keep(
         "responses": spec.iterations * spec.prompts * spec.rollouts,
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "equilibrium": standing.equilibrium.tolist(),
+        "warnings": list(warnings),
         "start": standing.start.summary() | {"policy": standing.start.policies.mean(0).tolist()},
         "final": final.summary() | {"policy": final.policies.mean(0).tolist()},
     }

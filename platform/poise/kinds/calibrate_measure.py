@@ -22,10 +22,13 @@ from poise.data.examples import Question, encode_prompt
 from poise.data.questions import load_questions
 from poise.errors import UserError
 from poise.kinds.confidence import SCHEMA, Asked, asked, described, summarised
+from poise.kinds.language import warn
 from poise.kinds.sampling import sample_all
 from poise.kinds.specs.calibrate import CalibrateMeasureSpec
+from poise.models.folder import read_folder
 from poise.models.language import fetch_folder, open_tokenizer
 from poise.models.sampling import Decoding, Request, Sample
+from poise.models.special_tokens import SpecialTokens
 from poise.observe.rows import Rows
 from poise.spec.seeds import derive_seed
 from poise.train.context import Context
@@ -47,11 +50,19 @@ def _measure(spec: CalibrateMeasureSpec, context: Context) -> None:
         raise UserError("questions: there is none to ask")
     with tempfile.TemporaryDirectory(prefix="poise-") as scratch:
         folder = fetch_folder(spec.model, spec.store, Path(scratch) / "model")
+        tokenizer, stored = open_tokenizer(folder), read_folder(folder)
+        special, requests = stored.special, _requests(spec, questions, tokenizer)
+        stored.check_room((request.prompt for request in requests), spec.decoding.max_tokens)
+        warn(special.notes, context)
         with context.sampler(spec.sampler, folder) as sampler:
-            tokenizer = open_tokenizer(folder)
-            samples = sample_all(context, sampler, _requests(spec, questions, tokenizer), _decoding(spec))
-    rows = [_asked(spec, question, drawn, tokenizer) for question, drawn in zip(questions, samples, strict=True)]
-    _keep(spec, rows, sum(len(sample.tokens) for drawn in samples for sample in drawn), context)
+            samples = sample_all(context, sampler, requests, _decoding(spec))
+    exact = _is_exact(spec, special)
+    rows = [
+        _asked(spec, question, drawn, tokenizer, exact=exact)
+        for question, drawn in zip(questions, samples, strict=True)
+    ]
+    tokens = sum(len(sample.tokens) for drawn in samples for sample in drawn)
+    _keep(spec, rows, tokens, special.notes, context)
 
 
 def _requests(spec: CalibrateMeasureSpec, questions: Sequence[Question], tokenizer: Tokenizer) -> list[Request]:
@@ -72,9 +83,16 @@ def _decoding(spec: CalibrateMeasureSpec) -> Decoding:
     return Decoding(spec.decoding.max_tokens, float(spec.decoding.temperature), float(spec.decoding.top_p))
 
 
-def _asked(spec: CalibrateMeasureSpec, question: Question, samples: Sequence[Sample], tokenizer: Tokenizer) -> Asked:
+def _is_exact(spec: CalibrateMeasureSpec, special: SpecialTokens) -> bool:
+    """Whether the probability of an answer is that of the response: the model's own distribution is drawn from, and one
+    token ends it. With several, the samples do not say how likely each of them was."""
+    return _decoding(spec) == Decoding(spec.decoding.max_tokens) and len(special.stop) == 1
+
+
+def _asked(
+    spec: CalibrateMeasureSpec, question: Question, samples: Sequence[Sample], tokenizer: Tokenizer, *, exact: bool
+) -> Asked:
     texts = [_text(sample, tokenizer) for sample in samples]
-    exact = _decoding(spec) == Decoding(spec.decoding.max_tokens)  # the model's own distribution is what was drawn from
     return asked(question, samples, texts, spec.answer, exact=exact)
 
 
@@ -84,13 +102,15 @@ def _text(sample: Sample, tokenizer: Tokenizer) -> str:
     return str(tokenizer.decode(list(said), skip_special_tokens=True))
 
 
-def _keep(spec: CalibrateMeasureSpec, rows: Sequence[Asked], tokens: int, context: Context) -> None:
+def _keep(
+    spec: CalibrateMeasureSpec, rows: Sequence[Asked], tokens: int, warnings: Sequence[str], context: Context
+) -> None:
     """Write the row of each question, and what they say together."""
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows], SCHEMA), sink, compression="zstd")
     told = summarised(rows, bins=spec.bins, reps=spec.bootstrap)
     head = {"run": spec.name, "kind": spec.kind, "seed": spec.seed, "examples": len(rows), "tokens": tokens}
-    head["protocol"] = described(spec)
+    head |= {"protocol": described(spec), "warnings": list(warnings)}
     metrics = Rows()
     known = {name: found[0] for name, found in told["metrics"].items() if found[0] is not None}
     metrics.add(0, 0.0, "test", known)

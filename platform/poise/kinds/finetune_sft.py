@@ -18,9 +18,11 @@ from poise.data.text import IGNORED, TextBatch, TextBatches, TextData, load_text
 from poise.errors import UserError
 from poise.finetune.losses import cross_entropy, entropy, gem_loss
 from poise.finetune.spec import Gem, Lora, LossSpec, TuningSpec
-from poise.kinds.language import Truth, held_out, keep_model
+from poise.kinds.language import Truth, held_out, keep_model, warn
 from poise.kinds.specs.finetune import FinetuneSftSpec
 from poise.models.language import open_language_model
+from poise.models.limits import model_limits
+from poise.models.special_tokens import reconcile
 from poise.spec.problems import nearest
 from poise.spec.seeds import derive_seed
 from poise.train.context import Context
@@ -45,10 +47,13 @@ def run(spec: FinetuneSftSpec, context: Context) -> None:
     """Train, then measure the model that is left on held-out examples and, in a world, against the truth."""
     new = text_tokenizer(spec.data) if spec.model.name else None
     model, tokenizer = open_language_model(spec.model, spec.store, derive_seed(spec.seed, "model"), new)
-    data = load_text(spec.data, tokenizer, spec.seed)
-    truth = Truth(spec.data.world, tokenizer) if isinstance(spec.data, WorldText) else None
+    special = reconcile(model, tokenizer)
+    data = load_text(spec.data, tokenizer, spec.seed, model_limits(model))
+    truth = Truth(spec.data.world, tokenizer, special.stop) if isinstance(spec.data, WorldText) else None
     batches = TextBatches(data.train, spec.batch_size, spec.seed, context.rank, context.world_size, context.device)
     model = _tuned(model, spec.tuning, derive_seed(spec.seed, "lora")).to(context.device)
+    warnings = list(special.notes)
+    warn(warnings, context)
     fitted = fit(_task(spec, model, batches, data, truth, context), spec.train, context)
     selected = "best" if spec.export == "best" and restore(model, fitted.best_step, context) else "final"
     sizes = {"parameters": _numel(model), "trainable": _numel(model, trainable=True)}
@@ -57,6 +62,7 @@ def run(spec: FinetuneSftSpec, context: Context) -> None:
     context.together(partial(keep_model, model, tokenizer, context))
     told = _told(spec, fitted, selected) | sizes | {"measured": measured} | _tokens(spec, data, batches, fitted)
     told |= {"floor": truth.floor if truth else None, "preview": _preview(data, tokenizer)}
+    told |= {"warnings": warnings}
     context.together(lambda: context.run.write("artifacts/summary.json", json.dumps(told, indent=1).encode()))
 
 

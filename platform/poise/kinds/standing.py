@@ -6,7 +6,7 @@ is the game over all texts, and the probability of saying anything else is playe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,8 +50,11 @@ class Measured:
 class Standing:
     """The game of every question, and where the policy stood when this was made."""
 
-    def __init__(self, spec: AlignSelfplaySpec, model: nn.Module, asked: Sequence[Asked], context: Context) -> None:
-        self.asked, self._model, self._context = asked, model, context
+    def __init__(
+        self, spec: AlignSelfplaySpec, model: nn.Module, asked: Sequence[Asked], stop: Collection[int], context: Context
+    ) -> None:
+        """`stop`: the tokens that end a response, as for the sampler and the oracle."""
+        self.asked, self._model, self._stop, self._context = asked, model, stop, context
         self.game = extended(spec.oracle.rows)
         self.equilibrium = nash_equilibrium(self.game)
         policies = self._policies()
@@ -95,6 +98,6 @@ class Standing:
 
     def _policies(self) -> Vector:
         prompts, answers = [one.tokens for one in self.asked], [one.answer_tokens for one in self.asked]
-        listed = torch.stack(shared_logprobs(self._model, prompts, answers, self._context)).double().exp()
+        listed = torch.stack(shared_logprobs(self._model, prompts, answers, self._stop, self._context)).double().exp()
         full = torch.cat([listed, (1 - listed.sum(1, keepdim=True)).clamp(min=0)], 1).numpy()
         return np.asarray(full / full.sum(1, keepdims=True))

@@ -17,7 +17,7 @@ from typing import Any
 
 from poise.errors import UserError
 
-__all__ = ["FolderFacts", "examine_folder", "read_json"]
+__all__ = ["FolderFacts", "context_length", "examine_folder", "has_tokenizer", "read_json"]
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _LFS_POINTER = b"version https://git-lfs"
@@ -76,7 +76,7 @@ def examine_folder(folder: str | Path, *, tokenizer: bool = True) -> FolderFacts
     vocabulary = _vocabulary(path, config, shapes)
     if tokenizer:
         _check_tokenizer(path)
-    return FolderFacts(path, config, shapes, vocabulary, _context(config))
+    return FolderFacts(path, config, shapes, vocabulary, context_length(config))
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -224,8 +224,8 @@ def _is_embedding(name: str, shape: tuple[int, ...]) -> bool:
     return leaf == "weight" and len(shape) == 2 and module.rpartition(".")[2] in _EMBEDDINGS
 
 
-def _context(config: Mapping[str, Any]) -> int | None:
-    """The longest sequence, under the first of the names that models have for it."""
+def context_length(config: Mapping[str, Any]) -> int | None:
+    """The longest sequence of a model with this config, under the first of the names that models have for it."""
     return _stated(config, _POSITIONS)
 
 
@@ -240,8 +240,13 @@ def _stated(config: Mapping[str, Any], names: Iterable[str]) -> int | None:
     return None
 
 
+def has_tokenizer(path: Path) -> bool:
+    """Whether a folder has files of a tokenizer."""
+    return any(any(path.glob(name)) for name in _TOKENIZER_FILES)
+
+
 def _check_tokenizer(path: Path) -> None:
-    if not any(any(path.glob(name)) for name in _TOKENIZER_FILES):
+    if not has_tokenizer(path):
         raise UserError(
             f"{path} holds a model without a tokenizer (no tokenizer.json): copy the tokenizer's files from the model "
             "that it was made from"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +16,45 @@ import torch
 from torch import Tensor
 
 from poise.errors import PoiseError, UserError
-from poise.models.examine import examine_folder, read_json
+from poise.models.examine import examine_folder, has_tokenizer
+from poise.models.language import open_tokenizer
+from poise.models.limits import NO_LIMITS, ModelLimits
+from poise.models.special_tokens import SpecialTokens, read_special_tokens
 
 __all__ = ["ModelFolder", "check_newer", "read_folder"]
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """The shape of every stored weight by name, the tokens that end a response, the longest sequence."""
+    """The config, the shape of every stored weight by name, the tokens and positions that there are."""
 
     path: Path
+    config: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
-    stop: frozenset[int]
-    context: int
+    limits: ModelLimits
+
+    @property
+    def context(self) -> int:
+        """The longest sequence, in tokens."""
+        return self.limits.context
+
+    @cached_property
+    def special(self) -> SpecialTokens:
+        """The special tokens; the tokenizer is read for them, where there is one."""
+        tokenizer = open_tokenizer(self.path) if has_tokenizer(self.path) else None
+        return read_special_tokens(self.path, self.config, tokenizer, self.limits.vocabulary)
+
+    @property
+    def stop(self) -> frozenset[int]:
+        """The tokens that end a response."""
+        return self.special.stop
 
     def check_room(self, prompts: Iterable[Sequence[int]], tokens: int) -> None:
         """UserError for an empty prompt, and for one after which `tokens` more do not fit."""
-        for prompt in prompts:
-            if not prompt:
-                raise UserError(f"{self.path}: a prompt has no token; begin it with the model's BOS token")
-            if len(prompt) + tokens > self.context:
-                raise UserError(
-                    f"{self.path}: a prompt of {len(prompt)} tokens and {tokens} more do not fit into the "
-                    f"{self.context} that the model can hold; lower max_tokens"
-                )
+        try:
+            self.limits.check_room(prompts, tokens)
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from error
 
     def checked(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`weights` on the CPU under exactly the names of the folder; PoiseError that names what does not agree.
@@ -68,21 +84,15 @@ class ModelFolder:
 def read_folder(path: Path) -> ModelFolder:
     """The facts of a folder, with or without a tokenizer; UserError when it is not one of a language model."""
     facts = examine_folder(path, tokenizer=False)
-    context = (facts.context or 2**31) - 1  # vLLM scores a sequence by asking for one token more
-    return ModelFolder(path, facts.shapes, _stop(path, facts.config), context)
+    context = (facts.context or NO_LIMITS.context) - 1  # vLLM scores a sequence by asking for one token more
+    limits = ModelLimits(facts.vocabulary or NO_LIMITS.vocabulary, context)
+    return ModelFolder(path, facts.config, facts.shapes, limits)
 
 
 def check_newer(version: int, than: int) -> None:
     """PoiseError unless `version` is newer than the weights that are served."""
     if version <= than:
         raise PoiseError(f"weights of version {version} came to a sampler that has version {than} already")
-
-
-def _stop(path: Path, config: Mapping[str, Any]) -> frozenset[int]:
-    generation = path / "generation_config.json"
-    known = read_json(generation) if generation.is_file() else {}
-    stop = known.get("eos_token_id", config.get("eos_token_id"))
-    return frozenset(stop if isinstance(stop, list) else [] if stop is None else [stop])
 
 
 def _listed(complaints: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ model.safetensors (shared tensors once), tokenizer.json and tokenizer_config.jso
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from poise.errors import UserError
 from poise.models.examine import examine_folder
+from poise.models.scoring import position_logits
 from poise.models.spec import LanguageModelSpec
+from poise.models.special_tokens import reconcile
 from poise.store.runs import open_run
 from poise.store.storage import open_storage
 
@@ -166,8 +168,13 @@ def new_llama(spec: LanguageModelSpec, tokenizer: Tokenizer, seed: int) -> nn.Mo
 
 
 def export(model: nn.Module, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write a transformers model and its tokenizer into a folder, as plain files that transformers and vLLM load."""
+    """Write a transformers model and its tokenizer into a folder, as plain files that transformers and vLLM load.
+
+    The configs that are written name the special tokens that the model was trained with; model and tokenizer are
+    reconciled in place.
+    """
     _quiet()
+    reconcile(model, tokenizer)
     model.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
     tokenizer.save_pretrained(folder)
 
@@ -178,6 +185,7 @@ def answer_logprobs(
     prompts: Sequence[Sequence[int]],
     answers: Sequence[Sequence[Sequence[int]]],
     batch_size: int = 512,
+    stop: Collection[int] = (),
 ) -> list[Tensor]:
     """log p(answer | prompt) in nats of every answer to every prompt, exact: the sum over the tokens of the answer.
 
@@ -186,6 +194,8 @@ def answer_logprobs(
         prompts: token ids of each.
         answers: for each prompt the token ids of its answers, EOS included.
         batch_size: sequences that are evaluated at once.
+        stop: the tokens at which a response ends. An answer whose last token is one of them has the probability of its
+            other tokens with any of them behind: which one ends it makes no other answer.
 
     Returns:
         One float32 tensor (number of answers,) for each prompt, on the CPU.
@@ -194,24 +204,36 @@ def answer_logprobs(
     training = model.training
     model.eval()
     try:
-        parts = [_scores(model, pairs[start : start + batch_size]) for start in range(0, len(pairs), batch_size)]
+        parts = [
+            _scores(model, pairs[start : start + batch_size], sorted(stop))
+            for start in range(0, len(pairs), batch_size)
+        ]
     finally:
         model.train(training)
     return list(torch.split(torch.cat(parts), [len(given) for given in answers]))
 
 
-def _scores(model: nn.Module, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tensor:
+def _scores(model: nn.Module, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], stop: Sequence[int]) -> Tensor:
     """(len(pairs),): padded on the right, where causal attention makes it invisible."""
     device = next(model.parameters()).device
     rows = [torch.tensor([*prompt, *answer]) for prompt, answer in pairs]
-    tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
-    begin = torch.tensor([len(prompt) for prompt, _ in pairs], device=device)[:, None]
-    end = torch.tensor([len(row) for row in rows], device=device)[:, None]
+    tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # (B, T)
+    begin = torch.tensor([len(prompt) for prompt, _ in pairs], device=device)
+    end = torch.tensor([len(row) for row in rows], device=device)
     column = torch.arange(tokens.shape[1], device=device)
-    mask = column < end
-    logits = model(input_ids=tokens, attention_mask=mask.long(), use_cache=False).logits[:, :-1].float()
-    chosen: Tensor = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
-    return torch.where((mask & (column >= begin))[:, 1:], chosen, 0).sum(1).cpu()
+    # the token after each selected position belongs to the answer
+    selected = (column >= begin[:, None] - 1) & (column < end[:, None] - 1)
+    stop_ids = torch.tensor(stop, dtype=torch.int64, device=device)
+    found = torch.zeros(tokens.shape, device=device)
+    for part in position_logits(model, tokens, column < end[:, None], selected):
+        log_p = part.logits.log_softmax(-1)  # (M, V)
+        following = tokens[part.rows, part.columns + 1]
+        chosen = log_p.gather(-1, following[:, None])[:, 0]
+        if stop:
+            ends = (part.columns + 2 == end[part.rows]) & torch.isin(following, stop_ids)
+            chosen = chosen.where(~ends, log_p[:, stop_ids].logsumexp(-1))
+        found[part.rows, part.columns] = chosen
+    return found.sum(1).cpu()
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ class TransformersSampler:
     def __init__(self, folder: Path, device: torch.device | str = "cpu", *, batch_size: int = 64) -> None:
         """UserError when the folder holds no language model."""
         self._folder = read_folder(folder)
+        self._stop = self._folder.stop
         self._model = open_model(folder).to(device)
         self._device = torch.device(device)
         self._batch_size = batch_size
@@ -79,7 +80,7 @@ class TransformersSampler:
         """The samples of rows whose prompts are equally long."""
         noise_BT = torch.stack([_uniform(request.seed + index, decoding.max_tokens) for request, index in rows])
         ids = torch.tensor([request.prompt for request, _ in rows], device=self._device)
-        stop = torch.tensor(sorted(self._folder.stop), device=self._device)
+        stop = torch.tensor(sorted(self._stop), device=self._device)
         ended = torch.zeros(len(rows), dtype=torch.bool, device=self._device)
         tokens, logprobs, cache = [], [], None
         for position in range(decoding.max_tokens):
@@ -97,7 +98,7 @@ class TransformersSampler:
 
     def _sample(self, request: Request, index: int, tokens: list[int], logprobs: list[float]) -> Sample:
         """The row up to its first stop token."""
-        end = next((place + 1 for place, token in enumerate(tokens) if token in self._folder.stop), None)
+        end = next((place + 1 for place, token in enumerate(tokens) if token in self._stop), None)
         finish: Literal["stop", "length"] = "length" if end is None else "stop"
         return Sample(request.id, index, tuple(tokens[:end]), tuple(logprobs[:end]), finish, self._version)
 

@@ -1,0 +1,55 @@
+"""How many different tokens a language model has, and how long a sequence it can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from poise.errors import UserError
+from poise.models.examine import context_length
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["NO_LIMITS", "ModelLimits", "model_limits"]
+
+_UNLIMITED = 2**31
+
+
+@dataclass(frozen=True)
+class ModelLimits:
+    """The rows of the token embedding, and the longest sequence in tokens."""
+
+    vocabulary: int = _UNLIMITED
+    context: int = _UNLIMITED
+
+    def check_ids(self, tokens: Iterable[int]) -> None:
+        """UserError for a token that the embedding does not have."""
+        if (largest := max(tokens, default=0)) >= self.vocabulary:
+            raise UserError(
+                f"its tokens go up to {largest} and the model has embeddings of {self.vocabulary}: the tokenizer is "
+                "not this model's"
+            )
+
+    def check_room(self, prompts: Iterable[Sequence[int]], tokens: int) -> None:
+        """UserError for an empty prompt, for one that the model has no embeddings for, and for one after which `tokens`
+        more do not fit."""
+        for prompt in prompts:
+            if not prompt:
+                raise UserError("a prompt has no token; begin it with the model's BOS token")
+            self.check_ids(prompt)
+            if len(prompt) + tokens > self.context:
+                raise UserError(
+                    f"a prompt of {len(prompt)} tokens and {tokens} more do not fit into the {self.context} that the "
+                    "model can hold; lower max_tokens"
+                )
+
+
+NO_LIMITS = ModelLimits()
+
+
+def model_limits(model: nn.Module) -> ModelLimits:
+    """The limits of an opened model of transformers, the defaults of its class included."""
+    rows = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+    return ModelLimits(rows, context_length(model.config.to_dict()) or _UNLIMITED)  # type: ignore[union-attr, operator]
