@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import re
-import string
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from poise.calibrate.extract import MARKERS
+from poise.calibrate.normalize import normalised
 
 __all__ = ["Clusterer", "Clusters", "exact", "normalised"]
-
-_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-_BARE_POINT = re.compile(r"(?<![\w.])\.(?=\d)")
-_SIGN_OR_POINT = re.compile(r"(?<!\w)-(?=\d)|(?<=\d)\.(?=\d)")
-_DECIMAL = re.compile(r"(-?\d+)\.0+|(-?\d+\.\d*[1-9])0+")
-_ARTICLES = frozenset({"a", "an", "the"})
 
 
 class Clusters(NamedTuple):
@@ -38,31 +30,18 @@ Clusterer = Callable[[str, Sequence[str]], Clusters]
 
 
 def exact(question: str, answers: Sequence[str]) -> Clusters:
-    """Answers are alike when they are equal after `normalised`, whatever the question."""
-    keys = [normalised(answer) for answer in answers]
-    index = {key: k for k, key in enumerate(dict.fromkeys(keys))}
-    return Clusters(tuple(index[key] for key in keys), tuple(answers[keys.index(key)] for key in index))
+    """Answers are alike when they are equal after `normalised`, whatever the question; markers of `extract` are apart.
 
-
-def normalised(answer: str) -> str:
-    """What is left of an answer without case, punctuation, articles and spacing; the markers of `extract` stay.
-
-    As SQuAD does it (Rajpurkar et al., EMNLP 2016), after NFKC, but a sign and a decimal point stay, and a number is
-    written one way: 1,000 is 1000, .50 is 0.5. Where nothing but articles or punctuation was said, they count.
+    TypeError for one text instead of a list of them.
     """
-    if answer in MARKERS:
-        return answer
-    plain = unicodedata.normalize("NFKC", answer).lower().replace("\u2212", "-")
-    plain = _BARE_POINT.sub("0.", _THOUSANDS.sub("", plain))
-    words = [_DECIMAL.sub(r"\1\2", word) if _DECIMAL.fullmatch(word) else word for word in map(_word, plain.split())]
-    words = [word for word in words if word]
-    return " ".join(word for word in words if word not in _ARTICLES) or " ".join(words) or " ".join(plain.split())
-
-
-def _word(word: str) -> str:
-    numeric = {found.start() for found in _SIGN_OR_POINT.finditer(word)}
-    return "".join(c for i, c in enumerate(word) if i in numeric or not _is_punctuation(c))
-
-
-def _is_punctuation(character: str) -> bool:
-    return character in string.punctuation or unicodedata.category(character).startswith("P")
+    if isinstance(answers, str):
+        raise TypeError("answers are a list of texts, not one text")
+    index: dict[str, int] = {}
+    labels, assign = [], []
+    for answer in answers:
+        key = f"marker {answer}" if answer in MARKERS else f"answer {normalised(answer)}"
+        if key not in index:
+            index[key] = len(labels)
+            labels.append(answer)
+        assign.append(index[key])
+    return Clusters(tuple(assign), tuple(labels))

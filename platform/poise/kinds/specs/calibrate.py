@@ -24,7 +24,7 @@ class CalibrateMeasureSpec(RunSpec):
     samples: int = Field(50, ge=2, le=10_000, description="answers to each question")
     prompt: str = Field("{question}", description="text that the model continues; {question} stands for the question")
     answer: Literal["whole", "line"] = Field(
-        "whole", description="what counts of a response: all of it, or what follows its last `Answer:`"
+        "whole", description="what counts of a response: all of it, or the rest of the line of its last `Answer:`"
     )
     decoding: DecodingSpec = Field(DecodingSpec(), description="how the answers are drawn")
     sampler: SamplerSpec = Field(SamplerSpec(), description="what draws them")
