@@ -37,7 +37,8 @@ def exact(question: str, answers: Sequence[str]) -> Clusters:
     if isinstance(answers, str):
         raise TypeError("answers are a list of texts, not one text")
     index: dict[str, int] = {}
-    labels, assign = [], []
+    labels: list[str] = []
+    assign: list[int] = []
     for answer in answers:
         key = f"marker {answer}" if answer in MARKERS else f"answer {normalised(answer)}"
         if key not in index:
