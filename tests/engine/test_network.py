@@ -17,8 +17,9 @@ from poise.engine import network
 FIRST, SECOND = "10.77.0.11", "10.77.0.12"
 
 MEMBER = """\
-import os, socket, sys
+import os, socket, sys, time
 from datetime import timedelta
+from pathlib import Path
 import torch, torch.distributed as dist
 from poise.engine.network import Rank, join_process_group, use_interface, use_interface_towards
 from poise.errors import PoiseError
@@ -31,8 +32,11 @@ def join(port, within):
     join_process_group("gloo", first, port, place, timedelta(seconds=within), server)
 
 assert socket.gethostbyname(socket.gethostname()).startswith("127."), "the host name is to resolve to loopback"
+Path(f"ready-{rank}").touch()
+while not Path(f"ready-{1 - rank}").exists():  # both have loaded torch: a second is enough for the rest
+    time.sleep(0.05)
 try:
-    join(7001, 3)
+    join(7001, 1)
     print("joined as it is")
 except PoiseError as error:
     print("refused:", error)
@@ -95,6 +99,7 @@ def test_two_hosts_whose_names_resolve_to_loopback_find_each_other(hosts, tmp_pa
     members = [
         subprocess.Popen(
             ["ip", "netns", "exec", host, sys.executable, str(tmp_path / "member.py"), str(rank), own, FIRST],
+            cwd=tmp_path,
             env={**environment, "PYTHONPATH": os.pathsep.join(sys.path)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
