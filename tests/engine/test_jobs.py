@@ -2,19 +2,73 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
+
 import pytest
 
 from poise.engine import jobs
 from poise.errors import UserError
+from poise.kinds.specs.evaluation import RobustEvaluateSpec
 
 
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"store": "runs"}, "store: runs is a relative folder"),
+        ({"store": "runs"}, "store: runs is relative to this folder"),
         ({"store": "/shared/runs", "data": {"name": "mnist", "root": "data/mnist"}}, "data.root: data/mnist"),
     ],
 )
 def test_a_folder_that_does_not_last_is_refused(changes, named, spec_of):
     with pytest.raises(UserError, match=named):
         jobs.submit(spec_of(**changes), "http://127.0.0.1:9")
+
+
+EVALUATION = {
+    "kind": "robust.evaluate",
+    "name": "mine",
+    "store": "/shared/runs",
+    "model": {"function": "mymodel:make"},
+    "data": {"name": "digits"},
+    "attacks": [{"attack": "pgd", "threat": {"norm": "linf", "eps": 0.1}}],
+}
+
+
+def test_the_users_module_goes_with_its_job_and_all_that_it_imports(tmp_path, monkeypatch):
+    """The job is run by a Python that knows the folder it was sent, and nothing of where it was sent from."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    (here / "parts").mkdir(parents=True)
+    there.mkdir()
+    (here / "mymodel.py").write_text("import json\nfrom parts.layers import WIDTH\ndef make():\n    return WIDTH\n")
+    (here / "parts" / "__init__.py").touch()
+    (here / "parts" / "layers.py").write_text("WIDTH = 7\n")
+    (here / "notes.py").write_text("print('not imported')\n")
+    monkeypatch.chdir(here)
+    jobs.pack(RobustEvaluateSpec.model_validate(EVALUATION), there)
+    shutil.rmtree(here)
+    files = sorted(file.relative_to(there).as_posix() for file in there.rglob("*") if file.is_file())
+    assert files == ["mymodel.py", "parts/__init__.py", "parts/layers.py", "spec.yaml"]
+    code = "import sys; sys.path.insert(0, ''); import mymodel; print(mymodel.make())"
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=there, capture_output=True, text=True, check=False)
+    assert done.stdout == "7\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"function": "mymodel:make"}, "no module 'mymodel'"),
+        ({"file": "weights/net.safetensors", "name": "cnn"}, r"model\.file: weights/net\.safetensors is relative"),
+    ],
+)
+def test_what_only_this_machine_has_is_refused_before_anything_is_sent(change, named, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    spec = RobustEvaluateSpec.model_validate({**EVALUATION, "model": change})
+    with pytest.raises(UserError, match=named):
+        jobs.submit(spec, "http://127.0.0.1:9")
+
+
+def test_an_installed_module_is_the_clusters_own(tmp_path):
+    spec = RobustEvaluateSpec.model_validate({**EVALUATION, "model": {"function": "torch.nn:Identity"}})
+    jobs.pack(spec, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["spec.yaml"]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from poise.engine.drive import stages_of
 from poise.errors import PoiseError, UserError
 from poise.observe.environment import environment
 from poise.spec import RunSpec, dump
+from poise.spec.code import code_files, is_installed
 
-__all__ = ["connect", "follow", "job_id", "logs", "status", "stop", "submit"]
+__all__ = ["connect", "follow", "job_id", "logs", "pack", "status", "stop", "submit"]
 
 _AGENT_WITHIN_S = 60
 _ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
@@ -40,10 +42,10 @@ def submit(spec: RunSpec, address: str, job: str | None = None) -> str:
     Raises UserError when no cluster answers or a job of that id exists and has not ended.
     """
     job = job or job_id(spec)
-    _check_places(spec)
-    with connect(address) as client, tempfile.TemporaryDirectory(prefix="poise-job-") as folder:
+    with tempfile.TemporaryDirectory(prefix="poise-job-") as folder, ExitStack() as stack:
+        pack(spec, Path(folder))
+        client = stack.enter_context(connect(address))
         _make_way(client, job)
-        (Path(folder) / "spec.yaml").write_text(dump(spec))
         _send(
             client,
             entrypoint="python -m poise run spec.yaml --engine ray",
@@ -100,17 +102,34 @@ def _send(client: JobSubmissionClient, **job: Any) -> None:
         time.sleep(1)
 
 
+def pack(spec: RunSpec, folder: Path) -> None:
+    """Write into `folder` what a job runs in: the spec, and the modules of the user's own that it names.
+
+    A module comes with every module that it imports from its folder. Other files that it reads are not seen: it names
+    them by an absolute path.
+
+    Raises:
+        UserError: a place that only this machine knows, or a module that is not here.
+    """
+    _check_places(spec)
+    (folder / "spec.yaml").write_text(dump(spec))
+    for code in spec.inputs():
+        if code.kind == "code" and not is_installed(code.place):
+            for name, file in code_files(code.place).items():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, folder / name)
+
+
 def _check_places(spec: RunSpec) -> None:
     """A job runs in a folder that Ray makes for it and throws away: nothing may be kept in or read from there."""
-    for stage in stages_of(spec):
-        data = getattr(getattr(stage, "base", stage), "data", None)
-        places = {"store": stage.store, "data.root": getattr(data, "root", None)}
-        for name, place in places.items():
-            if place and "://" not in place and not Path(place).is_absolute():
-                raise UserError(
-                    f"{name}: {place} is a relative folder, and a job has no folder that lasts: write a folder that "
-                    f"every node of the cluster shares, such as --set {name}=/shared/{place}, or s3://bucket/prefix"
-                )
+    places = [("store", stage.store) for stage in stages_of(spec)]
+    places += [(each.where, each.place) for each in spec.inputs() if each.kind == "files"]
+    for name, place in places:
+        if "://" not in place and not Path(place).is_absolute():
+            raise UserError(
+                f"{name}: {place} is relative to this folder, which no job sees: write a place that every node of the "
+                f"cluster shares, such as --set {name}=/shared/{place}, or s3://bucket/prefix"
+            )
 
 
 async def _tail(client: JobSubmissionClient, job: str, write: Callable[[str], None]) -> None:

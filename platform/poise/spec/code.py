@@ -11,7 +11,7 @@ from pathlib import Path
 
 from poise.errors import UserError
 
-__all__ = ["attributes", "code_files"]
+__all__ = ["attributes", "code_files", "is_installed"]
 
 
 def code_files(reference: str) -> dict[str, Path]:
@@ -56,6 +56,16 @@ def attributes(reference: str) -> set[str] | None:
         elif isinstance(node, ast.Name):
             names.add(node.id)
     return None if "*" in names or "__getattr__" in names else names
+
+
+def is_installed(reference: str) -> bool:
+    """Whether the module belongs to an installed package, to Python or to Poise: every machine has its own.
+
+    Raises:
+        UserError: there is no such module.
+    """
+    module = reference.partition(":")[0]
+    return module.partition(".")[0] == "poise" or _is_installed(_root(module))
 
 
 def _root(module: str) -> Path:
