@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import click
 from poise import __version__
 from poise.env import launched_rank
 from poise.errors import PoiseError, UserError
+from poise.observe.terminal import printable
 
 if TYPE_CHECKING:
     from poise.observe.sinks import Sink
@@ -29,7 +31,7 @@ def main() -> None:
     try:
         cli(standalone_mode=False)
     except PoiseError as error:
-        text = str(error)
+        text = printable(str(error))
         click.echo(f"poise:{chr(10) if chr(10) in text else ' '}{text}", err=True)
         sys.exit(error.exit_code)
     except click.ClickException as error:
@@ -219,7 +221,8 @@ def report(runs: Sequence[str], output: Path | None, tensorboard: Path | None) -
 
         for one in opened:
             write_tensorboard(load_record(one).rows, tensorboard / one.name)
-    click.echo(publish(opened, opened[0], output))
+    with _writes(output):
+        click.echo(publish(opened, opened[0], output))
 
 
 @cli.command()
@@ -235,10 +238,11 @@ def schema(output: Path | None) -> None:
         text = json.dumps(json_schema(spec_class, kind), indent=2)
         if output is None:
             click.echo(text)
-        else:
+            continue
+        with _writes(output):
             output.mkdir(parents=True, exist_ok=True)
             (output / f"{kind}.schema.json").write_text(text + "\n")
-            click.echo(output / f"{kind}.schema.json")
+        click.echo(output / f"{kind}.schema.json")
 
 
 @cli.group()
@@ -371,6 +375,17 @@ def cluster_token() -> None:
 
     ensure_token()
     click.echo(token_file())
+
+
+@contextmanager
+def _writes(output: Path | None) -> Iterator[None]:
+    """Say which place of `--output` cannot be written, and why."""
+    try:
+        yield
+    except OSError as error:
+        if output is None or isinstance(error, BrokenPipeError):
+            raise
+        raise UserError(f"{output} cannot be written: {error.strerror}; name another place with --output") from None
 
 
 def _load(spec: Path, assignments: Sequence[str], profile: str | None) -> RunSpec:

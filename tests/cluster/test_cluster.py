@@ -17,7 +17,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from click.testing import CliRunner
 
+from poise.cli import cli
 from poise.engine import cluster
 from poise.errors import PoiseError, UserError
 from poise.store.runs import open_run
@@ -52,7 +54,7 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def recorded(folder: Path, pid: int, began: float) -> cluster.Cluster:
-    scratch = folder / "scratch"
+    scratch = folder / "poise-cluster-x"
     scratch.mkdir()
     made = cluster.Cluster("127.0.0.1:1", "http://127.0.0.1:1", str(scratch), pid, began)
     (folder / "cluster.json").write_text(json.dumps(asdict(made)))
@@ -73,6 +75,36 @@ def test_what_was_started_is_ended_and_its_folder_with_it(tmp_path, sleeper):
     assert cluster.down(tmp_path)
     assert not psutil.pid_exists(sleeper.pid)
     assert list(tmp_path.iterdir()) == []
+
+
+RECORD = {"address": "127.0.0.1:1", "dashboard": "http://127.0.0.1:1", "pid": 2, "began": 1.0}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "{}",
+        "\x00" * 50,
+        json.dumps({**RECORD, "scratch": ""}),
+        json.dumps({**RECORD, "scratch": "/"}),
+        json.dumps({**RECORD, "scratch": "/home/me"}),
+        json.dumps({**RECORD, "scratch": "/tmp/poise-cluster-x", "pid": "2"}),
+        json.dumps({**RECORD, "scratch": "/tmp/poise-cluster-x", "pid": -1}),
+        json.dumps({**RECORD, "scratch": "/tmp/poise-cluster-x", "began": None}),
+    ],
+)
+@pytest.mark.parametrize("command", ["up", "down", "status"])
+def test_a_damaged_record_is_named_and_nothing_is_ended_on_its_word(text, command, tmp_path):
+    """An empty scratch folder would be part of every command line, and every process would be ended as a stray."""
+    (tmp_path / "cluster.json").write_text(text)
+    outcome = CliRunner().invoke(cli, ["cluster", command, "--folder", str(tmp_path)])
+    assert isinstance(outcome.exception, UserError), outcome.output
+    assert "cluster.json: the record of the cluster is damaged" in str(outcome.exception)
+    assert [file.name for file in tmp_path.iterdir()] == ["cluster.json"]
 
 
 def test_a_taken_port_is_named_with_the_option_that_changes_it(tmp_path):

@@ -7,7 +7,9 @@ import subprocess
 import sys
 
 import pytest
+from click.testing import CliRunner
 
+from poise.cli import cli
 from poise.engine import jobs
 from poise.errors import UserError
 from poise.kinds.specs.evaluation import RobustEvaluateSpec
@@ -72,3 +74,37 @@ def test_an_installed_module_is_the_clusters_own(tmp_path):
     spec = RobustEvaluateSpec.model_validate({**EVALUATION, "model": {"function": "torch.nn:Identity"}})
     jobs.pack(spec, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["spec.yaml"]
+
+
+@pytest.mark.parametrize("job", ["a/b", "../a", "x" * 300, "", "a b", "a\x1b[2J", "-a", "%2e%2e", "a?b#c"])
+@pytest.mark.parametrize("command", ["status", "logs", "stop"])
+def test_what_cannot_be_the_id_of_a_job_is_refused_before_anybody_is_asked(job, command):
+    outcome = CliRunner().invoke(cli, [command, "--address", "http://127.0.0.1:9", "--", job])
+    assert isinstance(outcome.exception, UserError), outcome.output
+    assert "is not the id of a job" in str(outcome.exception)
+    assert str(outcome.exception).isprintable()
+    assert len(str(outcome.exception)) < 200
+
+
+def test_a_job_is_not_sent_under_such_an_id(spec_of):
+    with pytest.raises(UserError, match="is not the id of a job"):
+        jobs.submit(spec_of(store="/shared/runs"), "http://127.0.0.1:9", job="a/b")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "",
+        "foo",
+        "127.0.0.1:8265",
+        "ftp://host",
+        "http://",
+        "http://host:99999",
+        "http://[::1",
+        "http://\x1b[2J",
+        "ray://h",
+    ],
+)
+def test_what_is_no_address_of_a_dashboard_is_told_at_once(address):
+    with pytest.raises(UserError, match=r"write http://HOST:8265"):
+        jobs.status("poise-one", address)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import threading
+import time
 
 import pytest
 import yaml
@@ -127,6 +130,9 @@ TEXTS = [
      "aliases are expanded"),
     (b"a: &a\n  b: *a\n", "nested too deeply"),
     (b"[" * 100_000, "nested too deeply"),
+    (b"kind: robust.train\nname: x\na: " + b"[" * 200 + b"]" * 200, "nested too deeply"),
+    (b"kind: robust.train\nname: x\na: [" + b"1," * 500_000 + b"]\n", "more than 50000 values"),
+    (b"kind: robust.train\nname: x\na:\n" + b"- 1\n" * 200_000, "more than 50000 values"),
     (b"kind: pipeline\nname: p\nstages: {}\n", "at least 1 item"),
     (b"kind: pipeline\nname: p\nstages: [a]\n", "stages"),
     (b"kind: pipeline\nname: p\nstages: {a: 3}\n", "stages.a"),
@@ -173,11 +179,66 @@ def test_a_malformed_file_is_refused(text, expected, write):
 def test_a_missing_file_a_folder_and_a_huge_file_are_refused(tmp_path, write):
     assert "no such file" in refused(tmp_path / "none.yaml")
     assert "cannot be read" in refused(tmp_path)
-    assert "the limit is" in refused(write(b"a" * (1 << 21)))
+    assert "more than 1048576 bytes" in refused(write(b"a" * (1 << 21)))
+
+
+def test_a_device_without_end_and_a_pipe_that_nobody_writes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("poise.spec.reader._READ_WITHIN_S", 0.3)
+    assert "more than 1048576 bytes" in refused("/dev/zero")
+    assert "the spec is empty" in refused("/dev/null")
+    os.mkfifo(tmp_path / "pipe.yaml")
+    assert "pipe.yaml: nothing was written into this pipe" in refused(tmp_path / "pipe.yaml")
+
+
+def test_a_pipe_is_read_to_its_end(tmp_path):
+    """As in `poise check <(command)`: the writer may pause."""
+    reading, writing = os.pipe()
+    text = yaml.safe_dump(BASE).encode()
+
+    def write_slowly() -> None:
+        with os.fdopen(writing, "wb", buffering=0) as pipe:
+            pipe.write(text[:20])
+            time.sleep(0.2)
+            pipe.write(text[20:])
+
+    writer = threading.Thread(target=write_slowly)
+    writer.start()
+    outcome = CliRunner().invoke(cli, ["check", f"/dev/fd/{reading}"])
+    writer.join()
+    os.close(reading)
+    assert outcome.exit_code == 0, outcome.exception
+    assert "name: digits" in outcome.output
+
+
+def test_mistakes_without_number_are_counted_and_not_all_shown(write):
+    text = yaml.safe_dump(BASE) + "".join(f"k{number}: 1\n" for number in range(2000))
+    lines = refused(write(text)).splitlines()
+    assert len(lines) == 52
+    assert lines[-2:] == ["and 1950 more", "2000 mistakes; nothing was run."]
+
+
+@pytest.mark.parametrize("value", ["name=a\nseed: 3", "name=a\rseed: 3", "name=a\u2028seed: 3"])
+def test_an_override_of_several_lines_is_refused_whole(value, write):
+    message = refused(write(yaml.safe_dump(BASE)), "--set", value)
+    assert "more than one line" in message
+    assert "--set name" in message
 
 
 @pytest.mark.parametrize(
-    "assignment", ["train.epochs", "=3", "train..epochs=3", "name.x=3", "train.epochs=[", "kind=x"]
+    "assignment",
+    [
+        "train.epochs",
+        "=3",
+        "train..epochs=3",
+        "name.x=3",
+        "train.epochs=[",
+        "kind=x",
+        "a." * 5000 + "b=1",
+        "seed=0x" + "f" * 10_000,
+        "name=\udcff",
+        "name=\x1b[2J",
+        "train={",
+    ],
 )
 def test_a_malformed_override_is_refused(assignment, write):
     assert "--set" in refused(write(yaml.safe_dump(BASE)), "--set", assignment)

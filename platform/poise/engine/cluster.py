@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
+from pydantic import TypeAdapter, ValidationError
 
 from poise import env
 from poise.engine.auth import ensure_token
@@ -34,6 +35,7 @@ _UP_WITHIN_S, _DOWN_WITHIN_S = 120, 10
 _RAY = (sys.executable, "-m", "ray.scripts.scripts")
 _ANY_PORT = [f"--{name}-port=0" for name in ("min-worker", "max-worker", "dashboard-agent-listen")]
 _RECORD, _LOG = "cluster.json", "head.log"
+_SCRATCH = "poise-cluster-"
 _RAYS_OWN = "ray"
 """Ray opens its folder to everybody, so it lies inside one that is its owner's alone."""
 
@@ -92,7 +94,7 @@ def up(folder: Path, port: int, dashboard_port: int, cpus: int | None = None, gp
         _check_free(option, number)
     ensure_token()  # a job is a program, and everybody on a machine reaches its loopback
     folder.mkdir(parents=True, exist_ok=True)
-    scratch = tempfile.mkdtemp(prefix="poise-cluster-", dir="/tmp")  # the paths of Ray's sockets must be short
+    scratch = tempfile.mkdtemp(prefix=_SCRATCH, dir="/tmp")  # the paths of Ray's sockets must be short
     offered = {"num-cpus": cpus, "num-gpus": gpus}
     options = [f"--{name}={value}" for name, value in offered.items() if value is not None]
     options += [f"--port={port}", f"--dashboard-port={dashboard_port}", f"--temp-dir={scratch}/{_RAYS_OWN}"]
@@ -105,7 +107,7 @@ def up(folder: Path, port: int, dashboard_port: int, cpus: int | None = None, gp
         process.pid,
         psutil.Process(process.pid).create_time(),
     )
-    (folder / _RECORD).write_text(json.dumps(asdict(cluster)))
+    _write_record(folder, cluster)
     try:
         _wait(cluster, process, folder)
     except BaseException:
@@ -155,8 +157,27 @@ def status(cluster: Cluster) -> Status:
 
 
 def _record(folder: Path) -> Cluster | None:
+    """What `up` has noted. UserError for a record that is damaged: nothing is ended on the word of it."""
     file = folder / _RECORD
-    return Cluster(**json.loads(file.read_text())) if file.is_file() else None
+    try:
+        cluster = TypeAdapter(Cluster).validate_json(file.read_bytes(), strict=True)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError):
+        cluster = None
+    if cluster is None or not Path(cluster.scratch).name.startswith(_SCRATCH) or cluster.pid <= 1:
+        raise UserError(
+            f"{file}: the record of the cluster is damaged. If its head is still up (ps -ef | grep gcs_server), end it "
+            "by hand; then remove the file"
+        )
+    return cluster
+
+
+def _write_record(folder: Path, cluster: Cluster) -> None:
+    """Whole or not at all: a record that is cut short leaves a cluster that nobody can end."""
+    temporary = folder / f".{_RECORD}-{os.getpid()}"
+    temporary.write_text(json.dumps(asdict(cluster)))
+    temporary.replace(folder / _RECORD)
 
 
 def _processes(cluster: Cluster) -> list[psutil.Process]:

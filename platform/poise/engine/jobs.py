@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import shutil
 import tempfile
 import time
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
@@ -28,6 +30,7 @@ from poise.spec.code import code_files, is_installed
 __all__ = ["connect", "follow", "job_id", "logs", "pack", "status", "stop", "submit"]
 
 _AGENT_WITHIN_S = 60
+_JOB = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
 
 
@@ -41,7 +44,7 @@ def submit(spec: RunSpec, address: str, job: str | None = None) -> str:
 
     Raises UserError when no cluster answers or a job of that id exists and has not ended.
     """
-    job = job or job_id(spec)
+    job = _checked(job or job_id(spec))
     with tempfile.TemporaryDirectory(prefix="poise-job-") as folder, ExitStack() as stack:
         pack(spec, Path(folder))
         client = stack.enter_context(connect(address))
@@ -63,12 +66,14 @@ def submit(spec: RunSpec, address: str, job: str | None = None) -> str:
 
 def status(job: str, address: str) -> JobDetails:
     """What the cluster knows of a job."""
+    _checked(job)
     with connect(address) as client:
         return _info(client, job)
 
 
 def logs(job: str, address: str) -> str:
     """All that a job has printed."""
+    _checked(job)
     with connect(address) as client:
         _info(client, job)
         return str(client.get_job_logs(job))
@@ -76,6 +81,7 @@ def logs(job: str, address: str) -> str:
 
 def follow(job: str, address: str, write: Callable[[str], None]) -> JobDetails:
     """Pass on what a job prints until it ends. Leaving (Ctrl-C) does not stop the job."""
+    _checked(job)
     with connect(address) as client:
         asyncio.run(_tail(client, job, write))
         return _info(client, job)
@@ -83,6 +89,7 @@ def follow(job: str, address: str, write: Callable[[str], None]) -> JobDetails:
 
 def stop(job: str, address: str) -> JobDetails:
     """Ask a job to stop; what its run has committed stays."""
+    _checked(job)
     with connect(address) as client:
         _info(client, job)
         client.stop_job(job)
@@ -132,6 +139,17 @@ def _check_places(spec: RunSpec) -> None:
             )
 
 
+def _check_address(address: str) -> None:
+    """Ray takes more forms, and waits half a minute for some of them."""
+    try:
+        parts = urlsplit(address)
+        sound = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) > 0 and address.isprintable()
+    except ValueError:
+        sound = False
+    if not sound:
+        raise UserError(f"{address[:80]!r} is not the address of a dashboard: write http://HOST:8265")
+
+
 async def _tail(client: JobSubmissionClient, job: str, write: Callable[[str], None]) -> None:
     async for chunk in client.tail_job_logs(job):
         write(chunk)
@@ -149,6 +167,15 @@ def _make_way(client: JobSubmissionClient, job: str) -> None:
     client.delete_job(job)
 
 
+def _checked(job: str) -> str:
+    """An id that fits into an address and a file name, as Ray's own do; UserError for any other."""
+    if not _JOB.fullmatch(job):
+        raise UserError(
+            f"{job[:40]!r} is not the id of a job: 1 to 128 letters, digits, '.', '_' or '-', the first no sign"
+        )
+    return job
+
+
 def _info(client: JobSubmissionClient, job: str) -> JobDetails:
     try:
         return client.get_job_info(job)
@@ -161,6 +188,7 @@ def _info(client: JobSubmissionClient, job: str) -> JobDetails:
 @contextmanager
 def connect(address: str) -> Iterator[JobSubmissionClient]:
     """The dashboard at `address`; UserError when none answers there, or it wants a token that is not here."""
+    _check_address(address)
     logging.getLogger("ray").setLevel(logging.WARNING)  # its notes on uploads are not what the caller asked for
     try:
         client = JobSubmissionClient(address)

@@ -21,6 +21,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from poise.observe.terminal import printable
+
 __all__ = ["Display", "Progress"]
 
 LINE_EVERY_S = 5.0
@@ -99,6 +101,7 @@ class Display:
 
     def note(self, text: str) -> None:
         """Print `text`, as it is, on a line of its own above the panel."""
+        text = printable(text)
         if self._live:
             self._live.console.print(Text(text))
         else:

@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from poise.observe.terminal import printable
 from poise.report.blocks import Cell, Grid
 from poise.report.record import RunRecord, when
 from poise.report.sections import grouped
@@ -28,9 +29,14 @@ def comparison(records: Sequence[RunRecord]) -> Iterator[Table]:
 
 def _table(grid: Grid) -> Table:
     table = Table(
-        title=grid.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
-        pad_edge=False, show_edge=False,
-    )  # fmt: skip
+        title=Text(printable(grid.title)),
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+    )
     lines = [line for line in grid.lines if line.selected]
     table.add_column(grid.heading, overflow="fold", min_width=min(24, max(len(line.head) for line in lines)))
     brief = [column.brief for column in grid.columns]
@@ -38,15 +44,15 @@ def _table(grid: Grid) -> Table:
         justify: Literal["left", "right"] = "left" if column.prose else "right"
         table.add_column(column.label, justify=justify, no_wrap=not column.prose, overflow="fold")
     for line in lines:
-        head = Text.assemble((line.head, "bold"), (f"\n{line.note}" if line.note else "", "dim"))
+        head = Text.assemble((printable(line.head), "bold"), (f"\n{printable(line.note)}" if line.note else "", "dim"))
         table.add_row(head, *map(_cell, compress(line.cells, brief)))
     return table
 
 
 def _cell(cell: Cell) -> Text:
-    text = Text(cell.text, style="bold")
+    text = Text(printable(cell.text), style="bold")
     if cell.below:
-        text.append(f"\n{cell.below}", style="not bold dim")
+        text.append(f"\n{printable(cell.below)}", style="not bold dim")
     return text
 
 
@@ -59,7 +65,8 @@ def run_list(runs: Sequence[RunSummary]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for run in runs:
         steps = ("-" if step is None else f"{step:,}" for step in (run.last_checkpoint, run.best_step))
-        table.add_row(run.name, run.kind, run.status, *steps, when(run.updated or None))
+        words = (Text(printable(word)) for word in (run.name, run.kind, run.status))  # no markup of rich
+        table.add_row(*words, *steps, when(run.updated or None))
     return table
 
 
@@ -67,12 +74,18 @@ def run_details(run: Run) -> Table:
     """The state of one run and its checkpoints, oldest first."""
     summary = run.summary()
     known = None if summary.status == "damaged" else run.manifest()
-    table = Table(title=f"{run.url}: {summary.status}", title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
+    title = Text(printable(f"{run.url}: {summary.status}"))
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
     for heading in ("checkpoint", "step", "MiB", "committed (UTC)"):
         table.add_column(heading, justify="right" if heading in ("step", "MiB") else "left")
     for commit in run.checkpoints.commits():
         best = " (best)" if commit.step == summary.best_step else ""
-        table.add_row(commit.name + best, f"{commit.step:,}", f"{commit.size / 2**20:.2f}", when(commit.committed))
+        table.add_row(
+            Text(printable(commit.name) + best),
+            f"{commit.step:,}",
+            f"{commit.size / 2**20:.2f}",
+            when(commit.committed),
+        )
     if known is not None and known.error:
-        table.caption = Text(known.error)
+        table.caption = Text(printable(known.error))
     return table

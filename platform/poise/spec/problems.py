@@ -12,6 +12,8 @@ __all__ = ["Path", "Problem", "SpecError", "dotted", "nearest"]
 
 Path = tuple[str | int, ...]
 
+_SHOWN = 50
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -34,7 +36,8 @@ class SpecError(UserError):
         self.problems = tuple(problems)
         count = len(self.problems)
         total = f"{count} mistake{'s' if count > 1 else ''}; nothing was run."
-        super().__init__("\n".join([*map(str, self.problems), total]))
+        more = [f"and {count - _SHOWN} more"] if count > _SHOWN else []
+        super().__init__("\n".join([*map(str, self.problems[:_SHOWN]), *more, total]))
 
 
 def dotted(path: Path) -> str:
