@@ -51,7 +51,7 @@ class Lora(Section):
         None,
         min_length=1,
         max_length=100,
-        description="names of the layers that get an update, such as q_proj; default all linear layers but the head",
+        description="last parts of the names of layers that get an update, such as q_proj; default all but the head",
     )
 
 

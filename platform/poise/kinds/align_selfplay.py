@@ -21,7 +21,8 @@ from poise.align.spec import NashRs
 from poise.data.examples import Question, answer_after, encode_completion, encode_prompt
 from poise.data.questions import load_questions
 from poise.errors import UserError
-from poise.kinds.language import keep_model, warn
+from poise.kinds.exported import keep_model, next_token_probabilities, probe_sequences, rehearse_export
+from poise.kinds.language import warn
 from poise.kinds.sampling import sample_all
 from poise.kinds.selfplay import Asked, SelfPlay, magnet_of
 from poise.kinds.specs.align import AlignSelfplaySpec
@@ -54,6 +55,8 @@ def run(spec: AlignSelfplaySpec, context: Context) -> None:
         warn(special.notes, context)
         asked = _asked(spec, tokenizer)
         _check_fit(folder, model, asked, spec.max_tokens)
+        probes = probe_sequences([(*question.tokens, *question.answer_tokens[0]) for question in asked[:8]])
+        rehearse_export(model, tokenizer, probes, context)
         standing = Standing(spec, model, asked, special.stop, context)
         if isinstance(spec.method, NashRs):
             texts = context.together(lambda: _proposals(spec, asked, tokenizer, sampler, context))
@@ -62,7 +65,8 @@ def run(spec: AlignSelfplaySpec, context: Context) -> None:
         play = SelfPlay(spec, model, asked, oracle, partial(_text, tokenizer), sampler, context)
         fitted = fit(_task(spec, model, play, standing), spec.train, context)
     final = standing.measure()
-    context.together(partial(keep_model, model, tokenizer, context))
+    trained = next_token_probabilities(model, probes)
+    context.together(partial(keep_model, model, tokenizer, probes, trained, context))
     context.together(partial(_keep, spec, model, standing, final, fitted, special.notes, context))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,14 @@ from poise.data.spec import WorldText
 from poise.data.text import IGNORED, TextBatch, TextBatches, TextData, load_text, text_batch, text_tokenizer
 from poise.errors import UserError
 from poise.finetune.losses import cross_entropy, entropy, gem_loss
-from poise.finetune.spec import Gem, Lora, LossSpec, TuningSpec
-from poise.kinds.language import Truth, held_out, keep_model, warn
+from poise.finetune.spec import Gem, Lora, LossSpec
+from poise.kinds.exported import keep_model, next_token_probabilities, probe_sequences, rehearse_export
+from poise.kinds.language import Truth, held_out, warn
 from poise.kinds.specs.finetune import FinetuneSftSpec
+from poise.kinds.tuning import add_adapters, merge_adapters, prepare_tuning
 from poise.models.language import open_language_model
 from poise.models.limits import model_limits
 from poise.models.special_tokens import reconcile
-from poise.spec.problems import nearest
 from poise.spec.seeds import derive_seed
 from poise.train.context import Context
 from poise.train.loop import Fitted, fit
@@ -51,40 +52,22 @@ def run(spec: FinetuneSftSpec, context: Context) -> None:
     data = load_text(spec.data, tokenizer, spec.seed, model_limits(model))
     truth = Truth(spec.data.world, tokenizer, special.stop) if isinstance(spec.data, WorldText) else None
     batches = TextBatches(data.train, spec.batch_size, spec.seed, context.rank, context.world_size, context.device)
-    model = _tuned(model, spec.tuning, derive_seed(spec.seed, "lora")).to(context.device)
-    warnings = list(special.notes)
+    warnings = [*special.notes, *prepare_tuning(model, spec.tuning)]
     warn(warnings, context)
+    preview, probes = _preview(data, tokenizer), probe_sequences([(*e.prompt, *e.completion) for e in data.train[:8]])
+    rehearse_export(model, tokenizer, probes, context)
+    model = add_adapters(model, spec.tuning, derive_seed(spec.seed, "lora")).to(context.device)
+    held_out(model, data.validation[: context.world_size], context)  # tried before it is needed
     fitted = fit(_task(spec, model, batches, data, truth, context), spec.train, context)
     selected = "best" if spec.export == "best" and restore(model, fitted.best_step, context) else "final"
     sizes = {"parameters": _numel(model), "trainable": _numel(model, trainable=True)}
-    model = model.merge_and_unload() if isinstance(spec.tuning, Lora) else model  # type: ignore[operator]
+    trained = next_token_probabilities(model, probes)
+    model = merge_adapters(model, spec.tuning)
     measured = _measure(model, data, truth, context)
-    context.together(partial(keep_model, model, tokenizer, context))
+    context.together(partial(keep_model, model, tokenizer, probes, trained, context))
     told = _told(spec, fitted, selected) | sizes | {"measured": measured} | _tokens(spec, data, batches, fitted)
-    told |= {"floor": truth.floor if truth else None, "preview": _preview(data, tokenizer)}
-    told |= {"warnings": warnings}
+    told |= {"floor": truth.floor if truth else None, "preview": preview, "warnings": warnings}
     context.together(lambda: context.run.write("artifacts/summary.json", json.dumps(told, indent=1).encode()))
-
-
-def _tuned(model: nn.Module, tuning: TuningSpec, seed: int) -> nn.Module:
-    """The model with the weights frozen that are not to move, and adapters whose start is drawn by `seed`."""
-    if not isinstance(tuning, Lora):
-        return model
-    from peft import LoraConfig, get_peft_model
-
-    leaves = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    if unknown := sorted(set(tuning.targets or ()) - leaves):
-        raise UserError(f"tuning.targets: the model has no linear layer {unknown[0]!r}; {nearest(unknown[0], leaves)}")
-    config = LoraConfig(
-        r=tuning.rank,
-        lora_alpha=cast("int", float(tuning.alpha)),
-        lora_dropout=float(tuning.dropout),
-        target_modules=tuning.targets or "all-linear",
-        task_type="CAUSAL_LM",
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        return cast("nn.Module", get_peft_model(cast("Any", model), config))
 
 
 def _task(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +13,7 @@ from poise.data.spec import WorldSpec
 from poise.data.text import IGNORED, text_batch
 from poise.data.worlds import make_world
 from poise.finetune.losses import cross_entropy, entropy
-from poise.models.language import MODEL_FOLDER, answer_logprobs, export
+from poise.models.language import answer_logprobs
 from poise.models.scoring import position_logits
 from poise.observe.events import event
 from poise.train.context import Context
@@ -23,7 +21,7 @@ from poise.train.context import Context
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-__all__ = ["Truth", "held_out", "keep_model", "shared_logprobs", "warn"]
+__all__ = ["Truth", "held_out", "shared_logprobs", "warn"]
 
 EVALUATED_AT_ONCE = 256
 
@@ -96,14 +94,3 @@ def warn(sentences: Sequence[str], context: Context) -> None:
     if sentences:
         events = [event("warning", what=sentence) for sentence in sentences]
         context.together(lambda: context.run.append_events(events))
-
-
-def keep_model(model: nn.Module, tokenizer: Tokenizer, context: Context) -> None:
-    """Write the model of this run into the store, as plain files under artifacts/model/; one rank calls it."""
-    context.guard()
-    with tempfile.TemporaryDirectory(prefix="poise-") as scratch:
-        export(model, tokenizer, Path(scratch))
-        names = sorted(path.name for path in Path(scratch).iterdir())
-        for name in names:
-            context.run.upload(Path(scratch) / name, f"{MODEL_FOLDER}/{name}")
-    context.run.append_events([event("model", files=names)])

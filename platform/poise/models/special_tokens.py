@@ -16,7 +16,7 @@ Where a folder disagrees with itself, `notes` says how it is read, and an export
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 __all__ = ["SpecialTokens", "added_tokens", "read_special_tokens", "reconcile"]
+
+
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ def reconcile(model: nn.Module, tokenizer: Tokenizer) -> SpecialTokens:
     stated = next((config.eos_token_id for config in reversed(configs) if config.eos_token_id is not None), None)
     vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
     special = _agreed(stated, tokenizer.eos_token_id, vocabulary)
+    special = replace(special, notes=(*special.notes, *_drop_unused_settings(model.generation_config)))
     if special.eos is None:
         return special
     if tokenizer.eos_token_id is None:
@@ -81,6 +85,23 @@ def reconcile(model: nn.Module, tokenizer: Tokenizer) -> SpecialTokens:
             if (known := getattr(tokenizer, name)) is not None and known < vocabulary:
                 setattr(config, name, known)
     return special
+
+
+def _drop_unused_settings(generation: Any) -> list[str]:
+    """transformers opens a generation config that sets a temperature beside `do_sample: false`, and does not save it.
+
+    Returns what was dropped, as sentences.
+    """
+    if generation.do_sample:
+        return []
+    unused = [name for name in _SAMPLING if getattr(generation, name, None) is not None]
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        for name in unused:
+            setattr(generation, name, None)
+        return [f"generation_config.json sets {', '.join(unused)} without do_sample: true: left out of the export"]
+    return []
 
 
 def added_tokens(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
