@@ -62,7 +62,7 @@ def cases() -> Iterator[Case]:
     if SHARED.is_dir():
         mnist = ORACLES["_mnist"](SHARED)
         for norm, eps in MNIST.items():
-            yield Case("mnist", mnist.model, mnist.x, mnist.y, Threat(norm, eps))
+            yield Case("mnist", mnist.model, mnist.x[:BATCH], mnist.y[:BATCH], Threat(norm, eps))
 
 
 def ours(case: Case) -> tuple[Tensor, float]:

@@ -111,12 +111,12 @@ def _mnist(shared_data: Path) -> SimpleNamespace:
         *(nn.Linear(392, 128), nn.ReLU(), nn.Linear(128, 10)),
     ).eval()
     model.load_state_dict(load_file(classifiers / "mnist_madrycnn_no_maxpool_tiny.safetensors"))
-    x = torch.tensor(idx((images / "t10k-images-idx3-ubyte.gz").read_bytes(), 3)[:500, None]) / 255
-    y = torch.tensor(idx((images / "t10k-labels-idx1-ubyte.gz").read_bytes(), 1)[:500]).long()
+    x = torch.tensor(idx((images / "t10k-images-idx3-ubyte.gz").read_bytes(), 3)[:1000, None]) / 255
+    y = torch.tensor(idx((images / "t10k-labels-idx1-ubyte.gz").read_bytes(), 1)[:1000]).long()
     return SimpleNamespace(model=model, x=x, y=y)
 
 
 @pytest.fixture(scope="session")
 def mnist(shared_data: Path) -> SimpleNamespace:
-    """The adversarially trained network `model` (linf 0.3) and the first 500 test images `x` and labels `y`."""
+    """The adversarially trained network `model` (linf 0.3) and the first 1,000 test images `x` and labels `y`."""
     return _mnist(shared_data)

@@ -130,6 +130,33 @@ def test_linf_within_a_subspace_comes_near_the_optimum_of_the_linear_program(see
     assert gains.min() > 0.95
 
 
+@pytest.mark.parametrize("off", [False, True])
+def test_l1_within_a_subspace_comes_nearer_to_the_optimum_of_the_linear_program_with_more_steps(off: bool) -> None:
+    """max <w, delta> with A delta = 0 and ||delta||_1 <= eps, as a program in the positive and negative parts."""
+    rank, eps, size = 8, 0.6, 30
+    basis, w, y = basis_of(0, rank, (size,)), drawn(1, size) - 0.5, torch.zeros(3, dtype=torch.long)
+    directions = basis.directions[0].numpy()
+    forbidden = directions if off else np.linalg.svd(directions)[2][rank:]
+    solved = linprog(
+        np.concatenate([-w.numpy(), w.numpy()]),
+        A_eq=np.hstack([forbidden, -forbidden]),
+        b_eq=np.zeros(len(forbidden)),
+        A_ub=np.ones((1, 2 * size)),
+        b_ub=[eps],
+    )
+    threat = Within("l1", eps, basis=basis, labels=y, off=off)
+    x, best = torch.full((3, size), 0.5, dtype=torch.double), -solved.fun
+    shares = []
+    for steps in (5, 20, 60):
+        # the margin is out of reach, so that what comes back is the last point, the most refined one
+        found = pgd(Binary(w, -1000.0), x, y, threat, steps=steps, loss=rise).adversarial - x
+        assert found.abs().sum(1).max() <= eps * (1 + 1e-9)
+        assert np.abs(forbidden @ found.numpy().T).max() < 1e-12
+        shares.append((found @ w).min().item() / best)
+    assert shares == sorted(shares)
+    assert 0.99 < shares[-1] <= 1 + 1e-9
+
+
 def test_a_subspace_that_spans_everything_is_no_constraint() -> None:
     """The same l2 attack step by step, and nothing is left off it."""
     torch.manual_seed(0)

@@ -50,5 +50,5 @@ def _words(threat: ThreatSpec) -> str:
     runs = f"{threat.restarts} run{'s' if threat.restarts > 1 else ''}"
     if threat.attack == "apgd":
         return f"APGD-{threat.steps}, eps {threat.eps}, {runs}"
-    step = threat.step_size or f"{min(2.5 * threat.eps / threat.steps, threat.eps):.4g}"
-    return f"PGD-{threat.steps}, eps {threat.eps}, step {step}, {runs}"
+    step = "decaying steps" if threat.step_size is None else f"step {threat.step_size}"
+    return f"PGD-{threat.steps}, eps {threat.eps}, {step}, {runs}"

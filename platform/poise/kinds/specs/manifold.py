@@ -54,7 +54,7 @@ class LatentSpec(Section):
     )
     steps: int = Field(40, ge=1, le=1000, description="gradient steps of one run of the attack")
     step_size: Annotated[Real, Field(gt=0, le=1_000_000)] | None = Field(
-        None, description="length of a step in the ball's norm; default 2.5 * eps / steps, at most eps"
+        None, description="length of a step in the ball's norm; default: steps that decay from eps to 0 on a cosine"
     )
     restarts: int = Field(1, ge=1, le=1000, description="runs; those after the first start at random")
 

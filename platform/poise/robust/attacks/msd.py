@@ -6,7 +6,7 @@ papers/adversarial.md, section 3. Every point lies in at least one of the balls,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +23,7 @@ from poise.robust.attacks.contract import (
     scores,
 )
 from poise.robust.attacks.losses import Loss, cross_entropy
+from poise.robust.attacks.pgd import decaying_steps, training_step
 from poise.robust.noise import Noise, Source, as_noise
 from poise.robust.spec import Sparsity
 from poise.robust.threats import Threat
@@ -54,7 +55,7 @@ def msd(
         x, y: images (N, ...) in [0, 1]; true labels (N,) int64.
         threats: the balls, at least one.
         steps: gradients of one run, each followed by a forward per threat.
-        step_sizes: lengths of a step, each in its own norm; None is 2.5 * eps / steps, at most eps.
+        step_sizes: lengths of every step, each in its own norm; None: steps that shrink, see `pgd.decaying_steps`.
         restarts: runs; the first starts at the image, the others at random in one ball after the other.
         sparsity, loss, noise, bn_mode: as for `pgd`.
 
@@ -62,7 +63,8 @@ def msd(
         ValueError: no threat, or step sizes for other norms than the threats'.
         PoiseError: a loss or its gradient was not finite.
     """
-    climb, streams = _Climb(threats, steps, _sizes(threats, steps, step_sizes), sparsity, loss), as_noise(noise, x)
+    sizes = _sizes(threats, steps, step_sizes, decaying_steps)
+    climb, streams = _Climb(threats, steps, sizes, sparsity, loss), as_noise(noise, x)
     balls = list(threats.values())
     with attack_mode(model, bn_mode):
         delta, height = torch.zeros_like(x), lowest(x)
@@ -98,23 +100,29 @@ def msd_perturb(
 ) -> Tensor:
     """MSD for training: of the image and all that was tried, the point of highest loss, like x, detached.
 
-    Arguments and errors as for `msd`; it costs `steps` gradients and as many forwards per threat.
+    Arguments and errors as for `msd`, but `step_sizes` of None are each `pgd.training_step`; it costs `steps` gradients and as many forwards per threat.
     """
-    climb, rows = _Climb(threats, steps, _sizes(threats, steps, step_sizes), sparsity, loss), torch.arange(len(x))
+    sizes = _sizes(threats, steps, step_sizes, lambda eps, steps: (training_step(eps, steps),) * steps)
+    climb, rows = _Climb(threats, steps, sizes, sparsity, loss), torch.arange(len(x))
     with attack_mode(model, bn_mode):
         start = torch.zeros_like(x)
         return x + climb.run(model, x, y, start, as_noise(noise, x), rows, seek=False).delta
 
 
-def _sizes(threats: Mapping[str, Threat], steps: int, step_sizes: Mapping[str, float] | None) -> dict[str, float]:
+def _sizes(
+    threats: Mapping[str, Threat],
+    steps: int,
+    step_sizes: Mapping[str, float] | None,
+    default: Callable[[float, int], Sequence[float]],
+) -> dict[str, Sequence[float]]:
+    """The length of each step, by norm; `default` gives those of one ball from its eps and the number of steps."""
     if not threats:
         raise ValueError("MSD needs at least one threat")
-    if step_sizes is not None and set(step_sizes) != set(threats):
+    if step_sizes is None:
+        return {norm: default(threat.eps, steps) for norm, threat in threats.items()}
+    if set(step_sizes) != set(threats):
         raise ValueError(f"step sizes are for {', '.join(step_sizes)} and threats for {', '.join(threats)}: give both")
-    return {
-        norm: min(2.5 * threat.eps / steps, threat.eps) if step_sizes is None else step_sizes[norm]
-        for norm, threat in threats.items()
-    }
+    return {norm: (step_sizes[norm],) * steps for norm in threats}
 
 
 class _Highest:
@@ -136,7 +144,7 @@ class _Climb:
 
     threats: Mapping[str, Threat]
     steps: int
-    sizes: Mapping[str, float]
+    sizes: Mapping[str, Sequence[float]]
     sparsity: Sparsity
     loss: Loss
 
@@ -154,7 +162,7 @@ class _Climb:
             grad, losses, logits = input_gradient(model, x + delta, y, self.loss)
             finite = torch.where(grad.flatten(1).abs().amax(1).isfinite(), finite, finite.clamp(max=step))
             highest.see(delta, losses, logits)
-            candidates = self._candidates(x, delta, grad, counts[:, step])
+            candidates = self._candidates(x, delta, grad, counts[:, step], step)
             reached = []
             for candidate in candidates:
                 logits = scores(model, x + candidate)
@@ -165,9 +173,9 @@ class _Climb:
         require_finite(finite, self.steps, rows)
         return highest
 
-    def _candidates(self, x: Tensor, delta: Tensor, grad: Tensor, counts: Tensor) -> list[Tensor]:
+    def _candidates(self, x: Tensor, delta: Tensor, grad: Tensor, counts: Tensor, step: int) -> list[Tensor]:
         """One steepest step from delta in each norm, back into the ball of that norm."""
         return [
-            threat.project(x, delta + threat.steepest(grad, self.sizes[norm], at=x + delta, sparsity=counts))
+            threat.project(x, delta + threat.steepest(grad, self.sizes[norm][step], at=x + delta, sparsity=counts))
             for norm, threat in self.threats.items()
         ]

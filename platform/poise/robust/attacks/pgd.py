@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +23,7 @@ from poise.robust.noise import Noise, Source, as_noise
 from poise.robust.spec import Sparsity
 from poise.robust.threats import Threat
 
-__all__ = ["FirstFooling", "perturb", "pgd"]
+__all__ = ["FirstFooling", "decaying_steps", "perturb", "pgd", "training_step"]
 
 
 def pgd(
@@ -49,7 +50,7 @@ def pgd(
         model: maps (N, ...) images to (N, K) logits.
         x, y: images (N, ...) in [0, 1]; true labels (N,) int64.
         steps: gradients of one run.
-        step_size: length of a step in the threat's norm; None is 2.5 * eps / steps, at most eps.
+        step_size: length of every step in the threat's norm; None: steps that shrink, see `decaying_steps`.
         restarts: runs; those after the first start at random whatever `random_start` says.
         sparsity: for l1, coordinates per step: a count, or a range that each example draws from at each step.
         loss: what is climbed, see `attacks.losses`.
@@ -59,7 +60,8 @@ def pgd(
     Raises:
         PoiseError: the loss gradient of an example was not finite.
     """
-    ascent, streams = _Ascent(threat, steps, step_size, sparsity, loss), as_noise(noise, x)
+    sizes = decaying_steps(threat.eps, steps) if step_size is None else (step_size,) * steps
+    ascent, streams = _Ascent(threat, sizes, sparsity, loss), as_noise(noise, x)
     with attack_mode(model, bn_mode):
         adversarial, correct = x.clone(), scores(model, x).argmax(1) == y
         for run in range(restarts):
@@ -93,11 +95,12 @@ def perturb(
 ) -> Tensor:
     """Attack for training: the last iterate, like x, detached, at `steps` gradients and no forward beyond them.
 
-    Arguments and errors as for `pgd`. With `spread`, every run starts at the image plus spread * N(0, I), cut to the
+    Arguments and errors as for `pgd`, but a `step_size` of None is `training_step`. With `spread`, every run starts at the image plus spread * N(0, I), cut to the
     threat, whatever `random_start` says. With restarts > 1 each example keeps the run of highest final loss, which
     costs two forwards per further run.
     """
-    ascent, streams = _Ascent(threat, steps, step_size, sparsity, loss), as_noise(noise, x)
+    size = training_step(threat.eps, steps) if step_size is None else step_size
+    ascent, streams = _Ascent(threat, (size,) * steps, sparsity, loss), as_noise(noise, x)
     with attack_mode(model, bn_mode):
         best = ascent.climb(model, x, y, ascent.start(x, streams, random=random_start, spread=spread))
         for run in range(1, restarts):
@@ -105,6 +108,21 @@ def perturb(
             before, after = (loss(scores(model, point), y) for point in (best, other))
             best = torch.where(column(after > before, x), other, best)
     return best
+
+
+def decaying_steps(eps: float, steps: int) -> tuple[float, ...]:
+    """The default step lengths of an evaluation: eps * (1 + cos(pi * t / steps)) / 2 for t = 0, ..., steps - 1.
+
+    The first step crosses the ball and the last ones refine, so that more steps only find more. Equal steps of
+    2.5 * eps / steps cannot leave the region of their start when there are many. Cosine-annealed steps are those of
+    Probability Margin Attack (arXiv 2411.15210), here from eps instead of 2 * eps.
+    """
+    return tuple(eps * (1 + math.cos(math.pi * step / steps)) / 2 for step in range(steps))
+
+
+def training_step(eps: float, steps: int) -> float:
+    """The default step length of training: 2.5 * eps / steps (Madry et al., 2018), at most eps."""
+    return min(2.5 * eps / steps, eps)
 
 
 class FirstFooling:
@@ -130,8 +148,7 @@ class _Ascent:
     """One run of steepest ascent with projection."""
 
     threat: Threat
-    steps: int
-    step_size: float | None
+    sizes: Sequence[float]  # length of each step
     sparsity: Sparsity
     loss: Loss
 
@@ -143,7 +160,7 @@ class _Ascent:
         else:
             delta = self.threat.start_from(x, noise.uniform(width, x.dtype)) if random else torch.zeros_like(x)
         low, high = (self.sparsity, self.sparsity) if isinstance(self.sparsity, int) else self.sparsity
-        return _Start(delta, noise.at(-1).integers(low, high + 1, self.steps))
+        return _Start(delta, noise.at(-1).integers(low, high + 1, len(self.sizes)))
 
     def climb(
         self,
@@ -154,9 +171,9 @@ class _Ascent:
         watch: Callable[[Tensor, Tensor], None] | None = None,
     ) -> Tensor:
         """The last iterate; `watch` sees every earlier one together with its logits, which cost nothing extra."""
-        size = min(2.5 * self.threat.eps / self.steps, self.threat.eps) if self.step_size is None else self.step_size
-        delta, finite = start.delta, torch.full((len(x),), self.steps, device=x.device)
-        for step in range(self.steps):
+        steps = len(self.sizes)
+        delta, finite = start.delta, torch.full((len(x),), steps, device=x.device)
+        for step, size in enumerate(self.sizes):
             point = x + delta
             grad, _, logits = input_gradient(model, point, y, self.loss)
             finite = torch.where(grad.flatten(1).abs().amax(1).isfinite(), finite, finite.clamp(max=step))
@@ -164,5 +181,5 @@ class _Ascent:
                 watch(point, logits)
             ascent = self.threat.steepest(grad, size, at=point, sparsity=start.counts[:, step])
             delta = self.threat.project(x, delta + ascent)
-        require_finite(finite, self.steps)
+        require_finite(finite, steps)
         return x + delta

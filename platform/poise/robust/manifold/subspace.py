@@ -76,13 +76,13 @@ class Within(Threat):
     ) -> Tensor:
         """The step along the gradient in the coefficients.
 
-        For linf it is as long in l2 as a step of signs: signs would leave the subspace, and projected back they come to
-        rest well short of the optimum, which on a linear model is that of a linear program.
+        For linf it is as long in l2 as a step of signs, for l1 as a step of one coordinate, and `sparsity` counts for
+        nothing: signs and single coordinates would leave the subspace, and projected back they come to rest well short
+        of the optimum, which on a linear model is that of a linear program.
         """
         inner = self.onto(grad)
-        if self.norm == "linf":
-            return Threat("l2", self.eps).steepest(inner, size * math.sqrt(inner[0].numel()))
-        return super().steepest(inner, size, at=at, sparsity=sparsity)
+        length = size * math.sqrt(inner[0].numel()) if self.norm == "linf" else size
+        return Threat("l2", self.eps).steepest(inner, length)
 
 
 @dataclass(frozen=True)
