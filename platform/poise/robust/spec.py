@@ -58,8 +58,8 @@ class ThreatSpec(Section):
     steps: int = Field(default=10, ge=1, le=1000, description="gradient steps of one run of the attack")
     step_size: Annotated[Real, Field(gt=0, le=1_000_000)] | None = Field(
         default=None,
-        description="length of a step in the threat's norm; default: 2.5 * eps / steps, at most eps, in training, and in "
-        "tests steps that decay from eps to 0 on a cosine",
+        description="length of a step in the threat's norm; default: in training 2.5 * eps / steps, at most eps; in "
+        "tests, steps that decay from eps to 0 on a cosine",
     )
     restarts: int = Field(
         default=1, ge=1, le=1000, description="runs of the attack; those after the first start at random"

@@ -156,7 +156,8 @@ class PgdStage(_OneBall):
     loss: Literal["ce", "margin", "dlr"] = Field("ce", description="loss that is climbed")
     steps: int = Field(40, ge=1, le=1000, description="gradient steps of one run")
     step_size: Annotated[Real, Field(gt=0, le=1_000_000)] | None = Field(
-        None, description="length of a step in the norm of the threat; default: steps that decay from eps to 0 on a cosine"
+        None,
+        description="length of a step in the norm of the threat; default: steps that decay from eps to 0 on a cosine",
     )
     restarts: Restarts = 1
     random_start: bool = Field(True, description="start the first run at random in the ball, not at the image")
