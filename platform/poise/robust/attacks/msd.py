@@ -100,7 +100,8 @@ def msd_perturb(
 ) -> Tensor:
     """MSD for training: of the image and all that was tried, the point of highest loss, like x, detached.
 
-    Arguments and errors as for `msd`, but `step_sizes` of None are each `pgd.training_step`; it costs `steps` gradients and as many forwards per threat.
+    Arguments and errors as for `msd`, but `step_sizes` of None are each `pgd.training_step`. It costs `steps` gradients
+    and as many forwards per threat.
     """
     sizes = _sizes(threats, steps, step_sizes, lambda eps, steps: (training_step(eps, steps),) * steps)
     climb, rows = _Climb(threats, steps, sizes, sparsity, loss), torch.arange(len(x))

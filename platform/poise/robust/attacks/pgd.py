@@ -96,8 +96,8 @@ def perturb(
     """Attack for training: the last iterate, like x, detached, at `steps` gradients and no forward beyond them.
 
     Arguments and errors as for `pgd`, but a `step_size` of None is `training_step`. With `spread`, every run starts at
-    the image plus spread * N(0, I), cut to the threat, whatever `random_start` says. With restarts > 1 each example keeps the run of highest final loss, which
-    costs two forwards per further run.
+    the image plus spread * N(0, I), cut to the threat, whatever `random_start` says. With restarts > 1 each example
+    keeps the run of highest final loss, which costs two forwards per further run.
     """
     size = training_step(threat.eps, steps) if step_size is None else step_size
     ascent, streams = _Ascent(threat, (size,) * steps, sparsity, loss), as_noise(noise, x)
