@@ -136,6 +136,15 @@ def test_a_step_is_the_same_however_its_batch_is_split(loss, tmp_path, monkeypat
     assert not all(torch.allclose(wrong[name], value, rtol=0, atol=1e-4) for name, value in whole.items())
 
 
+def test_an_epoch_is_a_pass_over_the_examples_however_many_batches_make_a_step(tmp_path):
+    train = {"epochs": 2, "accumulate": 3, "optimizer": {"name": "adamw", "lr": 0.01}}
+    spec = spec_of("passes", tmp_path, train=train)
+    assert "6 optimizer steps, 2 epochs of 128 examples: 256 examples" in spec.cost()[0]
+    summary = summary_of(finish(spec))
+    assert summary["step"] == 6  # of 3, 3 and 2 batches, twice
+    assert summary["tokens"]["learned_from"] == 2 * summary["tokens"]["supervised"]
+
+
 @pytest.mark.slow
 def test_two_ranks_take_the_steps_of_one(tmp_path):
     alone = finish(spec_of("alone", tmp_path, loss=GEM, train=SGD))

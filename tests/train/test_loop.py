@@ -11,6 +11,7 @@ from poise.spec import Real
 from poise.spec.seeds import derive_seed
 from poise.train.context import Context
 from poise.train.loop import fit
+from poise.train.plan import EpochPlan
 from poise.train.schedule import factor
 from poise.train.spec import Checkpointing, Every
 from poise.train.state import seed_rng
@@ -28,12 +29,14 @@ def by_hand(task, spec, accumulate: int = 1) -> nn.Module:
     class Turn:
         pass
 
+    epochs = [[4 * epoch + batch for batch in range(4)] for epoch in range(spec.steps)]
+    parts = [epoch[start : start + accumulate] for epoch in epochs for start in range(0, 4, accumulate)]
     for step in range(spec.steps):
         turn = Turn()
         turn.generator = generator.manual_seed(derive_seed(task.seed, "step", step, 0))
-        for part in range(accumulate):
-            loss, _, state = task.step(model, task.batch(step * accumulate + part), state, turn)
-            (loss / accumulate).backward()
+        for index in parts[step]:
+            loss, _, state = task.step(model, task.batch(index), state, turn)
+            (loss / len(parts[step])).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = 0.05 * factor(spec.schedule, step, spec.steps)
@@ -52,6 +55,35 @@ def test_the_loop_is_the_loop_written_by_hand_bit_by_bit(accumulate, bench, make
     by_hand(theirs, spec, accumulate)
     for name, value in mine.model.state_dict().items():
         assert torch.equal(value, theirs.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3, 4, 5, 8])
+def test_an_epoch_is_one_pass_whatever_is_accumulated(accumulate, bench, make_spec, make_task):
+    """3 epochs of 4 batches read each batch three times, in order, and every step belongs to one epoch."""
+    task, read = make_task(), []
+    honest = task.batch
+    task.batch = lambda index: read.append(index) or honest(index)
+    spec = make_spec(steps=None, epochs=3, accumulate=accumulate)
+    fitted = fit(task, spec, Context(bench.run("a")))
+    assert read == list(range(12))
+    assert fitted.epochs == 3
+    assert fitted.final_step == 3 * -(-4 // accumulate)
+
+
+@pytest.mark.parametrize(("batches", "accumulate", "repeats"), [(7, 3, 1), (6, 3, 2), (3, 8, 1), (5, 2, 3), (1, 1, 1)])
+def test_the_plan_by_a_slow_loop(batches, accumulate, repeats):
+    plan, expected = EpochPlan(batches, accumulate, repeats), []
+    for epoch in range(3):
+        first = epoch * batches
+        for start in range(0, batches, accumulate):
+            group = list(range(first + start, first + min(start + accumulate, batches)))
+            expected += [group] * repeats
+    assert plan.steps * 3 == len(expected)
+    assert [list(plan.of_step(step)) for step in range(len(expected))] == expected
+    for group in expected:
+        assert all(list(plan.with_batch(index)) == group for index in group)
+    seen = [0, *(group[-1] + 1 for group in expected)]
+    assert [plan.batches_before(step) for step in range(len(seen))] == seen
 
 
 def test_accumulated_batches_give_the_gradient_of_their_union(bench, make_spec):

@@ -28,6 +28,7 @@ from poise.models.special_tokens import reconcile
 from poise.spec.seeds import derive_seed
 from poise.train.context import Context
 from poise.train.loop import Fitted, fit
+from poise.train.plan import EpochPlan
 from poise.train.restore import restore
 from poise.train.task import StepOutput, Task, TaskState, Turn
 
@@ -75,7 +76,7 @@ def _task(
 ) -> Task:
     return Task(
         model=model,
-        batch=_batch(batches, spec.train.accumulate, context.world_size),
+        batch=_batch(batches, spec.train.plan(batches.batches_per_epoch), context.world_size),
         step=_step(spec.loss),
         batches_per_epoch=batches.batches_per_epoch,
         examples_per_batch=spec.batch_size,
@@ -86,19 +87,19 @@ def _task(
     )
 
 
-def _batch(batches: TextBatches, accumulate: int, world_size: int) -> Callable[[int], _Batch]:
+def _batch(batches: TextBatches, plan: EpochPlan, world_size: int) -> Callable[[int], _Batch]:
     """Micro-batches whose losses, as the loop averages them, are the mean over all tokens of their optimizer step.
 
-    The loop divides by `accumulate` and DDP by the ranks, so a sum is divided by n / (accumulate * ranks). Every rank
-    counts the tokens of all: nothing is communicated.
+    The loop divides by the b batches of the step and DDP by the ranks, so a sum is divided by n / (b * ranks). Every
+    rank counts the tokens of all: nothing is communicated.
     """
 
     def batch(index: int) -> _Batch:
-        first = index - index % accumulate
-        tokens = sum(batches.supervised(part) for part in range(first, first + accumulate))
+        together = plan.with_batch(index)
+        tokens = sum(map(batches.supervised, together))
         if not tokens:
-            raise UserError(f"data: the batches {first} to {first + accumulate - 1} have no token to learn")
-        return _Batch(batches.batch(index), tokens / (accumulate * world_size))
+            raise UserError(f"data: the batches {together[0]} to {together[-1]} have no token to learn")
+        return _Batch(batches.batch(index), tokens / (len(together) * world_size))
 
     return batch
 
@@ -148,7 +149,8 @@ def _tokens(spec: FinetuneSftSpec, data: TextData, batches: TextBatches, fitted:
     """Counts of the training set, and of the tokens that the whole run has learned from, repeated ones too."""
     learned = sum(len(example.completion) - (not example.prompt) for example in data.train)
     whole = sum(len(example.prompt) + len(example.completion) for example in data.train)
-    seen = sum(map(batches.supervised, range(fitted.final_step * spec.train.accumulate)))
+    plan = spec.train.plan(batches.batches_per_epoch)
+    seen = sum(map(batches.supervised, range(plan.batches_before(fitted.final_step))))
     return {
         "tokens": {"examples": len(data.train), "all": whole, "supervised": learned, "learned_from": seen},
         "supervised_share": learned / whole,

@@ -12,7 +12,7 @@ from functools import partial
 import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 
 from poise.data.batches import Batches, Dataset, load, training_batches
 from poise.errors import DamagedError
@@ -49,20 +49,16 @@ def run(spec: RobustTrainSpec, context: Context) -> None:
 def _task(
     spec: RobustTrainSpec, data: Dataset, model: nn.Module, batches: Batches, steps: RobustStep, context: Context
 ) -> Task:
-    watch, accumulate = RobustWatch(spec, data, model, context), spec.train.accumulate
-
-    def batch(index: int) -> tuple[Tensor, Tensor]:
-        step, part = divmod(index, accumulate)
-        return batches.batch(step // spec.steps_per_batch * accumulate + part)
-
+    watch = RobustWatch(spec, data, model, context)
     state = steps.initial() | watch.initial()
     overfitting = spec.monitors.overfitting
     return Task(
         model=model,
-        batch=batch,
+        batch=batches.batch,
         step=steps.step,
         state={name: value.to(context.device) for name, value in state.items()},
-        batches_per_epoch=spec.steps_per_epoch(batches.steps_per_epoch) * accumulate,
+        batches_per_epoch=batches.steps_per_epoch,
+        repeats=spec.steps_per_batch,
         examples_per_batch=spec.data.batch_size,
         seed=spec.seed,
         evaluate=watch.validate if len(data.validation) else None,

@@ -74,7 +74,8 @@ def fit(task: Task, spec: TrainSpec, context: Context) -> Fitted:
 class _Loop:
     def __init__(self, task: Task, spec: TrainSpec, context: Context) -> None:
         self.task, self.spec, self.context = task, spec, context
-        self.steps_per_epoch = max(1, task.batches_per_epoch // spec.accumulate)
+        self.plan = spec.plan(task.batches_per_epoch, task.repeats)
+        self.steps_per_epoch = self.plan.steps
         self.total = spec.total_steps(self.steps_per_epoch)
         self.evaluate_every = spec.evaluate_every.in_steps(self.steps_per_epoch)
         self.commit_every = spec.checkpoint.every.in_steps(self.steps_per_epoch)
@@ -88,7 +89,7 @@ class _Loop:
             context,
             steps=self.total,
             steps_per_epoch=self.steps_per_epoch,
-            examples_per_step=spec.accumulate * task.examples_per_batch,
+            examples_per_step=round(task.examples_per_batch * task.batches_per_epoch * task.repeats / self.plan.steps),
             unit=task.unit,
         )
         self.timers = self.telemetry.timers
@@ -108,12 +109,13 @@ class _Loop:
 
     def _step(self) -> None:
         turn = self._turn()
-        for part in range(self.spec.accumulate):
+        batches = self.plan.of_step(self.state.step)
+        for index in batches:
             with self.timers("data"):
-                batch = self.task.batch(self.state.step * self.spec.accumulate + part)
-            with self.timers("forward_backward"), self._no_sync(part), self._autocast():
+                batch = self.task.batch(index)
+            with self.timers("forward_backward"), self._no_sync(last=index == batches[-1]), self._autocast():
                 loss, metrics, self.state.task = self.task.step(self.model, batch, self.state.task, turn)
-                share = loss if self.spec.accumulate == 1 else loss / self.spec.accumulate
+                share = loss if len(batches) == 1 else loss / len(batches)
                 share.backward()  # type: ignore[no-untyped-call]
             self.window.add("loss", loss.detach())
             for name, value in metrics.items():
@@ -132,8 +134,7 @@ class _Loop:
             return nullcontext()
         return torch.autocast(self.context.device.type, dtype=torch.bfloat16)
 
-    def _no_sync(self, part: int) -> AbstractContextManager[object]:
-        last = part == self.spec.accumulate - 1
+    def _no_sync(self, *, last: bool) -> AbstractContextManager[object]:
         return nullcontext() if last or self.context.world_size == 1 else self.model.no_sync()  # type: ignore[operator]
 
     def _descend(self) -> None:

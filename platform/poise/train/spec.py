@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from poise.spec.base import Section
 from poise.spec.interval import Every
 from poise.spec.values import Real
+from poise.train.plan import EpochPlan
 
 __all__ = ["AdamW", "Checkpointing", "Every", "Optimizer", "Schedule", "Sgd", "TrainSpec"]
 
@@ -128,7 +129,12 @@ class TrainSpec(Section):
     optimizer: Optimizer = Field(Sgd(), description="optimizer of all trainable parameters")
     schedule: Schedule = Field(Constant(), description="factor on the learning rate over the run")
     clip_norm: Positive | None = Field(None, description="largest l2 norm of the whole gradient")
-    accumulate: int = Field(1, ge=1, le=4096, description="batches whose mean gradient makes one optimizer step")
+    accumulate: int = Field(
+        1,
+        ge=1,
+        le=4096,
+        description="batches whose mean gradient makes one optimizer step; an epoch's last step takes those left",
+    )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: forward passes under autocast, fp32 weights")
     checkpoint: Checkpointing = Field(Checkpointing(), description="when the state is committed")
     evaluate_every: Every = Field(Every(epochs=1), description="interval between evaluations on the validation split")
@@ -139,6 +145,10 @@ class TrainSpec(Section):
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give either epochs or steps")
         return self
+
+    def plan(self, batches: int, repeats: int = 1) -> EpochPlan:
+        """Which of the `batches` of an epoch each step learns from."""
+        return EpochPlan(batches, self.accumulate, repeats)
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the whole run."""

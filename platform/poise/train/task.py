@@ -56,7 +56,8 @@ class Task:
     returns the same numbers on each; `monitor` names the one that picks the best checkpoint: the larger the better,
     or the smaller with a `-` before the name. `unit` is what an example is called. `after(state, step)` is called when
     the optimizer has taken its `step`-th step, and returns the next state: for what follows the weights, as averages
-    do. `watch(state)` is called before each `evaluate`, by every rank, and finds the same on each.
+    do. `watch(state)` is called before each `evaluate`, by every rank, and finds the same on each. `repeats`: steps in
+    a row that learn from the same batches.
     """
 
     model: nn.Module
@@ -71,3 +72,4 @@ class Task:
     unit: str = "images"
     after: Callable[[TaskState, int], TaskState] | None = None
     watch: Callable[[TaskState], Watch] | None = None
+    repeats: int = 1

@@ -43,10 +43,10 @@ class FinetuneSftSpec(RunSpec):
             return ["steps and tokens: known when the data is read", workers]
         world = self.data.world
         known = world.num_questions * (world.pretrain if self.data.split == "pretrain" else world.tune)
-        steps_per_epoch = max(1, known // self.batch_size // self.train.accumulate)
-        steps = self.train.total_steps(steps_per_epoch)
+        plan = self.train.plan(known // self.batch_size)
+        steps = self.train.total_steps(plan.steps)
         return [
-            f"{steps:,} optimizer steps, {steps / steps_per_epoch:.4g} epochs of {known:,} examples: "
-            f"{steps * self.train.accumulate * self.batch_size:,} examples",
+            f"{steps:,} optimizer steps, {steps / plan.steps:.4g} epochs of {known:,} examples: "
+            f"{plan.batches_before(steps) * self.batch_size:,} examples",
             workers,
         ]

@@ -36,7 +36,7 @@ class RobustVaeSpec(RunSpec):
         if sizes is None:
             return ["steps, parameters and bytes: known when the data set is read"]
         weights = num_vae_parameters(self.model, sizes.shape, sizes.classes)
-        steps_per_epoch = max(1, sizes.train // self.data.batch_size // self.train.accumulate)
+        steps_per_epoch = self.train.plan(sizes.train // self.data.batch_size).steps
         steps = self.train.total_steps(steps_per_epoch)
         return [
             f"{steps:,} optimizer steps, {steps / steps_per_epoch:.4g} epochs of {sizes.train:,} images",

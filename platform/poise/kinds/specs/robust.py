@@ -55,7 +55,7 @@ class RobustTrainSpec(RunSpec):
 
     def steps_per_epoch(self, batches: int) -> int:
         """Optimizer steps of an epoch of so many batches."""
-        return self.steps_per_batch * max(1, batches // self.train.accumulate)
+        return self.train.plan(batches, self.steps_per_batch).steps
 
     def cost(self) -> list[str]:
         """Gradients, steps and bytes. Raises UserError when the images are too small for the model."""
@@ -69,14 +69,13 @@ class RobustTrainSpec(RunSpec):
         state = state_bytes(self.model, sizes.shape, sizes.classes)
         moments = 1 if self.train.optimizer.name == "sgd" else 2
         checkpoint = state + 4 * weights * (moments + (self.averaging is not None)) + self._projected(state)
-        steps_per_epoch = self.steps_per_epoch(sizes.train // self.data.batch_size)
-        steps = self.train.total_steps(steps_per_epoch)
-        images = steps // self.steps_per_batch * self.train.accumulate * self.data.batch_size
+        plan = self.train.plan(sizes.train // self.data.batch_size, self.steps_per_batch)
+        steps = self.train.total_steps(plan.steps)
+        images = plan.batches_before(steps) * self.data.batch_size
         total = (self.train.checkpoint.keep + 1) * checkpoint
         return [
             *lines,
-            f"{steps:,} optimizer steps, {steps / steps_per_epoch:.4g} epochs of {sizes.train:,} images: "
-            f"{images:,} images",
+            f"{steps:,} optimizer steps, {steps / plan.steps:.4g} epochs of {sizes.train:,} images: {images:,} images",
             f"{images * (attack + loss):,} image gradients in all, evaluation not counted",
             f"{weights:,} parameters; {in_bytes(checkpoint)} per checkpoint, {in_bytes(total)} kept at most",
             f"{self.workers.count} workers of {self.workers.cpus} CPU and {self.workers.gpus} GPU",
