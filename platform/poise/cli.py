@@ -137,8 +137,8 @@ def run(
 
     resolved = _load(spec, assignments, profile)
     stages = stages_of(resolved)
-    with Display(runs=[stage.name for stage in stages]) as display:
-        drive(resolved, engine, address, display, _sink(metrics_port, display.note))
+    with Display(runs=[stage.name for stage in stages]) as display, _sink(metrics_port, display.note) as sink:
+        drive(resolved, engine, address, display, sink)
     if launched_rank()[0] == 0:
         _print_results(resolved, stages)
 
@@ -403,16 +403,27 @@ def _open(name: str) -> Run:
     return open_run(store if slash else "runs", last, must_exist=True)
 
 
-def _sink(port: int | None, note: Any) -> Sink:
+@contextmanager
+def _sink(port: int | None, note: Any) -> Iterator[Sink]:
+    """The sink of this process, served at `port`. Where Prometheus reads it, it also reads how the run ended.
+
+    Of the processes that torchrun starts, the first alone serves: they would all want the same port.
+    """
     from poise.observe.sinks import NullSink
 
-    if port is None:
-        return NullSink()
+    if port is None or launched_rank()[0] != 0:
+        yield NullSink()
+        return
     from poise.observe.prometheus import PrometheusSink
 
     sink = PrometheusSink()
     note(f"metrics are served on port {sink.serve(port)}, path /metrics")
-    return sink
+    try:
+        yield sink
+    except Exception:
+        sink.wait_for_scrape()
+        raise
+    sink.wait_for_scrape()
 
 
 def _print_results(spec: RunSpec, stages: Sequence[RunSpec]) -> None:

@@ -1,8 +1,8 @@
 """What a secret looks like: such a value is kept out of specs, and out of what Poise prints and records.
 
-A value is judged by its shape first, since names lie: a password in a URL, a private key, the tokens of well-known
-services. A name is judged only as a whole, or by its last words: TOKENIZERS_PARALLELISM holds the word TOKEN and is
-none.
+The schema of the chart says the same of its `environment`. A value is judged by its shape first, since names lie: a
+password in a URL, a private key, the tokens of well-known services. A name is judged only as a whole, or by its last
+words: TOKENIZERS_PARALLELISM holds the word TOKEN and is none.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ _SHAPES = re.compile(
 
 _NAMES = re.compile(
     r"(?:ANTHROPIC|AWS_ACCESS|AWS_SECRET|AZURE_STORAGE|COHERE|COMET|GEMINI|GOOGLE|GROQ|HF|MISTRAL|NGC|OPENAI|SSH|WANDB)"
-    r"_KEY|AWS_ACCESS_KEY_ID|SSH_PRIVATE_KEY|(?:HF|HUGGINGFACE|HUGGING_FACE_HUB|NEPTUNE|RAY_AUTH)_TOKEN"
-    r"|(?:HF|REDISCLI)_AUTH|MYSQL_PWD|NETRC|PGPASS(?:WORD)?|(?:DATABASE|DB|MONGO|MONGODB|POSTGRES|REDIS)_UR[IL]"
+    r"_KEY|AWS_ACCESS_KEY_ID|AWS_SECRET_ACCESS_KEY|SSH_PRIVATE_KEY"
+    r"|(?:HF|HUGGINGFACE|HUGGING_FACE_HUB|NEPTUNE|RAY_AUTH)_TOKEN"
+    r"|(?:HF|REDISCLI)_AUTH|MYSQL_PWD|PGPASS(?:WORD)?|(?:DATABASE|DB|MONGO|MONGODB|POSTGRES|REDIS)_UR[IL]"
     r"|AZURE_STORAGE_(?:CONNECTION_STRING|SAS_TOKEN)|SLACK_WEBHOOK(?:_URL)?"
 )
 """Variables that hold a secret, whatever its value looks like."""
@@ -62,8 +63,8 @@ def is_secret_variable(name: str, value: str) -> bool:
         return False
     if is_secret(value) or _NAMES.fullmatch(name):
         return True
-    if value.startswith(("/", "~", "./")):
-        return name.endswith("SECRET_ACCESS_KEY")
+    if value.startswith(("/", "~", ".")):  # the file that holds it
+        return False
     return bool(_CERTAIN.search(name) or (_POSSIBLE.search(name) and _RANDOM.fullmatch(value)))
 
 

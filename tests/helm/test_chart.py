@@ -18,6 +18,7 @@ from jsonschema import Draft202012Validator, ValidationError
 
 from poise.env import RAY_DEFAULTS
 from poise.kinds import KINDS
+from poise.secrets import is_secret_variable
 from poise.spec import load
 
 ROOT = Path(__file__).parents[2]
@@ -154,11 +155,146 @@ def test_values_that_are_wrong_are_refused_by_the_schema(case, render):
         ({"job": {"enabled": True, "spec": "x", "path": "/x"}}, "a job needs either job.spec"),
         ({"workers": {"cpu": {"enabled": False}}}, "enable workers.cpu or workers.gpu"),
         ({"workers": {"cpu": {"minReplicas": 9}}}, "minReplicas 9 is above maxReplicas 4"),
+        (
+            {"autoscaler": {"enabled": False}, "workers": {"cpu": {"minReplicas": 0}}},
+            "without the autoscaler nothing starts workers",
+        ),
     ],
 )
 def test_values_that_do_not_fit_together_are_refused(values, said, render):
     with pytest.raises(RuntimeError, match=f"(?s)HelmRenderError: .*{re.escape(said)}"):
         render(values)
+
+
+VARIABLES = {
+    "AWS_SECRET_ACCESS_KEY": "x",
+    "WANDB_KEY": "0123",
+    "hf_auth": "x",
+    "DATABASE_URL": "postgres://db",
+    "PGPASS": "x",
+    "GITHUB_PAT": "x",
+    "OPENAI_KEY": "x",
+    "MY_DB_PASSWORD": "hunter2",
+    "MY_DB_PASSWORD_FILE": "/run/secrets/db",
+    "DB_PASSWORD": "/run/secrets/db",
+    "SERVICE_API_KEY": "x",
+    "CI_JOB_TOKEN": "64charsofhex0123456789abcdef",
+    "PROXY": "http://me:mine@proxy:3128",
+    "MODEL": "hf_" + "aB3" * 11,
+    "TOKENIZERS_PARALLELISM": "false",
+    "MAX_TOKENS": "4096",
+    "PAD_TOKEN": "<pad>",
+    "SORT_KEY": "name",
+    "RAY_AUTH_MODE": "token",
+    "GOOGLE_APPLICATION_CREDENTIALS": "/var/run/key.json",
+    "GIT_COMMIT": "d3ad7a2d3ad7a2d3ad7a2d3ad7a2d3ad7a2d3ad7",
+    "ENDPOINT": "http://10.0.0.1:8000/v1",
+}
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_the_chart_refuses_the_variables_that_a_spec_refuses(name, render):
+    values = {"environment": {name: VARIABLES[name]}}
+    if is_secret_variable(name, VARIABLES[name]):
+        with pytest.raises(RuntimeError, match="HelmValuesError") as refused:
+            render(values)
+        assert len(VARIABLES[name]) < 6 or VARIABLES[name] not in str(refused.value)
+    else:
+        render(values)
+
+
+@pytest.mark.parametrize("name", ["1st", "2.5b-run", "a.b.c", "x" * 53, "0" * 53, "a-" * 26 + "a", "demo"])
+@pytest.mark.parametrize("mode", ["job-cpu-monitors-extras", "cluster-cpu-monitors-plain"])
+def test_names_are_dns_1035_labels_whatever_the_release_is_called(name, mode, render):
+    """KubeRay makes a Service of the cluster's name, and Services begin with a letter and have no dots."""
+    objects = render(MODES[mode], name=name)
+    for document in objects.values():
+        assert re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", document["metadata"]["name"])
+        assert len(document["metadata"]["name"]) <= 47
+        check(document)
+
+
+def test_names_that_yaml_takes_for_something_else_stay_names(render):
+    values = {
+        "auth": {"secretName": "null"},
+        "s3": {"secretName": "123"},
+        "sharedVolume": {"claimName": "1e3", "mountPath": "/0"},
+        "serviceAccount": {"name": "true"},
+        "image": {"pullSecrets": ["0x1f"]},
+        "networkPolicy": {"dashboardNamespaces": ["1"], "metricsNamespaces": ["on"]},
+        "environment": {"on": "off", "NULL": "null"},
+    }
+    objects = render(values)
+    for document in objects.values():
+        check(document)
+    for template in pods(objects):
+        check({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod", **template["metadata"]}, **template})
+    assert cluster_of(objects)["authOptions"]["secretName"] == "null"
+
+
+def test_releases_with_the_same_beginning_have_names_of_their_own(render):
+    one, other = (render({}, name="training-of-the-large-models-" + end) for end in ("one", "two"))
+    assert not one.keys() & other.keys()
+
+
+@pytest.mark.parametrize("job", [{}, {"job": JOB}])
+def test_a_cluster_in_a_queue_of_kueue_has_its_full_size_and_no_autoscaler(job, render):
+    """Kueue's webhook: a managed cluster should not use autoscaling, and its groups are counted by `replicas`."""
+    cluster = cluster_of(render({**job, "labels": {"kueue.x-k8s.io/queue-name": "research"}, "workers": GPU}))
+    assert cluster["enableInTreeAutoscaling"] is False
+    assert "autoscalerOptions" not in cluster
+    assert cluster["headGroupSpec"]["template"]["spec"]["automountServiceAccountToken"] is False
+    sizes = [(group["replicas"], group["minReplicas"], group["maxReplicas"]) for group in cluster["workerGroupSpecs"]]
+    assert sizes == [(4, 4, 4), (2, 2, 2)]
+    without = cluster_of(render(job))
+    assert without["enableInTreeAutoscaling"] is True
+    assert [group["replicas"] for group in without["workerGroupSpecs"]] == [1]
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "ports"),
+    [
+        ("", [443, 6443]),
+        ("https://s3.example.org", [443, 6443]),
+        ("http://minio:9000", [443, 6443, 9000]),
+        ("https://minio.storage.svc:9443/", [443, 6443, 9443]),
+        ("http://minio", [443, 6443, 80]),
+        ("http://[fd00::1]:9000", [443, 6443, 9000]),
+    ],
+)
+def test_the_port_of_the_s3_endpoint_may_be_reached(endpoint, ports, render):
+    policy = render({"s3": {"endpoint": endpoint}})["NetworkPolicy/demo"]
+    check(policy)
+    assert [rule["port"] for rule in policy["spec"]["egress"][1]["ports"]] == [53, 53, *ports]
+
+
+def test_large_numbers_are_written_out(helm):
+    """Helm reads every number of a values file as floating point, and prints a large one as 1e+09."""
+    large = 1_000_000_000
+    tolerations = [{"key": "a", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": float(large)}]
+    group = {"tolerations": tolerations, "cpus": 2_500_000.0, "maxReplicas": float(large), "minReplicas": 1e7}
+    values = {
+        "job": {**JOB, "deadlineSeconds": float(large), "keepSeconds": float(large), "retries": float(large)},
+        "workers": {"cpu": group, "gpu": {**GPU["gpu"], **group, "gpus": 1e8}},
+        "head": {"cpus": 1e7, "tolerations": tolerations},
+        "autoscaler": {"idleTimeoutSeconds": float(large)},
+    }
+    files = helm("render", "helm/poise", values, "demo")
+    numbers = [line for text in files.values() for line in text.splitlines() if re.search(r"\de\+?\d", line)]
+    assert not [line for line in numbers if "sha" not in line and "digest" not in line]
+    (job,) = (yaml.safe_load(text) for file, text in files.items() if file.endswith("rayjob.yaml"))
+    assert job["spec"]["activeDeadlineSeconds"] == large
+    (cpu, gpu) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert (cpu["maxReplicas"], cpu["minReplicas"]) == (large, 10_000_000)
+    assert cpu["template"]["spec"]["tolerations"][0]["tolerationSeconds"] == large
+    limits = gpu["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert (limits["cpu"], limits["nvidia.com/gpu"]) == ("2500000", "100000000")
+    check(job)
+
+
+def test_half_a_core_stays_half_a_core(render):
+    cluster = cluster_of(render({"head": {"cpus": 0.5}}))
+    assert cluster["headGroupSpec"]["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"] == "0.5"
 
 
 def described(schema: dict[str, Any], path: str = "values") -> Iterator[str]:

@@ -28,6 +28,7 @@ def test_the_set_of_names_is_frozen() -> None:
         ("poise_committed_step", "gauge", ("run",)),
         ("poise_evaluation_seconds", "histogram", ("run",)),
         ("poise_restarts_total", "counter", ("run",)),
+        ("poise_failures_total", "counter", ("run",)),
         ("poise_samples_total", "counter", ("run",)),
         ("poise_sampled_tokens_total", "counter", ("run",)),
         ("poise_sampler_restarts_total", "counter", ("run",)),

@@ -3,16 +3,22 @@
 {{- if not (or .Values.workers.cpu.enabled .Values.workers.gpu.enabled) }}
 {{- fail "the head carries no workers: enable workers.cpu or workers.gpu" }}
 {{- end }}
+{{- $most := 0 }}
+{{- range .Values.workers }}{{ if .enabled }}{{ $most = max $most (int64 .minReplicas) }}{{ end }}{{ end }}
+{{- if and (not .Values.autoscaler.enabled) (not (include "poise.queued" .)) (eq (int64 $most) 0) }}
+{{- fail "without the autoscaler nothing starts workers: set minReplicas of workers.cpu or workers.gpu" }}
+{{- end }}
 rayVersion: {{ .Values.rayVersion | quote }}
 authOptions:
   mode: {{ .Values.auth.mode }}
   {{- with .Values.auth.secretName }}
-  secretName: {{ . }}
+  secretName: {{ . | quote }}
   {{- end }}
-enableInTreeAutoscaling: {{ .Values.autoscaler.enabled }}
-{{- if .Values.autoscaler.enabled }}
+{{- $autoscaled := include "poise.autoscaled" . }}
+enableInTreeAutoscaling: {{ not (empty $autoscaled) }}
+{{- if $autoscaled }}
 autoscalerOptions:
-  idleTimeoutSeconds: {{ .Values.autoscaler.idleTimeoutSeconds }}
+  idleTimeoutSeconds: {{ int64 .Values.autoscaler.idleTimeoutSeconds }}
   upscalingMode: {{ .Values.autoscaler.upscalingMode }}
   securityContext:
     {{- include "poise.security.container" . | nindent 4 }}
@@ -29,10 +35,11 @@ workerGroupSpecs:
   {{- if gt (int $group.minReplicas) (int $group.maxReplicas) }}
   {{- fail (printf "workers.%s: minReplicas %v is above maxReplicas %v" $name $group.minReplicas $group.maxReplicas) }}
   {{- end }}
+  {{- $least := ternary $group.maxReplicas $group.minReplicas (not (empty (include "poise.queued" $))) }}
   - groupName: {{ $name }}
-    replicas: {{ $group.minReplicas }}
-    minReplicas: {{ $group.minReplicas }}
-    maxReplicas: {{ $group.maxReplicas }}
+    replicas: {{ int64 $least }}
+    minReplicas: {{ int64 $least }}
+    maxReplicas: {{ int64 $group.maxReplicas }}
     rayStartParams: {}
     template:
       {{- include "poise.node" (dict "root" $ "name" $name "group" $group) | nindent 6 }}
@@ -49,7 +56,7 @@ metadata:
     {{- include "poise.selector" .root | nindent 4 }}
 spec:
   {{- include "poise.pod" .root | nindent 2 }}
-  {{- if not (and $head .root.Values.autoscaler.enabled) }}
+  {{- if not (and $head (include "poise.autoscaled" .root)) }}
   automountServiceAccountToken: false
   {{- end }}
   {{- with .group.nodeSelector }}
@@ -58,7 +65,11 @@ spec:
   {{- end }}
   {{- with .group.tolerations }}
   tolerations:
-    {{- toYaml . | nindent 4 }}
+    {{- range . }}
+    {{- $seconds := dict }}
+    {{- if hasKey . "tolerationSeconds" }}{{ $seconds = dict "tolerationSeconds" (int64 .tolerationSeconds) }}{{ end }}
+    - {{- mustMergeOverwrite (deepCopy .) $seconds | toYaml | nindent 6 }}
+    {{- end }}
   {{- end }}
   containers:
     - name: ray
@@ -83,9 +94,9 @@ spec:
         - name: metrics
           containerPort: 8080
       resources:
-        {{- $resources := dict "cpu" (toString .group.cpus) "memory" .group.memory }}
+        {{- $resources := dict "cpu" (include "poise.number" .group.cpus) "memory" .group.memory }}
         {{- with .group.gpus }}
-        {{- $_ := set $resources "nvidia.com/gpu" (toString .) }}
+        {{- $_ := set $resources "nvidia.com/gpu" (toString (int64 .)) }}
         {{- end }}
         requests:
           {{- toYaml $resources | nindent 10 }}
@@ -96,7 +107,7 @@ spec:
           mountPath: /dev/shm
         {{- if .root.Values.sharedVolume.claimName }}
         - name: shared
-          mountPath: {{ .root.Values.sharedVolume.mountPath }}
+          mountPath: {{ .root.Values.sharedVolume.mountPath | quote }}
         {{- end }}
         {{- if and $job .root.Values.job.spec }}
         - name: spec
@@ -111,13 +122,18 @@ spec:
     {{- with .root.Values.sharedVolume.claimName }}
     - name: shared
       persistentVolumeClaim:
-        claimName: {{ . }}
+        claimName: {{ . | quote }}
     {{- end }}
     {{- if and $job .root.Values.job.spec }}
     - name: spec
       configMap:
         name: {{ include "poise.name" .root }}-spec
     {{- end }}
+{{- end }}
+
+{{/* A number as people write it: Helm reads all of them as floating point, and would print 1e+06. */}}
+{{- define "poise.number" -}}
+{{- if eq (float64 .) (float64 (int64 .)) }}{{ int64 . }}{{ else }}{{ . }}{{ end -}}
 {{- end }}
 
 {{- define "poise.environment" -}}
@@ -134,12 +150,12 @@ env:
     value: {{ . | quote }}
   {{- end }}
   {{- range $name, $value := .Values.environment }}
-  - name: {{ $name }}
+  - name: {{ $name | quote }}
     value: {{ $value | quote }}
   {{- end }}
 {{- with .Values.s3.secretName }}
 envFrom:
   - secretRef:
-      name: {{ . }}
+      name: {{ . | quote }}
 {{- end }}
 {{- end }}

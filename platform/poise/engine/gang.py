@@ -29,7 +29,7 @@ from poise.engine.trainer import ProcessGroup, Trainer
 from poise.errors import PoiseError, UserError
 from poise.observe.export import export
 from poise.observe.progress import Display
-from poise.observe.sinks import Sink
+from poise.observe.sinks import Sink, series_of
 from poise.spec import RunSpec, SamplerSpec, WorkersSpec
 
 __all__ = ["cluster", "run_gang"]
@@ -78,7 +78,11 @@ def run_gang(spec: RunSpec, display: Display, sink: Sink, *, private: bool = Fal
     if is_finished(run, spec):
         return
     _check_resources(spec, display)
-    with claim(run, spec) as lease, tempfile.TemporaryDirectory(prefix="poise-ray-") as scratch:
+    with (
+        series_of(sink, spec.name),
+        claim(run, spec) as lease,
+        tempfile.TemporaryDirectory(prefix="poise-ray-") as scratch,
+    ):
         display.note(f"[{spec.name}] starting {spec.workers.count} workers")
         board = open_board()
         errand = Errand(spec.kind, spec.model_dump_json(), absolute_store(spec), lease.token, os.getcwd(), board)

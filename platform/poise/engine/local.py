@@ -19,7 +19,7 @@ from poise.env import launched_rank
 from poise.errors import UserError
 from poise.models.sampling import Sampler
 from poise.observe.progress import Display
-from poise.observe.sinks import Sink
+from poise.observe.sinks import Sink, series_of
 from poise.spec import RunSpec, SamplerSpec
 from poise.train.context import Context
 
@@ -43,6 +43,8 @@ def run_local(spec: RunSpec, display: Display, sink: Sink) -> None:
             stack.callback(dist.destroy_process_group)
         if context.together(lambda: is_finished(context.run, spec)):
             return
+
+        stack.enter_context(series_of(sink, spec.name))
 
         def claim_here() -> None:
             context.guard = stack.enter_context(claim(context.run, spec)).check

@@ -27,6 +27,9 @@ class RaySink:
     def observe(self, name: str, value: float, **labels: str) -> None:
         self._metric(name, "histogram", labels).observe(value, tags=labels)
 
+    def end(self, run: str) -> None:
+        """Ray takes away what a process has exported when that process is gone."""
+
     def _metric(self, name: str, kind: Any, labels: dict[str, str]) -> Any:
         metric = lookup(name, kind, labels)
         if name not in self._made:

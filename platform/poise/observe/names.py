@@ -49,6 +49,7 @@ _TABLE = (
     Metric("poise_committed_step", "gauge", "Step of the newest committed checkpoint."),
     Metric("poise_evaluation_seconds", "histogram", "Seconds of one evaluation, attacks included.", buckets=_LONG),
     Metric("poise_restarts_total", "counter", "Restarts of the workers after a failure."),
+    Metric("poise_failures_total", "counter", "Ends of the run with an error, none that a restart could mend."),
     Metric("poise_samples_total", "counter", "Responses sampled from language models."),
     Metric("poise_sampled_tokens_total", "counter", "Tokens sampled from language models, prompts not counted."),
     Metric("poise_sampler_restarts_total", "counter", "Engines of the sampler that died and were replaced."),

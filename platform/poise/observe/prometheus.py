@@ -2,35 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client.registry import Collector
 
 from poise.errors import UserError
 from poise.observe.names import METRICS, Metric, lookup
 
 __all__ = ["PrometheusSink"]
 
+KEPT_S = 60.0
+"""How long the series of a run that has ended are still served: as long as Prometheus waits between two scrapes."""
+
+_INTERVAL_S = 15.0
+_SENT_WITHIN_S = 0.5
+
 
 class PrometheusSink:
-    """A `Sink` that keeps every metric of the table in `registry` (its own one by default) and can serve it."""
+    """A `Sink` that keeps every metric of the table in `registry` (its own one by default) and can serve it.
 
-    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+    The series of a run that has ended are removed a minute later, with the next scrape or the next end of a run: a
+    sweep of a thousand trials serves those that are under way. `clock` returns seconds.
+    """
+
+    def __init__(self, registry: CollectorRegistry | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.registry = registry or CollectorRegistry()
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._ended: dict[str, float] = {}
+        self._scrapes = _Scrapes(self._scraped)
+        self.registry.register(self._scrapes)  # before the others, so that what has expired is not collected
+        self._last_scrape: float | None = None
+        self._interval = _INTERVAL_S
         self._collectors = {name: _collector(metric, self.registry) for name, metric in METRICS.items()}
         self._shutdown: list[Callable[[], None]] = []
 
     def inc(self, name: str, value: float = 1.0, **labels: str) -> None:
         lookup(name, "counter", labels)
+        self._ended.pop(labels["run"], None)
         self._collectors[name].labels(**labels).inc(value)  # type: ignore[union-attr]
 
     def set(self, name: str, value: float, **labels: str) -> None:
         lookup(name, "gauge", labels)
+        self._ended.pop(labels["run"], None)
         self._collectors[name].labels(**labels).set(value)  # type: ignore[union-attr]
 
     def observe(self, name: str, value: float, **labels: str) -> None:
         lookup(name, "histogram", labels)
+        self._ended.pop(labels["run"], None)
         self._collectors[name].labels(**labels).observe(value)  # type: ignore[union-attr]
+
+    def end(self, run: str) -> None:
+        with self._lock:
+            self._expire()
+            self._ended[run] = self._clock()
+
+    def wait_for_scrape(self) -> None:
+        """Wait until somebody has read the last values, for about as long as there was between two scrapes, at most
+        for KEPT_S; not at all where nobody has ever read any."""
+        before = self._last_scrape
+        deadline = self._clock() + min(1.5 * self._interval, KEPT_S)
+        while before is not None and self._last_scrape == before and self._clock() < deadline:
+            time.sleep(0.1)
+        if self._last_scrape != before:
+            time.sleep(_SENT_WITHIN_S)
 
     def serve(self, port: int, *, address: str = "0.0.0.0") -> int:
         """Serve `/metrics` from a daemon thread until `close()`; returns the port, which 0 leaves to the system.
@@ -53,10 +92,40 @@ class PrometheusSink:
         self._shutdown.append(shutdown)
         return int(server.server_port)
 
+    def _scraped(self) -> None:
+        with self._lock:
+            now = self._clock()
+            if self._last_scrape is not None:
+                self._interval = now - self._last_scrape
+            self._last_scrape = now
+            self._expire()
+
+    def _expire(self) -> None:
+        """Remove the series of every run that ended KEPT_S ago."""
+        gone = [run for run, ended in self._ended.items() if self._clock() - ended >= KEPT_S]
+        for run in gone:
+            del self._ended[run]
+            for collector in self._collectors.values():
+                collector.remove_by_labels({"run": run})
+
     def close(self) -> None:
         """Stop what `serve` started."""
         while self._shutdown:
             self._shutdown.pop()()
+
+
+class _Scrapes(Collector):
+    """Tells when the registry is read; it has no metric of its own."""
+
+    def __init__(self, scraped: Callable[[], None]) -> None:
+        self._scraped = scraped
+
+    def describe(self) -> Iterable[Any]:
+        return ()
+
+    def collect(self) -> Iterable[Any]:
+        self._scraped()
+        return ()
 
 
 def _collector(metric: Metric, registry: CollectorRegistry) -> Counter | Gauge | Histogram:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 from poise.observe.names import lookup
 
-__all__ = ["NullSink", "Sink"]
+__all__ = ["NullSink", "Sink", "series_of"]
 
 
 class Sink(Protocol):
@@ -24,6 +26,9 @@ class Sink(Protocol):
     def observe(self, name: str, value: float, **labels: str) -> None:
         """Count `value` into a histogram."""
 
+    def end(self, run: str) -> None:
+        """A run has ended: its series are of use for one more scrape. More values make it a run under way again."""
+
 
 class NullSink:
     """Keeps nothing, but checks names and labels as the others do."""
@@ -36,3 +41,18 @@ class NullSink:
 
     def observe(self, name: str, value: float, **labels: str) -> None:
         lookup(name, "histogram", labels)
+
+    def end(self, run: str) -> None:
+        pass
+
+
+@contextmanager
+def series_of(sink: Sink, run: str) -> Iterator[None]:
+    """The block is a run: when it ends the sink is told, and before that, whether it failed."""
+    try:
+        yield
+    except Exception:
+        sink.inc("poise_failures_total", run=run)
+        raise
+    finally:
+        sink.end(run)
