@@ -8,11 +8,14 @@ distribution (n,). The game max_p min_q p' P q is symmetric and constant-sum, so
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import isfinite
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import linprog
 from scipy.special import softmax
+
+from poise.align.equilibria import maximal_entropy_equilibrium
 
 __all__ = [
     "Vector",
@@ -41,35 +44,36 @@ def preferences(P: ArrayLike) -> Vector:
     return matrix
 
 
-def exploitability(P: ArrayLike, p: ArrayLike) -> float:
-    """max(P p) - 1/2: by how much the best response to the policy p wins beyond the value of the game; 0 at a NE."""
-    return float((preferences(P) @ _policy(p)).max() - 0.5)
+def exploitability(P: ArrayLike, p: ArrayLike) -> Any:
+    """max(P p) - 1/2: by how much the best response to the policy p wins beyond the value of the game; 0 at a NE.
+
+    A float for one policy (n,), an array (Q,) for Q policies (Q, n).
+    """
+    matrix = preferences(P)
+    policy = _policy(p, len(matrix))
+    gains = (policy @ matrix.T).max(-1) - 0.5
+    return float(gains) if policy.ndim == 1 else gains
 
 
 def nash_equilibrium(P: ArrayLike) -> Vector:
-    """An equilibrium of the game by linear programming: the p that maximises v subject to p' (P - 1/2) >= v."""
-    matrix = preferences(P)
-    n = len(matrix)
-    solution = linprog(
-        c=np.r_[np.zeros(n), -1.0],
-        A_ub=np.c_[-(matrix - 0.5).T, np.ones(n)],
-        b_ub=np.zeros(n),
-        A_eq=np.r_[np.ones(n), 0.0][None],
-        b_eq=[1.0],
-        bounds=[(0, None)] * n + [(None, None)],
-    )
-    if not solution.success:
-        raise ValueError(f"the linear program of the game was not solved: {solution.message}")
-    p = np.maximum(solution.x[:n], 0)
-    return np.asarray(p / p.sum())
+    """The equilibrium of the game that has the largest entropy: a p with p' (P - 1/2) >= 0; (n,).
+
+    A game with ties can have many equilibria, and a linear program returns an arbitrary vertex of them. This one is
+    unique, gives equal answers equal shares, and is where `regularised_nash` with a uniform reference goes as tau falls
+    to 0. ValueError where P is no preference matrix.
+    """
+    return maximal_entropy_equilibrium(preferences(P) - 0.5)
 
 
 def mirror_step(p: Vector, gain: Vector, magnet: Vector, alpha: float, eta: float) -> Vector:
     """argmax_q <q, gain> - alpha KL(q||magnet) - KL(q||p) / eta, which is (p magnet^(eta alpha) e^(eta gain))^(1 / (1 +
-    eta alpha)), normalised. All (n,)."""
+    eta alpha)), normalised. All (n,), or (Q, n) for Q problems at once. ValueError unless alpha >= 0 and eta > 0."""
+    _check_coefficients(alpha=(alpha, alpha >= 0), eta=(eta, eta > 0))
     with np.errstate(divide="ignore"):  # an answer of probability 0 keeps it
-        logits = np.log(p) + eta * alpha * np.log(magnet) + eta * gain
-    return np.asarray(softmax(logits / (1 + eta * alpha)))
+        logits = np.log(p) + eta * gain
+        if alpha:
+            logits = logits + eta * alpha * np.log(magnet)
+    return np.asarray(softmax(logits / (1 + eta * alpha), axis=-1))
 
 
 def magnetic_mirror_descent(
@@ -80,9 +84,10 @@ def magnetic_mirror_descent(
     With eta <= alpha / L^2, L = max|P - 1/2|, KL(p*||p_k) <= (1 + eta alpha)^-k KL(p*||p_0) for the equilibrium p* of
     the game regularised towards the magnet (Sokota et al., ICLR 2023, theorem 3.4).
     """
-    matrix, centre = preferences(P), _policy(magnet)
-    p = centre if start is None else _policy(start)
-    for _ in range(steps):
+    matrix = preferences(P)
+    centre = _policy(magnet, len(matrix))
+    p = centre if start is None else _policy(start, len(matrix))
+    for _ in range(_count(steps, "steps")):
         p = mirror_step(p, matrix @ p, centre, alpha, eta)
     return p
 
@@ -93,46 +98,102 @@ def mpo(P: ArrayLike, start: ArrayLike, *, alpha: float, eta: float, period: int
     It approaches the equilibrium of the game itself when each period comes near its regularised one; with period 1 the
     magnet is the policy, which is plain mirror descent and does not converge (2410.16714, lemma 3.3).
     """
-    p = _policy(start)
-    for _ in range(magnets):
+    p = _policy(start, len(preferences(P)))
+    for _ in range(_count(magnets, "magnets")):
         p = magnetic_mirror_descent(P, p, alpha=alpha, eta=eta, steps=period)
     return p
 
 
 def regularised_nash(P: ArrayLike, ref: ArrayLike, tau: float) -> Vector:
-    """The one equilibrium p = ref exp(P p / tau) / Z of the game with -tau KL(p||ref) + tau KL(q||ref); (n,)."""
-    matrix, anchor = preferences(P), _policy(ref)
-    return _fixed_point(lambda p: mirror_step(p, matrix @ p, anchor, tau, 4 * tau), anchor)
+    """The one equilibrium p = ref exp(P p / tau) / Z of the game with -tau KL(p||ref) + tau KL(q||ref).
+
+    By mirror prox: the opponent of each step is the policy after a trial step, both from where the policy stands. With
+    steps of 1 / L, L = max|P - 1/2|, KL(p*||p_k) falls at least by 1 / (1 + tau / L) per step (Nash Mirror Prox,
+    2505.19731 v1, whose step is that of L = 1/2), where steps against the policy itself need about (L / tau)^2 of them.
+
+    Args:
+        P: preference matrix (n, n).
+        ref: reference (n,), or (Q, n) for the equilibria of Q games with the same P at once.
+        tau: above 0; the limit at 0 is `nash_equilibrium` where ref is uniform.
+
+    Returns:
+        (n,) or (Q, n), to about 1e-14.
+
+    Raises:
+        ValueError: no preference matrix, reference or tau, or a tau below about 1e-5 L.
+    """
+    matrix, anchor, largest = _regularised_game(P, ref, tau)
+    if not largest:
+        return anchor
+
+    def update(p: Vector) -> Vector:
+        opponent = mirror_step(p, p @ matrix.T, anchor, tau, 1 / largest)
+        return mirror_step(p, opponent @ matrix.T, anchor, tau, 1 / largest)
+
+    return _fixed_point(update, anchor)
 
 
 def nash_rs(P: ArrayLike, ref: ArrayLike, tau: float) -> Vector:
     """The fixed point of Nash-RS (2503.10990 v1): a policy that plays against what rejection accepts; (n,).
 
     Reward (P q) / tau and KL coefficient 1, in units of tau; the opponents q are `accepted`. At the fixed point q = p,
-    the regularised equilibrium.
+    the regularised equilibrium. What is maximised is smooth with constant L^2 / tau relative to the entropy,
+    L = max|P - 1/2|, so that steps of tau / L^2 converge, by 1 / (1 + (tau / L)^2) each. ValueError as in
+    `regularised_nash`, and where tau is too small for that rate.
     """
-    matrix, anchor = preferences(P), _policy(ref)
-    return _fixed_point(
-        lambda p: mirror_step(p, matrix @ accepted(matrix, p, anchor, tau), anchor, tau, 4 * tau), anchor
-    )
+    matrix, anchor, largest = _regularised_game(P, ref, tau)
+    if anchor.ndim != 1:
+        raise ValueError(f"the reference is one policy, not {anchor.shape}")
+    if not largest:
+        return anchor
+    game, step = preferences(P), tau / largest**2
+    return _fixed_point(lambda p: mirror_step(p, matrix @ accepted(game, p, anchor, tau), anchor, tau, step), anchor)
 
 
 def accepted(P: Vector, p: Vector, ref: Vector, tau: float) -> Vector:
     """ref exp(-g / tau) / Z, g[k] = P(p > answer k): proposals of ref, kept with probability exp(-g / tau); (n,)."""
-    return np.asarray(softmax(np.log(ref) - (p @ P) / tau))
+    _check_coefficients(tau=(tau, tau > 0))
+    with np.errstate(divide="ignore"):  # what ref never says is never proposed
+        return np.asarray(softmax(np.log(ref) - (p @ P) / tau))
+
+
+def _regularised_game(P: ArrayLike, ref: ArrayLike, tau: float) -> tuple[Vector, Vector, float]:
+    """P - 1/2, which is the same game with smaller numbers, the reference, and L."""
+    if not (isfinite(tau) and tau > 0):
+        raise ValueError(f"tau is a number above 0, not {tau}; without a reference, nash_equilibrium solves the game")
+    matrix = preferences(P) - 0.5
+    return matrix, _policy(ref, len(matrix)), float(np.abs(matrix).max())
 
 
 def _fixed_point(update: Callable[[Vector], Vector], p: Vector) -> Vector:
-    """Iterate to machine precision: steps of 4 tau <= tau / L^2 contract, since L <= 1/2."""
+    """Iterate a contraction until rounding is all that moves: the policy stands, or has ceased to come nearer."""
+    best, since = np.inf, 0
     for _ in range(_PATIENCE):
         last, p = p, update(p)
-        if np.abs(p - last).max() < 1e-15:
+        change = float(np.abs(p - last).max())
+        since = 0 if change < best else since + 1
+        best = min(best, change)
+        if change < 1e-16 or (best < 1e-14 and since > 20):
             return p
     raise ValueError(f"no fixed point after {_PATIENCE:,} steps: tau is too small for this game")
 
 
-def _policy(p: ArrayLike) -> Vector:
+def _policy(p: ArrayLike, n: int) -> Vector:
     policy = np.asarray(p, dtype=np.float64)
-    if policy.ndim != 1 or (policy < 0).any() or abs(policy.sum() - 1) > 1e-9:
+    if policy.ndim not in (1, 2) or not (policy >= 0).all() or not (np.abs(policy.sum(-1) - 1) <= 1e-9).all():
         raise ValueError(f"a policy is a distribution over the answers, not {policy}")
+    if policy.shape[-1] != n:
+        raise ValueError(f"a policy over {policy.shape[-1]} answers is none of a game of {n}")
     return policy
+
+
+def _count(value: int, name: str) -> int:
+    if value < 0 or value != int(value):
+        raise ValueError(f"{name} is a whole number that is not negative, not {value}")
+    return int(value)
+
+
+def _check_coefficients(**checked: tuple[float, bool]) -> None:
+    for name, (value, is_right) in checked.items():
+        if not (is_right and isfinite(value)):
+            raise ValueError(f"{name} is no coefficient of a step: {value}")

@@ -59,7 +59,7 @@ class Standing:
         self.equilibrium = nash_equilibrium(self.game)
         policies = self._policies()
         tau = float(spec.method.tau) if isinstance(spec.method, NashRs) else None
-        self._goals = None if tau is None else np.stack([regularised_nash(self.game, p, tau) for p in policies])
+        self._goals = None if tau is None else regularised_nash(self.game, policies, tau)  # of all questions at once
         self.start = self._measured(policies)
 
     def measure(self) -> Measured:
@@ -92,7 +92,7 @@ class Standing:
         def distance(goals: Vector) -> Vector:
             return np.asarray(0.5 * np.abs(policies - goals).sum(1))
 
-        gains = np.array([exploitability(self.game, p) for p in policies])
+        gains = exploitability(self.game, policies)
         regularised = None if self._goals is None else distance(self._goals)
         return Measured(policies, gains, distance(self.equilibrium), regularised)
 
