@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pickle
 
+import pytest
 from ray.exceptions import RayTaskError
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from poise.engine.gang import failure_of
+from poise.engine.gang import cluster, failure_of
 from poise.errors import PoiseError, UserError
 
 TRACEBACK = "Traceback (most recent call last):\n  File ...\nRuntimeError: gloo"
@@ -30,3 +31,18 @@ def test_a_defect_keeps_its_traceback_and_says_when_it_happened():
     later = str(failure_of(WorkerGroupError("", {2: RuntimeError("boom"), 1: RuntimeError("bang")}), attempts=4))
     assert later.startswith("worker 1 failed, in attempt 4; workers.max_failures allows no more.")
     assert later.endswith("bang")
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("foo", "write HOST:PORT"),
+        ("", "write HOST:PORT"),
+        ("http://127.0.0.1:8265", "write HOST:PORT"),
+        ("no.such.host.invalid:6379", "no Ray cluster answers"),
+        ("127.0.0.1:1", "Connection refused"),
+    ],
+)
+def test_an_address_where_no_cluster_is_is_told_at_once(address, said):
+    with pytest.raises(UserError, match=said), cluster(address, []):
+        pass

@@ -203,6 +203,21 @@ def test_the_chart_refuses_the_variables_that_a_spec_refuses(name, render):
         render(values)
 
 
+@pytest.mark.parametrize(
+    "job",
+    [
+        {"enabled": True, "spec": SPEC + "store: s3://key:hunter2@bucket/runs\n"},
+        {"enabled": True, "spec": SPEC + f"# hf_{'aB3' * 11}\n"},
+        {"enabled": True, "path": "/shared/a.yaml", "set": ["store=s3://key:hunter2@bucket/runs"]},
+    ],
+)
+def test_a_secret_in_a_spec_is_refused_before_it_is_in_a_config_map(job, render):
+    with pytest.raises(RuntimeError, match="HelmValuesError") as refused:
+        render({"job": job})
+    assert "hunter2" not in str(refused.value)
+    assert "aB3" not in str(refused.value)
+
+
 @pytest.mark.parametrize("name", ["1st", "2.5b-run", "a.b.c", "x" * 53, "0" * 53, "a-" * 26 + "a", "demo"])
 @pytest.mark.parametrize("mode", ["job-cpu-monitors-extras", "cluster-cpu-monitors-plain"])
 def test_names_are_dns_1035_labels_whatever_the_release_is_called(name, mode, render):

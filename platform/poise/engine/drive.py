@@ -13,7 +13,7 @@ from typing import Literal
 from poise import env
 from poise.engine.auth import ensure_token
 from poise.engine.launched import check_launcher, for_processes
-from poise.engine.network import is_on_loopback_alone
+from poise.engine.network import cluster_address, is_on_loopback_alone
 from poise.engine.session import claim, has_committed, is_finished, located
 from poise.engine.sweep import Execute, in_turn, run_sweep
 from poise.env import launched_rank
@@ -96,7 +96,7 @@ def _prepare(address: str | None) -> None:
 
     A cluster for this command alone is one, and its token is made before it starts.
     """
-    joined = address or os.environ.get("RAY_ADDRESS")
+    joined = cluster_address(address)
     if joined is None:
         ensure_token()
     if "ray" not in sys.modules and (joined is None or is_on_loopback_alone(joined)):

@@ -24,6 +24,7 @@ from poise import env
 from poise.engine.auth import MISSING, private_folder, refuses_token
 from poise.engine.board import BoardState, open_board
 from poise.engine.errand import Errand, run_errand
+from poise.engine.network import cluster_address, refusal
 from poise.engine.session import absolute_store, claim, is_finished, located
 from poise.engine.trainer import ProcessGroup, Trainer
 from poise.errors import PoiseError, UserError
@@ -44,16 +45,16 @@ def cluster(address: str | None, specs: Sequence[RunSpec]) -> Iterator[bool]:
     Yields whether it is such a private one.
     """
     verbose = os.environ.get(env.RAY_LOGS) == "1"
-    joined = address or os.environ.get("RAY_ADDRESS")
+    joined = cluster_address(address)
     joins = joined is not None
-    if joined and _HOST_AND_PORT.fullmatch(joined) and refuses_token(joined):
-        raise UserError(f"the Ray cluster at {joined} refuses this command: {MISSING}")
+    if joined is not None:
+        _check_address(joined)
     cpus = None if joins else max(os.cpu_count() or 1, *(_needs(spec)["CPU"] for spec in specs))
     alone = {} if joins else {**env.PRIVATE_CLUSTER, "RAY_TMPDIR": str(private_folder())}
     with env.defaults(alone):
         try:
             ray.init(
-                address=address if joins else "local",
+                address=joined or "local",
                 num_cpus=cpus,
                 include_dashboard=None if joins else False,  # a cluster for one command has no visitors
                 log_to_driver=verbose,
@@ -67,6 +68,18 @@ def cluster(address: str | None, specs: Sequence[RunSpec]) -> Iterator[bool]:
             yield not joins
         finally:
             ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Say at once what Ray says after half a minute and more: nobody listens, or another token is asked for."""
+    if not _HOST_AND_PORT.fullmatch(address):
+        if address != "auto" and not address.startswith("ray://"):
+            raise UserError(f"{address[:80]!r} is not the address of a Ray cluster: write HOST:PORT, such as HOST:6379")
+        return
+    if why := refusal(address):
+        raise UserError(f"no Ray cluster answers at {address}: {why}; `poise cluster up` starts one on this machine")
+    if refuses_token(address):
+        raise UserError(f"the Ray cluster at {address} refuses this command: {MISSING}")
 
 
 def run_gang(spec: RunSpec, display: Display, sink: Sink, *, private: bool = False) -> None:

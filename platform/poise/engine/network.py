@@ -19,10 +19,12 @@ from poise.errors import PoiseError
 
 __all__ = [
     "Rank",
+    "cluster_address",
     "interface_of",
     "is_on_loopback_alone",
     "join_process_group",
     "listen",
+    "refusal",
     "use_interface",
     "use_interface_towards",
 ]
@@ -138,6 +140,23 @@ def is_on_loopback_alone(address: str) -> bool:
     if host not in ("127.0.0.1", "localhost", "[::1]") or not port.isdigit():
         return False
     return not any(_answers(other, int(port)) for other in _outer_addresses())
+
+
+def cluster_address(address: str | None) -> str | None:
+    """The address of the cluster to join: the one given, or RAY_ADDRESS; None starts one for the command alone."""
+    return address if address is not None else os.environ.get("RAY_ADDRESS") or None
+
+
+def refusal(address: str) -> str | None:
+    """Why nothing can answer at HOST:PORT, told at once: no such host, or nobody listens. None where somebody may."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+    except (ConnectionRefusedError, socket.gaierror) as error:
+        return error.strerror
+    except (OSError, ValueError, OverflowError):
+        return None
+    return None
 
 
 def _answers(address: str, port: int) -> bool:
