@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from poise.observe.terminal import printable
 if TYPE_CHECKING:
     from poise.observe.sinks import Sink
     from poise.spec import RunSpec
+    from poise.spec.reader import Document
     from poise.store.runs import Run
 
 __all__ = ["cli", "main"]
@@ -86,14 +88,18 @@ _address = click.option(
 @_spec
 @_set
 @_profile
-def check(spec: Path, assignments: Sequence[str], profile: str | None) -> None:
+@click.option("--spec-only", is_flag=True, help="Do not look at the files, runs and functions that the spec names.")
+def check(spec: Path, assignments: Sequence[str], profile: str | None, spec_only: bool) -> None:
     """Print a spec resolved, and its cost.
 
-    A spec with mistakes is refused with all of them at once: file, line, key and what to write instead.
+    A spec with mistakes is refused with all of them at once: file, line, key and what to write instead. What it names
+    is looked at too: whether files, runs and functions are there, and are what they have to be.
     """
     from poise.spec import dump
 
-    resolved = _load(spec, assignments, profile)
+    resolved, document = _load(spec, assignments, profile)
+    if not spec_only:
+        _refuse_mistakes(resolved, document)
     click.echo(dump(resolved), nl=False)
     click.echo()
     for line in resolved.cost():
@@ -133,10 +139,14 @@ def run(
     A run that was stopped or killed goes on from its last commit; one that is finished is only shown.
     """
     from poise.engine.drive import drive, stages_of
+    from poise.engine.session import is_finished, located
     from poise.observe.progress import Display
 
-    resolved = _load(spec, assignments, profile)
+    resolved, document = _load(spec, assignments, profile)
     stages = stages_of(resolved)
+    finished = {stage.name for stage in stages if is_finished(located(stage), stage)}
+    joins = engine == "ray" and (address is not None or "RAY_ADDRESS" in os.environ)
+    _refuse_mistakes(resolved, document, skip=finished, elsewhere=joins)
     with Display(runs=[stage.name for stage in stages]) as display, _sink(metrics_port, display.note) as sink:
         drive(resolved, engine, address, display, sink)
     if launched_rank()[0] == 0:
@@ -159,7 +169,9 @@ def submit(
     """
     from poise.engine import jobs
 
-    sent = jobs.submit(_load(spec, assignments, profile), address, job)
+    resolved, document = _load(spec, assignments, profile)
+    _refuse_mistakes(resolved, document, elsewhere=True)
+    sent = jobs.submit(resolved, address, job)
     click.echo(f"job {sent} is on its way; poise status|logs|stop {sent} --address {address}")
     if not detach:
         _finish_job(jobs.follow(sent, address, lambda text: click.echo(text, nl=False)))
@@ -388,11 +400,24 @@ def _writes(output: Path | None) -> Iterator[None]:
         raise UserError(f"{output} cannot be written: {error.strerror}; name another place with --output") from None
 
 
-def _load(spec: Path, assignments: Sequence[str], profile: str | None) -> RunSpec:
+def _load(spec: Path, assignments: Sequence[str], profile: str | None) -> tuple[RunSpec, Document]:
     from poise.kinds import KINDS
-    from poise.spec import load
+    from poise.spec import load_document
 
-    return load(spec, KINDS, assignments, profile)
+    return load_document(spec, KINDS, assignments, profile)
+
+
+def _refuse_mistakes(spec: RunSpec, document: Document, *, skip: Collection[str] = (), elsewhere: bool = False) -> None:
+    """SpecError with every reason why the spec cannot run, before anything is started or a name is claimed.
+
+    `elsewhere`: it runs on a cluster, which may have what is absent here.
+    """
+    from poise.kinds.check import find_mistakes
+    from poise.spec import SpecError
+
+    found = [mistake for mistake in find_mistakes(spec, skip=skip) if not (elsewhere and mistake.absent)]
+    if found:
+        raise SpecError(list(dict.fromkeys(document.problem(each.path, each.message) for each in found)))
 
 
 def _open(name: str) -> Run:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from poise.data.augment import Draws, crop_and_flip, draw
 from poise.data.batches import Batches, load
+from poise.data.choice import stratified_rows
 from poise.data.sets import unit_pixels
 from poise.data.spec import DataSpec
 from poise.errors import UserError
@@ -159,8 +160,10 @@ def test_limit_comes_before_validation_and_mean_and_std_are_those_of_train(tmp_p
     np.savez(tmp_path / "set.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
     data = load(DataSpec(name="npz", root=str(tmp_path), limit=40, validation=10), 0)
     assert (len(data.train), len(data.validation), len(data.test)) == (30, 10, 60)
-    first = {image.tobytes() for image in images[:40].transpose(0, 3, 1, 2)}
-    assert {image.tobytes() for image in (*data.train.images.numpy(), *data.validation.images.numpy())} == first
+    used = {image.tobytes() for image in (*data.train.images.numpy(), *data.validation.images.numpy())}
+    rows = stratified_rows(labels, 40)
+    assert used == {image.tobytes() for image in images[rows].transpose(0, 3, 1, 2)}
+    assert np.bincount(labels[rows]).tolist() == [20, 20]
     pixels = data.train.images.numpy() / 255
     np.testing.assert_allclose(data.mean, pixels.mean((0, 2, 3)), rtol=1e-12)
     np.testing.assert_allclose(data.std, pixels.std((0, 2, 3)), rtol=1e-12)

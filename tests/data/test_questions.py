@@ -31,8 +31,15 @@ def test_real_questions(shared_data):
     assert asked[0].answers == ("14 December 1972 UTC", "December 1972")
     assert asked[0].distribution is None
     trivia = load_questions(jsonl(shared_data / "qa" / "triviaqa_1000.jsonl", answers="golden_answers", limit=10))
-    assert [question.id for question in trivia][:2] == ["test_6233", "test_6654"]
-    assert (len(trivia), trivia[0].answers[0]) == (10, "Mark Twain")
+    every = load_questions(jsonl(shared_data / "qa" / "triviaqa_1000.jsonl", answers="golden_answers"))
+    assert [question.id for question in every][:2] == ["test_6233", "test_6654"]
+    assert every[0].answers[0] == "Mark Twain"
+    places = [every.index(question) for question in trivia]
+    assert places == sorted(places)
+    assert len(places) == 10
+    assert max(places) > 500  # not the first ones
+    fewer = load_questions(jsonl(shared_data / "qa" / "triviaqa_1000.jsonl", answers="golden_answers", limit=5))
+    assert {question.id for question in fewer} <= {question.id for question in trivia}
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ import torch
 from pydantic import ValidationError
 from scipy.io import savemat
 
-from poise.data.batches import load
-from poise.data.sets import read
+from poise.data.batches import load, load_split
+from poise.data.choice import stratified_rows
+from poise.data.sets import read, read_part
 from poise.data.spec import DataSpec, known_sizes
 from poise.errors import UserError
 
@@ -136,22 +137,69 @@ def test_image_parquet(tmp_path, write_parquet, struct, image, channels):
         assert_holds(found, images.transpose(0, 3, 1, 2) if channels else images[:, None], labels)
 
 
-def test_parquet_shards_are_read_in_order_and_no_further_than_the_limit(tmp_path, write_parquet):
-    images, labels = random_images(9, 32, 32, 3), np.arange(9)
+def test_parquet_shards_are_read_in_order_and_a_limit_decodes_no_more_than_it_takes(tmp_path, write_parquet):
+    images, labels = random_images(9, 32, 32, 3), np.arange(9) % 3
     data = tmp_path / "data"
-    write_parquet(
-        data / "train-00000-of-00003.parquet", images[:4], labels[:4], struct=True, image="img", label="label"
-    )
-    write_parquet(
-        data / "train-00001-of-00003.parquet", images[4:], labels[4:], struct=True, image="img", label="label"
-    )
-    write_parquet(data / "test-00000-of-00001.parquet", images[:2], labels[:2], struct=True, image="img", label="label")
+    options = {"struct": True, "image": "img", "label": "label"}
+    write_parquet(data / "train-00000-of-00003.parquet", images[:4], labels[:4], **options)
+    write_parquet(data / "train-00001-of-00003.parquet", images[4:], labels[4:], **options)
+    write_parquet(data / "test-00000-of-00001.parquet", images[:2], labels[:2], **options)
     train, _, _ = read(spec_of("cifar10", tmp_path))
     assert_holds(train, images.transpose(0, 3, 1, 2), labels)
-    (data / "train-00002-of-00003.parquet").write_bytes(b"never reached")
+    rows = stratified_rows(labels, 6)
+    broken = [{"bytes": b"never decoded", "path": None}] * 9
+    for name, part in (("train-00000-of-00003", slice(0, 4)), ("train-00001-of-00003", slice(4, 9))):
+        column = pq.read_table(data / f"{name}.parquet")["img"].to_pylist()
+        column = [each if row in rows else broken[row] for row, each in zip(range(9)[part], column, strict=True)]
+        pq.write_table(pa.table({"img": column, "label": labels[part]}), data / f"{name}.parquet")
     train, test, _ = read(spec_of("cifar10", tmp_path, limit=6))
-    assert_holds(train, images[:6].transpose(0, 3, 1, 2), labels[:6])
+    assert_holds(train, images[rows].transpose(0, 3, 1, 2), labels[rows])
+    assert np.bincount(labels[rows]).tolist() == [2, 2, 2]
     assert len(test) == 2
+
+
+def test_one_part_is_read_without_decoding_the_other(tmp_path, write_parquet):
+    images = random_images(4, 8, 8)
+    write_parquet(tmp_path / "test.parquet", images, [0, 1, 0, 1])
+    table = pa.table({"image": [b"no image"] * 3, "label": [0, 1, 4]})
+    pq.write_table(table, tmp_path / "train.parquet")
+    test, classes = read_part(spec_of("images", tmp_path), "test")
+    assert_holds(test, images[:, None], [0, 1, 0, 1])
+    assert classes == 5  # one that only the training set has counts
+    with pytest.raises(UserError, match=r"train\.parquet cannot be read: row 0"):
+        read_part(spec_of("images", tmp_path), "train")
+
+
+def test_the_parts_of_a_set_are_those_of_the_whole(tmp_path):
+    images = random_images(12, 5, 4, 3)
+    np.savez(tmp_path / "set.npz", x_train=images, y_train=np.arange(12) % 4, x_test=images[:3], y_test=[0, 1, 2])
+    for spec in (spec_of("npz", tmp_path), spec_of("npz", tmp_path, limit=8, validation=2), DataSpec(limit=50)):
+        whole = load(spec, 3)
+        for name in ("train", "validation", "test"):
+            split = load_split(spec, 3, name)
+            expected = getattr(whole, name)
+            assert torch.equal(split.images.images, expected.images)
+            assert torch.equal(split.images.labels, expected.labels)
+            assert (split.classes, split.shape) == (whole.classes, whole.shape)
+
+
+@pytest.mark.parametrize("counts", [[10] * 10, [500, 300, 150, 40, 10], [1, 999]])
+def test_a_choice_has_the_shares_of_the_whole_and_nothing_else_decides_it(counts):
+    labels = np.repeat(np.arange(len(counts)), counts)  # sorted by class
+    total = len(labels)
+    before: set[int] = set()
+    for n in (1, 2, 7, total // 10, total // 2, total - 1):
+        rows = stratified_rows(labels, n)
+        chosen = np.bincount(labels[rows], minlength=len(counts))
+        assert len(set(rows)) == n
+        assert (np.diff(rows) > 0).all()
+        assert np.abs(chosen - n * np.array(counts) / total).max() <= len(counts) / 2
+        assert before <= set(rows) or n == 1
+        before = set(rows)
+    assert (stratified_rows(labels, None) == np.arange(total)).all()
+    assert (stratified_rows(labels, total) == np.arange(total)).all()
+    even = stratified_rows(np.repeat(np.arange(10), 100), 50)
+    assert np.bincount(np.repeat(np.arange(10), 100)[even]).tolist() == [5] * 10
 
 
 def test_cifar100_parquet_has_fine_labels(tmp_path, write_parquet):

@@ -96,7 +96,7 @@ def sft(folder: Path, data: Path, name: str = "tuned") -> dict[str, Any]:
 
 
 def write_text(world: World, path: Path, change: Callable[[str], str] = str) -> None:
-    rows = [{"prompt": prompt, "completion": change(answer)} for prompt, answer in world.texts("pretrain")[:64]]
+    rows = [{"prompt": prompt, "completion": " " + change(answer)} for prompt, answer in world.texts("pretrain")[:64]]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -120,7 +120,8 @@ def test_bounds_hold_together(finished):
     for network in json.loads(finished.read("artifacts/summary.json"))["networks"]:
         clean, robust = network["bounds"]["clean"], network["bounds"]["robust"]
         assert 0 < network["margin"]["used"] <= network["margin"]["percentile"]
-        assert network["margin"]["below"] <= 0.51
+        right = network["accuracy"]["train"]["clean"]  # the margin is the median of these
+        assert network["margin"]["below"] <= 1 - right / 2 + 0.01
         assert network["radius"]["clean"] < network["radius"]["robust"]
         for name in ("arc", "arc_frobenius", "covering", "pac_bayes", "pac_bayes_shape"):
             assert clean[name] <= robust[name]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
@@ -75,6 +79,34 @@ def test_a_file_that_is_no_state_dict_is_refused(tmp_path, path, message):
     refused(message, file=str(tmp_path / path))
 
 
+def saved(folder: Path, tensors: dict[str, torch.Tensor]) -> str:
+    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "wrapped.safetensors")
+    return str(folder / "wrapped.safetensors")
+
+
+def test_names_that_wrappers_have_added_to_are_freed_of_them(tmp_path):
+    """Each as torch itself writes it; and it is said."""
+    known = build(ModelSpec(width=4), shape=(1, 8, 8), classes=10, mean=(0.3,), std=(0.4,), seed=3).eval()
+    x = torch.rand(5, 1, 8, 8)
+    parallel = torch.nn.DataParallel(known).state_dict()
+    compiled = torch.compile(known).state_dict()
+    both = torch.nn.DataParallel(torch.compile(known)).state_dict()
+    averaged = torch.optim.swa_utils.AveragedModel(known).state_dict()
+    inside = {name.replace("body.", "body._orig_mod.", 1): value for name, value in known.state_dict().items()}
+    for tensors, wrappers in (
+        (parallel, ["module. (of torch.nn.DataParallel)"]),
+        (compiled, ["_orig_mod. (of torch.compile)"]),
+        (both, ["_orig_mod. (of torch.compile)", "module. (of torch.nn.DataParallel)"]),
+        (averaged, ["module. (of torch.nn.DataParallel)"]),
+        (inside, ["_orig_mod. (of torch.compile)"]),
+    ):
+        subject = opened(file=saved(tmp_path, tensors), width=4)
+        assert torch.equal(subject.model(x), known(x))
+        assert subject.note is not None
+        assert all(wrapper in subject.note for wrapper in wrappers)
+    assert opened(file=exported(tmp_path), width=4).note is None
+
+
 FUNCTIONS = """\
 from torch import nn
 
@@ -92,6 +124,20 @@ def number():
 
 def failing():
     raise RuntimeError("no weights here")
+
+def wrapped(width=3, depth=1):
+    inner = nn.Sequential(nn.Flatten(), *(nn.Linear(64, 64) for _ in range(depth - 1)), nn.Linear(64, width))
+    return nn.ModuleDict({"module": inner})["module"] if depth < 3 else Outer(inner)
+
+
+class Outer(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.module = inner
+
+    def forward(self, x):
+        return self.module(x)
+
 
 constant = 3
 """
@@ -121,6 +167,51 @@ def test_a_function_that_will_not_do_is_refused(functions, name, message):
     refused(message, function=f"{functions}:{name}")
 
 
+def test_a_function_takes_arguments_and_the_weights_of_a_file(functions, tmp_path):
+    weights = {"1.weight": torch.rand(64, 64), "1.bias": torch.rand(64), "2.weight": torch.rand(10, 64)}
+    weights["2.bias"] = torch.rand(10)
+    x = torch.rand(4, 1, 8, 8)
+    logits = (x.flatten(1) @ weights["1.weight"].T + weights["1.bias"]) @ weights["2.weight"].T + weights["2.bias"]
+    made = {"function": f"{functions}:wrapped", "arguments": {"width": 10, "depth": 2}}
+    subject = opened(**made, file=saved(tmp_path, weights))
+    torch.testing.assert_close(subject.model(x), logits)
+    assert subject.weights == "function"
+    file = saved(tmp_path, {f"module.{name}": value for name, value in weights.items()})
+    torch.testing.assert_close(opened(**made, file=file).model(x), logits)
+    refused("is not the state dict of what .*:wrapped returns: .* missing", **made, file=exported(tmp_path))
+    refused("unexpected keyword argument 'breadth'", function=made["function"], arguments={"breadth": 3})
+
+
+def test_a_model_whose_own_names_begin_so_keeps_them(functions, tmp_path):
+    made = {"function": f"{functions}:wrapped", "arguments": {"width": 10, "depth": 3}}
+    own = opened(**made).model.state_dict()
+    assert all(name.startswith("module.") for name in own)
+    subject = opened(**made, file=saved(tmp_path, own))
+    assert subject.note is None
+    assert all(torch.equal(value, own[name]) for name, value in subject.model.state_dict().items())
+
+
+def test_only_the_images_that_are_attacked_are_decoded(tmp_path):
+    """Training images that cannot be decoded do not matter to a test of the test split."""
+    images = torch.randint(0, 256, (30, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8).numpy()
+    encoded = []
+    for pixels in images:
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        encoded.append(file.getvalue())
+    labels = [number // 3 for number in range(30)]  # sorted by class
+    pq.write_table(pa.table({"image": encoded, "label": labels}), tmp_path / "test.parquet")
+    pq.write_table(pa.table({"image": [b"torn"] * 30, "label": labels}), tmp_path / "train.parquet")
+    model = SubjectSpec(file=exported(tmp_path), width=4)
+    data = DataSpec(name="images", root=str(tmp_path))
+    subject = open_subject(model, data, store="", seed=0, device=torch.device("cpu"))
+    assert torch.equal(subject.images.images[:, 0], torch.from_numpy(images))
+    assert subject.choose(10).labels.tolist() == list(range(10))
+    assert subject.choose(20).labels.bincount().tolist() == [2] * 10
+    with pytest.raises(UserError, match=r"train\.parquet cannot be read"):
+        open_subject(model, data, store="", seed=0, device=torch.device("cpu"), split="validation")
+
+
 def test_a_module_that_is_not_there_is_named():
     refused("no_such_module", function="no_such_module:f")
 
@@ -135,6 +226,9 @@ def test_a_module_that_is_not_there_is_named():
         ({"model": {"function": "a.b"}}, "function", "not of the form"),
         ({"model": {"function": "a:b", "checkpoint": "best"}}, "checkpoint", "only a run"),
         ({"model": {"file": "a"}}, "data", "is required"),
+        ({"model": {"file": "a", "arguments": {"b": 1}}}, "arguments", "only a function takes arguments"),
+        ({"model": {"run": "a", "function": "a:b"}}, "model", "one of run"),
+        ({"model": {"file": "a", "function": "a:b", "width": 3}}, "width", "that of a function is known"),
         ({"attacks": []}, "attacks", "at least one"),
         ({"attacks": [ATTACKS[0], ATTACKS[0]]}, "attacks.1", "fgsm-linf is taken"),
         ({"attacks": [{**ATTACKS[0], "name": "clean"}]}, "attacks.0", "clean is taken"),

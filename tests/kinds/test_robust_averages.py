@@ -74,7 +74,7 @@ def test_swa_is_the_mean_of_the_epochs_behind_its_start_and_is_measured_as_it_is
     assert all(not torch.equal(kept[name], iterates[-1][name]) for name in means)
     model.load_state_dict(kept)
     again = robust_accuracy(
-        model, data.test.select(slice(60)), spec.threats, batch_size=256, seed=derive_seed(0, "evaluate"),
+        model, data.test.choose(60), spec.threats, batch_size=256, seed=derive_seed(0, "evaluate"),
         context=Context(run),
     )  # fmt: skip
     assert summary["accuracy"]["averaged"] == again.summary()

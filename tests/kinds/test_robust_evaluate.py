@@ -110,7 +110,7 @@ def finished(store: str) -> Run:
 
 def test_it_finds_what_the_science_room_finds(store, finished):
     trained = open_trained(store, "small", torch.device("cpu"))
-    images = trained.data.test.select(slice(90))
+    images = trained.data.test.choose(90)
     attacks = {
         "pgd-l2": lambda model, x, y, noise: pgd(model, x, y, Threat("l2", 0.5), steps=3, noise=noise),
         "fgsm-linf": lambda model, x, y, noise: pgd(
@@ -306,11 +306,11 @@ def npz(folder: Path, images: np.ndarray) -> dict[str, object]:
 def test_an_output_that_is_not_finite_names_the_example(store, tmp_path, monkeypatch):
     images = np.random.default_rng(0).random((30, 1, 4, 4)).astype(np.float32)
     images[17] = 0
-    (tmp_path / "mine.py").write_text("from test_robust_evaluate import Broken as broken\n")
+    (tmp_path / "own_broken.py").write_text("from test_robust_evaluate import Broken as broken\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     with pytest.raises(PoiseError, match=r"stage clean: example 17: .* not finite"):
-        attacked(store, "nan", model={"function": "mine:broken"}, data=npz(tmp_path / "data", images))
+        attacked(store, "nan", model={"function": "own_broken:broken"}, data=npz(tmp_path / "data", images))
 
 
 def test_pixels_outside_the_box_are_refused(store, tmp_path, monkeypatch):
@@ -424,7 +424,8 @@ def test_drift_of_what_was_kept_is_seen(store, finished):
     (name,) = run.files("artifacts/adversarial/")
     kept = load(run.read(name))
     trained = open_trained(store, "small", torch.device("cpu"))
-    kept["image"][0] = trained.data.test.images[kept["example"][0]]  # back at the image, where the model is right
+    images = trained.data.test.choose(90).images
+    kept["image"][0] = images[kept["example"][0]]  # back at the image, where the model is right
     kept["image"][1, 0, 0, 0] = 1.5
     data = save(kept)
     run.write(name, data)

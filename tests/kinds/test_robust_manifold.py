@@ -177,7 +177,7 @@ def test_clean_and_anywhere_are_what_the_run_itself_has_measured(store: str, fin
 def test_on_the_manifold_is_the_eigenspace_of_the_training_images_of_each_class(store: str, finished: Run) -> None:
     (net,) = summary(finished)["classifiers"]
     trained = open_trained(store, "net", CPU)
-    train, test = trained.data.train, trained.data.test.select(slice(60))
+    train, test = trained.data.train, trained.data.test.choose(60)
     basis = eigenbasis(unit_pixels(train.images), train.labels, 12)
     assert net["explained"] == basis.explained
     x, y = unit_pixels(test.images), test.labels

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from poise.data.augment import Draws, PadMode, crop_and_flip, draw
-from poise.data.sets import ImageSet, read, unit_pixels
+from poise.data.sets import ImageSet, read, read_part, unit_pixels
 from poise.data.spec import DataSpec, num_validation
 from poise.errors import UserError
 from poise.spec.seeds import derive_seed
 
-__all__ = ["Batches", "Dataset", "load", "training_batches"]
+__all__ = ["Batches", "Dataset", "Split", "load", "load_split", "training_batches"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,20 @@ class Dataset:
         return channels, height, width
 
 
+@dataclass(frozen=True)
+class Split:
+    """One split of a data set, and the number of classes of the whole."""
+
+    images: ImageSet
+    classes: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        channels, height, width = self.images.images.shape[1:]
+        return channels, height, width
+
+
 def load(spec: DataSpec, seed: int) -> Dataset:
     """Read a data set and hold out its validation split by a permutation that `seed` draws.
 
@@ -44,15 +59,33 @@ def load(spec: DataSpec, seed: int) -> Dataset:
         StoreError: a folder or a bucket that cannot be read.
     """
     stored, test, classes = read(spec)
+    train, validation = _hold_out(stored, spec, seed)
+    mean, std = _statistics(train.images)
+    return Dataset(train, validation, test, classes, mean, std)
+
+
+def load_split(spec: DataSpec, seed: int, name: Literal["train", "validation", "test"]) -> Split:
+    """One split of what `load` returns; for the test split no training image is decoded, and the other way round.
+
+    Raises:
+        UserError, StoreError: as `load`.
+    """
+    if name == "test":
+        return Split(*read_part(spec, "test"))
+    stored, classes = read_part(spec, "train")
+    train, validation = _hold_out(stored, spec, seed)
+    return Split(train if name == "train" else validation, classes)
+
+
+def _hold_out(stored: ImageSet, spec: DataSpec, seed: int) -> tuple[ImageSet, ImageSet]:
+    """Training and validation split."""
     held_out = num_validation(spec, len(stored))
     if held_out >= len(stored):
         raise UserError(
             f"data.validation: {held_out} held out of {len(stored)} training examples leaves none to train on"
         )
     order = _permutation(len(stored), derive_seed(seed, "validation"))
-    train = stored.select(order[held_out:].sort().values)
-    mean, std = _statistics(train.images)
-    return Dataset(train, stored.select(order[:held_out].sort().values), test, classes, mean, std)
+    return stored.select(order[held_out:].sort().values), stored.select(order[:held_out].sort().values)
 
 
 class Batches:

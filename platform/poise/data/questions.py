@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 from poise.data.examples import Question
 from poise.data.rows import Row, read_rows
 from poise.data.spec import JsonlQuestions, QuestionsSpec
-from poise.data.worlds import make_world
 from poise.errors import UserError
 
-__all__ = ["Question", "load_questions"]
+__all__ = ["Question", "load_questions", "read_question"]
 
 
 def load_questions(spec: QuestionsSpec, seed: int = 0) -> list[Question]:
@@ -20,8 +20,11 @@ def load_questions(spec: QuestionsSpec, seed: int = 0) -> list[Question]:
         UserError: files that are missing or hold something else, with file and line.
     """
     if not isinstance(spec, JsonlQuestions):
+        from poise.data.worlds import make_world  # it needs torch, and a check of files does not
+
         return list(make_world(spec.world, seed).questions(spec.split))
-    questions = [_question(row, spec) for row in read_rows(spec.path, ".jsonl", spec.limit)]
+    rows = _chosen(read_rows(spec.path, ".jsonl"), spec.limit)
+    questions = [read_question(row, spec) for row in rows]
     seen: dict[str, int] = {}
     for number, question in enumerate(questions):
         if seen.setdefault(question.id, number) != number:
@@ -29,7 +32,15 @@ def load_questions(spec: QuestionsSpec, seed: int = 0) -> list[Question]:
     return questions
 
 
-def _question(row: Row, spec: JsonlQuestions) -> Question:
+def _chosen(rows: list[Row], limit: int | None) -> list[Row]:
+    """A shuffled choice in the order of the file: one that is sorted by subject would else be asked about one alone."""
+    order = list(range(len(rows)))
+    random.Random(0).shuffle(order)
+    return [rows[number] for number in sorted(order[:limit])]
+
+
+def read_question(row: Row, spec: JsonlQuestions) -> Question:
+    """The question in a row. UserError with file and line where it has none, or no answers."""
     answers: Any = row.values.get(spec.answers)
     if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
         raise UserError(f"{row.where}: {spec.answers!r} is not a list of texts with an answer in it")

@@ -23,7 +23,18 @@ from PIL import Image, UnidentifiedImageError
 from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
 
-__all__ = ["UNREADABLE", "Arrays", "cifar_binary", "idx", "npz", "parquet", "svhn"]
+__all__ = [
+    "UNREADABLE",
+    "Arrays",
+    "cifar_binary",
+    "idx",
+    "npz",
+    "npz_labels",
+    "parquet",
+    "parquet_columns",
+    "parquet_labels",
+    "svhn",
+]
 
 Array = npt.NDArray[Any]
 Arrays = tuple[Array, Array]
@@ -100,9 +111,17 @@ def npz(data: bytes, part: str) -> Arrays:
         if missing:
             raise ValueError(f"it holds no {' and no '.join(missing)}, only {content.files}")
         images, labels = content[f"x_{part}"], content[f"y_{part}"]
-    if labels.ndim == 2 and labels.shape[1] == 1:
-        labels = labels[:, 0]
-    return _channels_first(images), labels
+    return _channels_first(images), _one_column(labels)
+
+
+def npz_labels(data: bytes, part: str) -> Array:
+    """`y_<part>` alone of an npz file."""
+    with np.load(io.BytesIO(data), allow_pickle=False) as content:
+        return _one_column(content[f"y_{part}"])
+
+
+def _one_column(labels: Array) -> Array:
+    return labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
 
 
 def _channels_first(images: Array) -> Array:
@@ -115,24 +134,45 @@ def _channels_first(images: Array) -> Array:
     raise ValueError(f"images of shape {images.shape} are neither (N, H, W) nor (N, H, W, C) nor (N, C, H, W)")
 
 
-def parquet(data: bytes, limit: int | None = None) -> Arrays:
-    """The first `limit` rows of a Parquet file with encoded images (PNG, JPEG, ...) and integer labels.
+def parquet(data: bytes, rows: Array | None = None) -> Arrays:
+    """These rows, or all, of a Parquet file with encoded images (PNG, JPEG, ...) and integer labels.
 
     The image column is `image` or `img`, binary or a struct with a field `bytes`; the label column is `fine_label` or
     `label`. All images have the size of the first, and are grey if that one is.
     """
-    file = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
-    names = file.schema_arrow.names
-    image_name, label_name = _column(names, _IMAGE_COLUMNS), _column(names, _LABEL_COLUMNS)
-    table = file.read(columns=[image_name, label_name]).slice(0, limit)
+    file = _parquet_file(data)
+    image_name, label_name = parquet_columns(file.schema_arrow)
+    table = file.read(columns=[image_name, label_name])
+    if rows is not None:
+        table = table.take(pa.array(rows))
     labels, images = table[label_name], table[image_name]
-    if not pa.types.is_integer(labels.type):
-        raise ValueError(f"column {label_name!r} holds {labels.type}, not integers")
     if pa.types.is_struct(images.type):
         images = pc.struct_field(images, "bytes")
     if images.null_count or labels.null_count:
         raise ValueError(f"{images.null_count} images and {labels.null_count} labels are missing")
     return _decode_all(images.to_pylist()), labels.to_numpy()
+
+
+def parquet_labels(data: bytes) -> Array:
+    """The labels alone of such a file."""
+    file = _parquet_file(data)
+    _, label_name = parquet_columns(file.schema_arrow)
+    labels = file.read(columns=[label_name])[label_name]
+    if labels.null_count:
+        raise ValueError(f"{labels.null_count} labels are missing")
+    return labels.to_numpy()  # type: ignore[no-any-return]
+
+
+def parquet_columns(schema: pa.Schema) -> tuple[str, str]:
+    """The names of the columns with images and with labels. ValueError where there is none that will do."""
+    image_name, label_name = _column(schema.names, _IMAGE_COLUMNS), _column(schema.names, _LABEL_COLUMNS)
+    if not pa.types.is_integer(schema.field(label_name).type):
+        raise ValueError(f"column {label_name!r} holds {schema.field(label_name).type}, not integers")
+    return image_name, label_name
+
+
+def _parquet_file(data: bytes) -> pq.ParquetFile:
+    return pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
 
 
 def _column(names: list[str], wanted: tuple[str, ...]) -> str:

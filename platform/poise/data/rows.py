@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 from poise.errors import UserError
 from poise.store.storage import open_storage
 
-__all__ = ["Row", "read_rows"]
+__all__ = ["Row", "first_rows", "read_rows"]
 
 _Suffix = Literal[".jsonl", ".parquet"]
 
@@ -61,6 +62,24 @@ def read_rows(path: str, suffix: _Suffix, limit: int | None = None) -> list[Row]
     if not rows:
         raise UserError(f"{path} has no row to read")
     return rows
+
+
+def first_rows(path: Path, suffix: _Suffix, n: int) -> list[Row]:
+    """The first `n` rows of a local file, or fewer; no more of it is read than they take.
+
+    Raises:
+        UserError: as `read_rows`.
+    """
+    if suffix == ".parquet":
+        try:
+            batches = pq.ParquetFile(path).iter_batches(batch_size=n)
+            values = next(batches, pa.RecordBatch.from_pylist([])).to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{path} is no Parquet file: {error}") from error
+        return [Row(f"{path}:{number}", f"{path.name}:{number}", row) for number, row in enumerate(values[:n], 1)]
+    with path.open("rb") as file:
+        data = b"".join(islice((line for line in file if line.strip()), n))
+    return list(_json_lines(str(path), path.name, data))
 
 
 def _files(path: str, suffix: _Suffix) -> Iterator[tuple[str, str, bytes]]:

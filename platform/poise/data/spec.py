@@ -60,7 +60,9 @@ class DataSpec(Section):
         description="training examples held out by a seeded permutation (default: a tenth, at most 1000)",
     )
     limit: int | None = Field(
-        default=None, ge=2, description="use only the first so many training examples, before holding any out"
+        default=None,
+        ge=2,
+        description="use only so many training examples, the same share of each class, before holding any out",
     )
     device_resident: bool = Field(
         default=True, description="keep the training images in device memory; false copies each batch from the host"
@@ -200,7 +202,9 @@ class JsonlQuestions(Section):
     path: str = Field(min_length=1, description="file, or folder of such files, here or on s3://")
     question: str = Field("question", description="field with the question")
     answers: str = Field("answer", description="field with the list of accepted answers")
-    limit: int | None = Field(None, ge=1, description="use only the first so many questions")
+    limit: int | None = Field(
+        None, ge=1, description="use only so many questions: a shuffled choice, the same for every seed"
+    )
 
     def inputs(self) -> Iterator[Input]:
         """The file, or those of the folder."""

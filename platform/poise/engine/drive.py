@@ -23,7 +23,7 @@ from poise.kinds.specs.sweep import SweepSpec
 from poise.observe.progress import Display
 from poise.observe.sinks import Sink
 from poise.report.record import when
-from poise.spec import RunSpec
+from poise.spec import RunSpec, SamplerSpec
 from poise.store.inputs import check_inputs
 
 __all__ = ["Engine", "drive", "stages_of"]
@@ -49,6 +49,8 @@ def drive(spec: RunSpec, engine: Engine, address: str | None, display: Display, 
     left = [stage for stage in stages_of(spec) if not _was_finished(stage, display)]
     if not left:
         return
+    for stage in left:
+        _check_engine(engine, stage)
     with _opened(engine, address, spec) as run_one:
         if isinstance(spec, PipelineSpec):
             with claim(located(spec), spec) if launched_rank()[0] == 0 else nullcontext():
@@ -56,6 +58,20 @@ def drive(spec: RunSpec, engine: Engine, address: str | None, display: Display, 
                     run_one(stage, display, sink)
         else:
             run_one(spec, display, sink)
+
+
+def _check_engine(engine: Engine, spec: RunSpec) -> None:
+    """UserError for what the engine cannot do, while no name is claimed yet."""
+    if engine == "ray":
+        return
+    if isinstance(spec, SweepSpec) and spec.scheduler.name != "none":
+        raise UserError("trials that run one after the other cannot stop each other: use --engine ray, or no scheduler")
+    sampler = getattr(spec.base if isinstance(spec, SweepSpec) else spec, "sampler", None)
+    if isinstance(sampler, SamplerSpec) and sampler.backend == "vllm":
+        raise UserError(
+            f"run {spec.name!r}: vLLM engines run beside the workers of a Ray cluster: use --engine ray, or "
+            "set sampler.backend to transformers to sample in this process"
+        )
 
 
 def _was_finished(spec: RunSpec, display: Display) -> bool:

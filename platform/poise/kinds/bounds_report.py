@@ -20,13 +20,13 @@ from poise.bounds.margins import clean_margins, data_radius, margin_percentile, 
 from poise.bounds.operators import Network, network_norms
 from poise.bounds.pac_bayes import spectral_pac_bayes
 from poise.bounds.rademacher import arc_bound, arc_gap, covering_bound
-from poise.data.batches import Dataset
+from poise.data.batches import Dataset, load
 from poise.data.sets import ImageSet, unit_pixels
 from poise.errors import UserError
 from poise.kinds.measure import described, robust_accuracy
 from poise.kinds.specs.bounds import BoundsReportSpec
 from poise.kinds.specs.evaluation import SubjectSpec
-from poise.kinds.subject import open_subject
+from poise.kinds.subject import open_model
 from poise.kinds.trained import open_trained, trained_runs
 from poise.observe.events import event
 from poise.observe.progress import Progress
@@ -85,9 +85,12 @@ def _of_run(spec: BoundsReportSpec, name: str, context: Context) -> Classifier:
 
 def _of_model(spec: BoundsReportSpec, model: SubjectSpec, context: Context) -> Classifier:
     assert spec.threats is not None  # the spec asks for them
-    subject = open_subject(model, spec.data, store=spec.store, seed=spec.seed, device=context.device)
+    assert spec.data is not None
+    data = load(spec.data, spec.seed)
+    opened = open_model(model, data.shape, data.classes)
     name = str(model.file or model.function)
-    return Classifier(name, subject.weights, None, subject.model, subject.data, spec.threats, spec.batch_size)
+    network = opened.model.to(context.device).eval()
+    return Classifier(name, opened.weights, None, network, data, spec.threats, spec.batch_size)
 
 
 def _measured(spec: BoundsReportSpec, trained: Classifier, context: Context) -> dict[str, Any]:
@@ -109,7 +112,7 @@ def _measured(spec: BoundsReportSpec, trained: Classifier, context: Context) -> 
 
 
 def _accuracy(spec: BoundsReportSpec, trained: Classifier, images: ImageSet, context: Context) -> dict[str, float]:
-    chosen = images.select(slice(spec.examples))
+    chosen = images.choose(spec.examples)
     evaluation = robust_accuracy(
         trained.model,
         chosen,
@@ -137,7 +140,7 @@ def _theory(spec: BoundsReportSpec, trained: Classifier) -> dict[str, Any]:
         "covering_complexity": covering_complexity(network),
         "pac_bayes_complexity": pac_bayes_complexity(network),
     }
-    margins = _margins(trained, train.select(slice(spec.examples)))
+    margins = _margins(trained, train.choose(spec.examples))
     margin = margin_percentile(margins, float(spec.percentile), spec.margins)
     bounds = {}
     if margin > 0:

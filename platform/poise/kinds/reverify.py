@@ -46,8 +46,8 @@ def _reverify(spec: RobustEvaluateSpec, name: str, context: Context) -> None:
     run = open_run(spec.store, name, must_exist=True)
     was = _spec_of(run)
     assert was.model is not None  # an evaluation has one
-    subject = open_subject(was.model, was.data, store=spec.store, seed=was.seed, device=context.device)
-    images, balls = subject.split(was.split, was.examples), _balls(was, subject)
+    subject = open_subject(was.model, was.data, store=spec.store, seed=was.seed, device=context.device, split=was.split)
+    images, balls = subject.choose(was.examples), _balls(was, subject)
     rows: list[dict[str, Any]] = []
     for kept in kept_examples(run):
         context.report(Progress(spec.name, kept.stage, 0, 0, len(rows), len(rows) + len(kept.examples)))

@@ -39,10 +39,12 @@ def run(spec: RobustEvaluateSpec, context: Context) -> None:
         reverify(spec, spec.reverify.run, context)
         return
     assert spec.model is not None  # the spec asks for it
-    subject = open_subject(spec.model, spec.data, store=spec.store, seed=spec.seed, device=context.device)
+    subject = open_subject(
+        spec.model, spec.data, store=spec.store, seed=spec.seed, device=context.device, split=spec.split
+    )
     if len(set(context.gather(subject.digest))) > 1:
         raise UserError("model: the workers have different weights; a function of yours has to return the same ones")
-    images = subject.split(spec.split, spec.examples)
+    images = subject.choose(spec.examples)
     seed = derive_seed(spec.seed, "evaluate")
     court = Court(subject.model, subject.digest, images, seed, spec.keep_adversarial, context)
     findings = Findings(len(images))
@@ -131,4 +133,8 @@ def _keep(spec: RobustEvaluateSpec, subject: Subject, findings: Findings, doubts
 def _source(spec: RobustEvaluateSpec, subject: Subject) -> str:
     assert spec.model is not None  # the spec asks for it
     source = f"{spec.model.source} {getattr(spec.model, spec.model.source)}"
-    return source if spec.model.run is None else f"{source}, {subject.weights}"
+    if spec.model.run is not None:
+        return f"{source}, {subject.weights}"
+    if spec.model.function is not None and spec.model.file is not None:
+        source += f" with the weights of {spec.model.file}"
+    return source if subject.note is None else f"{source}, {subject.note}"

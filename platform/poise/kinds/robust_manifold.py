@@ -71,7 +71,7 @@ def _measured(
 ) -> dict[str, Any]:
     """All that is said of one classifier."""
     threats = spec.threats or trained.spec.evaluate.threats or trained.spec.threats
-    bench = _Bench(spec, trained.data.test.select(slice(spec.examples)), context)
+    bench = _Bench(spec, trained.data.test.choose(spec.examples), context)
     searches = [_Search(where, norm, each, basis) for norm, each in threats.items() for where in _WHERE]
     found = bench.evaluate(trained.model, {f"{each.where}/{each.norm}": each for each in searches})
     codes = None

@@ -137,7 +137,7 @@ def _keep_summary(
         "best_step": fitted.best_step,
         "selected": selected,
         "split": "test",
-        "examples": len(data.test.select(slice(spec.evaluate.examples))),
+        "examples": len(data.test.choose(spec.evaluate.examples)),
         "attacks": described(spec.evaluate.threats or spec.threats),
         "accuracy": accuracy,
         "best_minus_final": _difference(accuracy),

@@ -31,7 +31,7 @@ def attacked(
 ) -> Evaluation:
     """The model under attack on as many images as the spec says, in eval mode."""
     seed = derive_seed(spec.seed, "evaluate")
-    chosen = images.select(slice(spec.evaluate.examples))
+    chosen = images.choose(spec.evaluate.examples)
     return robust_accuracy(model, chosen, threats, batch_size=spec.evaluate.batch_size, seed=seed, context=context)
 
 

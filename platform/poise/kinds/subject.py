@@ -4,86 +4,130 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
-from poise.data.batches import Dataset, load
+from poise.data.batches import Split, load_split
 from poise.data.sets import ImageSet, unit_pixels
 from poise.data.spec import DataSpec
 from poise.errors import UserError
 from poise.kinds.specs.evaluation import SubjectSpec
-from poise.kinds.trained import open_trained, trained_runs
+from poise.kinds.trained import open_weights, trained_runs, trained_spec
 from poise.models.build import build
+from poise.models.plans import Shape
 from poise.robust.attacks import attack_mode
 from poise.store.storage import open_storage
 
-__all__ = ["Subject", "open_subject"]
+__all__ = ["Opened", "Subject", "open_model", "open_subject"]
+
+_WRAPPERS = {"module": "torch.nn.DataParallel", "_orig_mod": "torch.compile"}
+"""What is added to the names of a wrapped model, by the wrapper that adds it."""
+
+_COUNTER = "n_averaged"
+"""The one tensor that torch's AveragedModel has besides those of its `module`."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A module, where its weights come from (best, final, averaged, file or function), and what was done to them."""
+
+    model: nn.Module
+    weights: str
+    note: str | None = None
 
 
 @dataclass(frozen=True)
 class Subject:
     """A classifier on its device, in eval mode: images (N, ...) in [0, 1] to logits (N, num_classes).
 
-    `weights` tells of which weights: best, final, averaged, file or function. `digest` is the SHA-256 of all of them.
+    `images` are those of one split. `weights` tells of which weights: best, final, averaged, file or function; `note`
+    what was done to them before they fitted. `digest` is the SHA-256 of all of them.
     """
 
     model: nn.Module
-    data: Dataset
+    images: ImageSet
     weights: str
     num_classes: int
     digest: str
+    note: str | None = None
 
-    def split(self, name: str, examples: int | None) -> ImageSet:
-        """The first `examples` images of a split. UserError when it has none."""
-        images: ImageSet = getattr(self.data, name).select(slice(examples))
-        if not len(images):
-            raise UserError(f"split: there are no {name} images to attack")
-        return images
+    def choose(self, examples: int | None) -> ImageSet:
+        """A stratified choice of `examples` images, the same for every seed; all when it is None."""
+        return self.images.choose(examples)
 
 
-def open_subject(spec: SubjectSpec, data: DataSpec | None, *, store: str, seed: int, device: torch.device) -> Subject:
-    """Open model and data; without `data`, those of the run.
+def open_subject(
+    spec: SubjectSpec,
+    data: DataSpec | None,
+    *,
+    store: str,
+    seed: int,
+    device: torch.device,
+    split: Literal["train", "validation", "test"] = "test",
+) -> Subject:
+    """Open the model, and one split of the data; without `data`, of those of the run. Nothing else is decoded.
 
     Raises:
         UserError: nothing there, weights of another architecture, or a module that does not classify these images.
         DamagedError: the checkpoint of the run is not whole.
     """
-    known = load(data, seed) if data is not None else None
-    if spec.run is not None:
-        model, own, weights = _of_run(spec.run, spec.checkpoint, store, device)
-        known = known or own
-    else:
-        assert known is not None  # the spec asks for data
-        model, weights = (_of_file(spec, known) if spec.file is not None else _of_function(spec)), spec.source
-    model = model.to(device).eval()
+    if spec.run is not None and trained_runs(store, [spec.run])[0] != [spec.run]:
+        raise UserError(f"model.run: {spec.run!r} is a sweep: name one of its trials")
+    if data is None:
+        assert spec.run is not None  # the spec asks for data
+        trained = trained_spec(store, spec.run)
+        data, seed = trained.data, trained.seed
+    known = load_split(data, seed, split)
+    if not len(known.images):
+        raise UserError(f"split: there are no {split} images to attack")
+    opened = (
+        _of_run(spec, known, store, device) if spec.run is not None else open_model(spec, known.shape, known.classes)
+    )
+    model = opened.model.to(device).eval()
     classes = _num_classes(model, known, device)
-    return Subject(model, known, weights, classes, _digest(model))
+    return Subject(model, known.images, opened.weights, classes, _digest(model), opened.note)
 
 
-def _of_run(name: str, checkpoint: str | None, store: str, device: torch.device) -> tuple[nn.Module, Dataset, str]:
-    if trained_runs(store, [name])[0] != [name]:
-        raise UserError(f"model.run: {name!r} is a sweep: name one of its trials")
-    trained = open_trained(store, name, device, checkpoint)
-    return trained.model, trained.data, trained.selected
+def open_model(spec: SubjectSpec, shape: Shape, classes: int) -> Opened:
+    """The model of a file, of a function, or of a function with the weights of a file, on the CPU.
+
+    Raises:
+        UserError: nothing there, or weights of another architecture.
+    """
+    if spec.function is not None:
+        model = _of_function(spec)
+    else:
+        mean, std = (0.0,) * shape[0], (1.0,) * shape[0]  # those of the file replace them
+        model = build(spec, shape=shape, classes=classes, mean=mean, std=std, seed=0)
+    note = _load_file(model, spec) if spec.file is not None else None
+    return Opened(model, spec.source, note)
 
 
-def _of_file(spec: SubjectSpec, data: Dataset) -> nn.Module:
-    tensors = _tensors(str(spec.file))
-    model = build(spec, shape=data.shape, classes=data.classes, mean=data.mean, std=data.std, seed=0)
-    if differences := _differences(model.state_dict(), tensors):
-        raise UserError(
-            f"{spec.file} is not the state dict of this {spec.name}: {differences}; {_normalisation(spec, tensors)}"
-        )
+def _of_run(spec: SubjectSpec, data: Split, store: str, device: torch.device) -> Opened:
+    model, selected = open_weights(store, str(spec.run), data.shape, data.classes, device, spec.checkpoint)
+    return Opened(model, selected)
+
+
+def _load_file(model: nn.Module, spec: SubjectSpec) -> str | None:
+    """Load the state dict of the file; what its names were freed of, if they were."""
+    own = model.state_dict()
+    tensors, note = _unwrapped(_tensors(str(spec.file)), own)
+    if differences := _differences(own, tensors):
+        what = f"what {spec.function} returns" if spec.function else f"this {spec.name}"
+        hint = "" if spec.function else f"; {_normalisation(spec, tensors)}"
+        raise UserError(f"{spec.file} is not the state dict of {what}: {differences}{hint}")
     model.load_state_dict(tensors)
-    return model
+    return note
 
 
 def _tensors(path: str) -> Mapping[str, Tensor]:
@@ -101,6 +145,26 @@ def _tensors(path: str) -> Mapping[str, Tensor]:
     except SafetensorError as error:
         raise UserError(f"model.file: {storage.url}/{file} is damaged: {error}") from None
     return tensors
+
+
+def _unwrapped(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], str | None]:
+    """The tensors under the names of the model itself, and a note where wrappers had added to them.
+
+    `module.` stands before all names of a model in DataParallel; `_orig_mod.` stands wherever something was compiled.
+    A model whose own names contain these is left alone.
+    """
+    named = {name: value for name, value in tensors.items() if name != _COUNTER}
+    removed: set[str] = set()
+    while named and all(name.startswith(("module.", "_orig_mod.")) for name in named):
+        removed |= {name.partition(".")[0] for name in named}
+        named = {name.partition(".")[2]: value for name, value in named.items()}
+    if any("._orig_mod." in name for name in named):
+        removed.add("_orig_mod")
+        named = {re.sub(r"\._orig_mod(?=\.)", "", name): value for name, value in named.items()}
+    if not removed or len(own.keys() & named.keys()) <= len(own.keys() & tensors.keys()):
+        return tensors, None
+    wrappers = " and ".join(f"{prefix}. (of {_WRAPPERS[prefix]})" for prefix in sorted(removed))
+    return named, f"{wrappers} left out of the names of its weights"
 
 
 def _differences(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
@@ -138,17 +202,17 @@ def _of_function(spec: SubjectSpec) -> nn.Module:
         sys.path.insert(0, here)
         try:
             function = getattr(importlib.import_module(module), name)
+            model = function(**spec.arguments)
         finally:
             sys.path.remove(here)
-        model = function()
     if not isinstance(model, nn.Module):
         raise UserError(f"model.function: {spec.function} returned a {type(model).__name__}, not an nn.Module")
     return model
 
 
-def _num_classes(model: nn.Module, data: Dataset, device: torch.device) -> int:
+def _num_classes(model: nn.Module, data: Split, device: torch.device) -> int:
     """Of how many classes the model has a logit, by showing it two images."""
-    x = unit_pixels(data.test.images[:2].to(device))
+    x = unit_pixels(data.images.images[:2].to(device))
     with _explained(f"the model does not take images {data.shape}"), attack_mode(model), torch.no_grad():
         logits = model(x)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x) or not logits.is_floating_point():

@@ -18,12 +18,21 @@ from poise.data.batches import Dataset, load
 from poise.errors import DamagedError, UserError
 from poise.kinds.specs.robust import RobustTrainSpec
 from poise.models.build import build
+from poise.models.plans import Shape
 from poise.spec.seeds import derive_seed
 from poise.store.inputs import check_inputs
 from poise.store.runs import Run, open_run
 from poise.train.state import load_weights
 
-__all__ = ["AVERAGED", "Trained", "classifier", "open_trained", "trained_runs"]
+__all__ = [
+    "AVERAGED",
+    "Trained",
+    "classifier",
+    "open_trained",
+    "open_weights",
+    "trained_runs",
+    "trained_spec",
+]
 
 AVERAGED = "artifacts/averaged.safetensors"
 """Where a run keeps its averaged model, if it has one: a plain state dict."""
@@ -70,20 +79,53 @@ def trained_runs(store: str, names: list[str]) -> tuple[list[str], list[str]]:
 def open_trained(store: str, name: str, device: torch.device, weights: str | None = None) -> Trained:
     """Read the data and the "best", "final" or "averaged" weights of a finished run, by default what it has selected.
 
-    UserError when the run has no such weights, DamagedError when they are not whole.
+    Raises:
+        UserError: the run has no such weights, or its data are not those any more that it was trained on.
+        DamagedError: the weights are not whole.
+    """
+    spec = trained_spec(store, name)
+    data = load(spec.data, spec.seed)
+    run, model = open_run(store, name), classifier(spec, data).to(device)
+    selected, step = _load(model, run, weights, device)
+    return Trained(name, spec, data, model.eval(), selected, step)
+
+
+def open_weights(
+    store: str, name: str, shape: Shape, classes: int, device: torch.device, weights: str | None = None
+) -> tuple[nn.Module, str]:
+    """The classifier of a finished run in eval mode, and which weights it has; the data are not read.
+
+    Raises:
+        UserError, DamagedError: as `open_trained`.
     """
     run = open_run(store, name, must_exist=True)
-    summary, spec = _summary(run), RobustTrainSpec.model_validate(yaml.safe_load(run.read("spec.yaml")))
-    check_inputs(run, spec)  # what it was trained on is measured here
-    data, selected = load(spec.data, spec.seed), weights or summary["selected"]
-    model, step = classifier(spec, data).to(device), summary["best_step" if selected == "best" else "step"]
+    spec = RobustTrainSpec.model_validate(yaml.safe_load(run.read("spec.yaml")))
+    mean, std = (0.0,) * shape[0], (1.0,) * shape[0]  # those of the checkpoint replace them
+    model = build(spec.model, shape=shape, classes=classes, mean=mean, std=std, seed=0).to(device)
+    selected, _ = _load(model, run, weights, device)
+    return model.eval(), selected
+
+
+def trained_spec(store: str, name: str) -> RobustTrainSpec:
+    """The spec of a run. UserError where its data are not those any more that it was trained on."""
+    run = open_run(store, name, must_exist=True)
+    spec = RobustTrainSpec.model_validate(yaml.safe_load(run.read("spec.yaml")))
+    check_inputs(run, spec)
+    return spec
+
+
+def _load(model: nn.Module, run: Run, weights: str | None, device: torch.device) -> tuple[str, int]:
+    """Load the weights of this name; which they are, and of which step."""
+    summary = _summary(run)
+    selected = weights or summary["selected"]
+    step = summary["best_step" if selected == "best" else "step"]
     if selected == "averaged":
         model.load_state_dict(_averaged(run))
     else:
         with tempfile.TemporaryDirectory(prefix="poise-") as scratch:
             folder = run.checkpoints.fetch(run.checkpoints.at(step), Path(scratch) / "checkpoint")
             load_weights(model, folder, device)
-    return Trained(name, spec, data, model.eval(), selected, step)
+    return selected, step
 
 
 def _averaged(run: Run) -> dict[str, Tensor]:

@@ -163,7 +163,7 @@ class LanguageModelSpec(Section):
     def inputs(self) -> Iterator[Input]:
         """The other run, or the files of the folder."""
         if self.run is not None:
-            yield Input(("run",), "run", self.run)
+            yield Input(("run",), "run", self.run, kinds=("finetune.sft", "align.selfplay"))
         if self.folder is not None:
             yield Input(("folder",), "files", self.folder, _MODEL_FILES)
 

@@ -135,7 +135,9 @@ class EvaluateSpec(Section):
     threats: Threats | None = Field(
         default=None, description="threats of the test; default, and always on the validation split, those of training"
     )
-    examples: int | None = Field(default=None, ge=1, description="examples to evaluate, from the first; default all")
+    examples: int | None = Field(
+        default=None, ge=1, description="examples to evaluate, the same share of each class; default all"
+    )
     batch_size: int = Field(
         default=256, ge=1, le=65_536, description="examples attacked at once; the result does not hang on it"
     )

@@ -3,7 +3,7 @@
 from poise.spec.base import Section, mistake
 from poise.spec.inputs import Input
 from poise.spec.interval import Every
-from poise.spec.load import dump, json_schema, load, parse, sha256
+from poise.spec.load import dump, json_schema, load, load_document, parse, sha256
 from poise.spec.problems import Problem, SpecError
 from poise.spec.run import RunSpec, SamplerSpec, WorkersSpec
 from poise.spec.values import Name, Real, RunName
@@ -23,6 +23,7 @@ __all__ = [
     "dump",
     "json_schema",
     "load",
+    "load_document",
     "mistake",
     "parse",
     "sha256",

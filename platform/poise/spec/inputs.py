@@ -20,12 +20,14 @@ class Input:
         place: a folder, a file or an S3 address; the name of a run; `package.module:attribute`.
         pattern: for files, the regular expression of the names below `place` that are read; empty where `place` is
             itself the file.
+        kinds: for a run, the kinds of jobs whose outputs can be read.
     """
 
     path: Path
     kind: Literal["files", "run", "code"]
     place: str
     pattern: str = ""
+    kinds: tuple[str, ...] = ()
 
     def below(self, *prefix: str | int) -> Input:
         """The same, seen from a section that has this one at `prefix`."""

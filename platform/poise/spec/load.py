@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from poise.spec.problems import Path, Problem, SpecError, nearest
 from poise.spec.reader import Document, read_file
 from poise.spec.run import RunSpec
 
-__all__ = ["dump", "json_schema", "load", "parse", "sha256"]
+__all__ = ["dump", "json_schema", "load", "load_document", "parse", "sha256"]
 
 Kinds = Mapping[str, type[RunSpec]]
 
@@ -35,10 +36,44 @@ def load(path: str | FilePath, kinds: Kinds, assignments: Sequence[str] = (), pr
 
     Raises UserError when the file cannot be read and SpecError with every mistake when it is not a valid spec.
     """
+    return load_document(path, kinds, assignments, profile)[0]
+
+
+def load_document(
+    path: str | FilePath, kinds: Kinds, assignments: Sequence[str] = (), profile: str | None = None
+) -> tuple[RunSpec, Document]:
+    """As `load`; beside the spec the document, which knows the line of every part of it."""
     document = read_file(FilePath(path))
     document.take_profile(profile)
+    written = copy.deepcopy(document)
     document.override(assignments)
-    return parse(document, kinds)
+    try:
+        return parse(document, kinds), document
+    except SpecError as error:
+        raise SpecError([_blamed(problem, written, kinds, assignments) for problem in error.problems]) from None
+
+
+def _blamed(problem: Problem, written: Document, kinds: Kinds, assignments: Sequence[str]) -> Problem:
+    """The problem, with the assignment as its place where the file alone does not have it.
+
+    A value that was set may be at fault with one that was not: 3 workers and a batch of 64.
+    """
+    if not assignments or not problem.line or _has(written, (), kinds, problem):
+        return problem
+    single = [text for text in assignments if _has(written, [text], kinds, problem)]
+    names = [text.partition("=")[0] for text in single or assignments]  # a value may be a secret
+    return Problem(" ".join(f"--set {name}" for name in names), 0, problem.path, problem.message)
+
+
+def _has(written: Document, assignments: Sequence[str], kinds: Kinds, problem: Problem) -> bool:
+    """Whether the file has this problem with these assignments alone."""
+    document = copy.deepcopy(written)
+    try:
+        document.override(assignments)
+        parse(document, kinds)
+    except SpecError as error:
+        return any((each.path, each.message) == (problem.path, problem.message) for each in error.problems)
+    return False
 
 
 def parse(document: Document, kinds: Kinds) -> RunSpec:

@@ -113,8 +113,14 @@ class Document:
             if not isinstance(node, dict):
                 return Problem(shown, 0, path[: depth + 1], "is a value, not a section")
         node[path[-1]] = parsed
+        self._forget(path)
         self.overridden.add(path)
         return None
+
+    def _forget(self, path: Path) -> None:
+        """What was written at `path` and below it does not count any more."""
+        self.lines = {place: line for place, line in self.lines.items() if place[: len(path)] != path}
+        self.overridden = {place for place in self.overridden if place[: len(path)] != path}
 
 
 def read_file(path: FilePath) -> Document:

@@ -33,7 +33,9 @@ class BoundsReportSpec(RunSpec):
     )
     batch_size: int = Field(256, ge=1, le=65_536, description="images of a model that are attacked at once")
     examples: int = Field(
-        1000, ge=2, description="first examples of the training and of the test split that margins and gaps are of"
+        1000,
+        ge=2,
+        description="examples of the training and of the test split that margins and gaps are of, in equal shares",
     )
     percentile: Annotated[Real, Field(gt=0, lt=100)] = Field(
         Real("5"), description="which percentile of the clean training margins is the margin of the bounds"
@@ -65,7 +67,8 @@ class BoundsReportSpec(RunSpec):
 
     def inputs(self) -> Iterator[Input]:
         """The classifiers, and what the sections read."""
-        yield from (Input(("runs", index), "run", name) for index, name in enumerate(self.runs))
+        for index, name in enumerate(self.runs):
+            yield Input(("runs", index), "run", name, kinds=("robust.train", "sweep"))
         yield from super().inputs()
 
     def cost(self) -> list[str]:

@@ -49,17 +49,24 @@ class SubjectSpec(ModelSpec):
         None, min_length=1, max_length=1000, description="state dict in safetensors, here or on s3://"
     )
     function: str | None = Field(
-        None, description="module:function of your own: called without arguments, returns an nn.Module on [0, 1]"
+        None, description="module:function of your own that returns an nn.Module on [0, 1]; `file` may add its weights"
     )
+    arguments: dict[str, Any] = Field({}, description="keyword arguments that the function is called with")
 
     @model_validator(mode="after")
     def _one_source(self) -> SubjectSpec:
-        if len([key for key in ("run", "file", "function") if getattr(self, key) is not None]) != 1:
-            raise ValueError("a model to evaluate is one of run: RUN, file: FILE or function: MODULE:FUNCTION")
+        named = [key for key in ("run", "file", "function") if getattr(self, key) is not None]
+        if len(named) != 1 and named != ["file", "function"]:
+            raise ValueError(
+                "a model to evaluate is one of run: RUN, file: FILE or function: MODULE:FUNCTION; a function may have "
+                "a file with its weights"
+            )
+        if self.arguments and self.function is None:
+            raise mistake("arguments", "only a function takes arguments: remove them")
         if self.checkpoint is not None and self.run is None:
             raise mistake("checkpoint", "only a run has checkpoints to choose from: remove it")
         for key, field in ModelSpec.model_fields.items():
-            if self.file is None and getattr(self, key) != field.default:
+            if self.source != "file" and getattr(self, key) != field.default:
                 raise mistake(key, f"the architecture is written for a file only; that of a {self.source} is known")
         if self.function is not None and not _FUNCTION.fullmatch(self.function):
             raise mistake("function", f"{self.function[:60]!r} is not of the form package.module:function")
@@ -68,12 +75,12 @@ class SubjectSpec(ModelSpec):
     @property
     def source(self) -> Literal["run", "file", "function"]:
         """Where the weights come from."""
-        return "run" if self.run is not None else "file" if self.file is not None else "function"
+        return "run" if self.run is not None else "function" if self.function is not None else "file"
 
     def inputs(self) -> Iterator[Input]:
         """The run, the file or the code."""
         if self.run is not None:
-            yield Input(("run",), "run", self.run)
+            yield Input(("run",), "run", self.run, kinds=("robust.train",))
         if self.file is not None:
             yield Input(("file",), "files", self.file)
         if self.function is not None:
@@ -278,7 +285,7 @@ class ReverifySpec(Section):
 
     def inputs(self) -> Iterator[Input]:
         """The evaluation."""
-        yield Input(("run",), "run", self.run)
+        yield Input(("run",), "run", self.run, kinds=("robust.evaluate",))
 
 
 class RobustEvaluateSpec(RunSpec):
@@ -291,7 +298,9 @@ class RobustEvaluateSpec(RunSpec):
         description="data set; default, for a run, its own. Only its images are used: nothing is cropped or mirrored",
     )
     split: Literal["train", "validation", "test"] = Field("test", description="which images are attacked")
-    examples: int | None = Field(None, ge=1, description="images of the split, from the first; default all")
+    examples: int | None = Field(
+        None, ge=1, description="images of the split, the same share of each class whatever their order; default all"
+    )
     batch_size: int = Field(
         256, ge=1, le=65_536, description="examples attacked, and committed, at once; the result does not hang on it"
     )

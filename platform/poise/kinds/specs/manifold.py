@@ -60,7 +60,7 @@ class LatentSpec(Section):
 
     def inputs(self) -> Iterator[Input]:
         """The autoencoder."""
-        yield Input(("vae",), "run", self.vae)
+        yield Input(("vae",), "run", self.vae, kinds=("robust.vae",))
 
 
 class RobustManifoldSpec(RunSpec):
@@ -75,12 +75,13 @@ class RobustManifoldSpec(RunSpec):
         None, description="the balls and how they are searched, by PGD; default, of each run, those of its test"
     )
     latent: LatentSpec | None = Field(None, description="attack on the codes that an autoencoder gives the images")
-    examples: int = Field(1000, ge=1, description="test images to attack, from the first")
+    examples: int = Field(1000, ge=1, description="test images to attack, the same share of each class")
     batch_size: int = Field(256, ge=1, le=65_536, description="images attacked at once; the result does not hang on it")
 
     def inputs(self) -> Iterator[Input]:
         """The classifiers, and what the sections read."""
-        yield from (Input(("runs", index), "run", name) for index, name in enumerate(self.runs))
+        for index, name in enumerate(self.runs):
+            yield Input(("runs", index), "run", name, kinds=("robust.train", "sweep"))
         yield from super().inputs()
 
     def cost(self) -> list[str]:

@@ -1,0 +1,335 @@
+"""What can be known of a spec before anything is started: do the files, runs and functions that it names serve?
+
+Neither torch nor transformers is imported, only the beginnings of local files are read, and nothing is opened on a
+network: an answer takes a fraction of a second. What is on S3 is left to the run that reads it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any, Literal
+
+from poise.data.spec import DataSpec, JsonlQuestions, JsonlText, ParquetText
+from poise.errors import PoiseError, UserError
+from poise.kinds.specs.evaluation import SubjectSpec
+from poise.kinds.specs.pipeline import PipelineSpec
+from poise.kinds.specs.sweep import SweepSpec
+from poise.models.spec import LanguageModelSpec
+from poise.spec import Input, RunSpec, Section
+from poise.spec.code import attributes
+from poise.spec.problems import Path, nearest
+from poise.store.runs import Run, open_run
+
+__all__ = ["Mistake", "find_mistakes"]
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """Why the spec cannot run as it is. `absent`: something is not on this machine, and may be on another."""
+
+    path: Path
+    message: str
+    absent: bool = False
+
+
+def find_mistakes(spec: RunSpec, *, skip: Collection[str] = ()) -> list[Mistake]:
+    """Everything that keeps the runs of a spec from their results, as far as it can be told from here at once.
+
+    `skip` names runs that are not looked at, since they are finished: what they have read may be gone by now.
+    """
+    found: dict[Mistake, None] = {}
+    made: dict[str, str] = {}  # run -> kind, of the stages before
+    for prefix, stage in _stages(spec):
+        if stage.name not in skip:
+            for mistake in _of_run(stage, made):
+                found[Mistake((*prefix, *mistake.path), mistake.message, mistake.absent)] = None
+        made[stage.name] = stage.kind
+    return list(found)
+
+
+def _stages(spec: RunSpec) -> Iterator[tuple[Path, RunSpec]]:
+    if isinstance(spec, PipelineSpec):
+        yield from ((("stages", name), stage) for name, stage in spec.stages.items())
+    else:
+        yield (), spec
+
+
+def _of_run(spec: RunSpec, made: dict[str, str]) -> Iterator[Mistake]:
+    if "://" not in spec.store and FilePath(spec.store).expanduser().is_file():
+        yield Mistake(("store",), f"{spec.store} is a file, not a folder")
+        return
+    for each in dict.fromkeys(spec.inputs()):
+        yield from _of_input(each, spec, made)
+    for path, section in _sections(spec):
+        if isinstance(section, tuple(_EXAMINED)):
+            yield from _examined(path, section)
+
+
+def _sections(spec: RunSpec) -> Iterator[tuple[Path, Section]]:
+    """Every section with its path; those of a sweep are the sections of its trials, each different one once."""
+    if not isinstance(spec, SweepSpec):
+        yield from _below(spec, ())
+        return
+    seen: set[tuple[Path, str]] = set()
+    for trial in spec.trials():
+        for path, section in _below(trial.spec, ("base",)):
+            if isinstance(section, tuple(_EXAMINED)):
+                content = section.model_dump_json()
+                if (path, content) not in seen:
+                    seen.add((path, content))
+                    yield path, section
+
+
+def _below(value: Any, path: Path) -> Iterator[tuple[Path, Section]]:
+    if isinstance(value, Section):
+        yield path, value
+        for key, inner in value:
+            yield from _below(inner, (*path, key))
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _below(inner, (*path, key))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _below(inner, (*path, index))
+
+
+def _of_input(each: Input, spec: RunSpec, made: dict[str, str]) -> Iterator[Mistake]:
+    """What is wrong with a run, a module or a place that is named."""
+    if each.kind == "run":
+        yield from _of_named_run(each, spec, made)
+    elif each.kind == "code":
+        yield from _of_code(each)
+
+
+def _of_named_run(each: Input, spec: RunSpec, made: dict[str, str]) -> Iterator[Mistake]:
+    if each.place in made:
+        yield from _of_kind(each, made[each.place])
+        return
+    if "://" in spec.store or each.place.rpartition("-")[0] in made:  # a trial of a sweep before
+        return
+    try:
+        run = open_run(spec.store, each.place, must_exist=True)
+        manifest = run.manifest()
+    except PoiseError as error:
+        yield Mistake(each.path, f"{error}", absent=isinstance(error, UserError))
+        return
+    if manifest is not None:
+        yield from _of_kind(each, manifest.kind)
+    if not _has_result(run):
+        status = run.summary().status
+        yield Mistake(each.path, f"run {each.place!r} has no result yet, it is {status}: run it to its end first")
+
+
+def _of_kind(each: Input, kind: str) -> Iterator[Mistake]:
+    if each.kinds and kind not in each.kinds:
+        yield Mistake(
+            each.path, f"run {each.place!r} is a {kind}; what is read here is left by {' or '.join(each.kinds)}"
+        )
+
+
+def _has_result(run: Run) -> bool:
+    return bool(run.files("artifacts/summary.json"))
+
+
+def _of_code(each: Input) -> Iterator[Mistake]:
+    module, _, name = each.place.partition(":")
+    try:
+        names = attributes(each.place)
+    except UserError as error:
+        yield Mistake(each.path, str(error), absent="there is no module" in str(error))
+        return
+    if names is not None and name not in names:
+        yield Mistake(each.path, f"module {module!r} defines no {name!r}; {nearest(name, names)}")
+
+
+def _examined(path: Path, section: Section) -> Iterator[Mistake]:
+    examine = next(function for kind, function in _EXAMINED.items() if isinstance(section, kind))
+    try:
+        for key, message, absent in examine(section):
+            yield Mistake((*path, key), message, absent)
+    except PoiseError as error:
+        yield Mistake(path, str(error))
+
+
+_Findings = Iterator[tuple[str, str, bool]]
+"""The key that is at fault, what is wrong, and whether something is absent."""
+
+
+def _images(spec: DataSpec) -> _Findings:
+    if spec.root is None or "://" in spec.root:
+        return
+    root = FilePath(spec.root).expanduser()
+    if not root.is_dir():
+        what = "is a file, not a folder" if root.is_file() else "is not there"
+        yield (
+            "root",
+            f"the folder {_shown(root)} {what}; nothing is downloaded: put the files of {spec.name} there",
+            True,
+        )
+        return
+    from poise.data.files import image_files
+    from poise.store.storage import open_storage
+
+    storage = open_storage(spec.root)
+    names = [entry.key for entry in storage.list("")]
+    for part in ("train", "test"):
+        try:
+            files = image_files(spec, part, names, storage.url)
+            _check_header(root / files[0], part)
+        except (UserError, ValueError) as error:
+            yield "root", str(error), False
+            return
+
+
+def _check_header(file: FilePath, part: str) -> None:
+    """ValueError where the columns of a Parquet file, or the arrays of an npz file, are not those that are read."""
+    import zipfile
+
+    if file.suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        from poise.data.readers import parquet_columns
+
+        try:
+            parquet_columns(pq.read_schema(file))
+        except (ValueError, pa.ArrowException, OSError) as error:
+            raise ValueError(f"{file} cannot be read: {error}") from error
+    if file.suffix == ".npz":
+        try:
+            with zipfile.ZipFile(file) as content:
+                names = content.namelist()
+        except (zipfile.BadZipFile, OSError) as error:
+            raise ValueError(f"{file} cannot be read: {error}") from error
+        if missing := [name for name in (f"x_{part}", f"y_{part}") if f"{name}.npy" not in names]:
+            held = ", ".join(name.removesuffix(".npy") for name in names)
+            raise ValueError(f"{file} holds no {' and no '.join(missing)}, only {held}")
+
+
+def _text(spec: JsonlText | ParquetText) -> _Findings:
+    from poise.data.formats import JSON_LINES, told
+    from poise.data.rows import first_rows
+
+    suffix: Literal[".jsonl", ".parquet"] = ".jsonl" if isinstance(spec, JsonlText) else ".parquet"
+    file, finding = _row_file(spec.path, suffix)
+    if finding:
+        yield finding
+    if file is None:
+        return
+    rows = first_rows(file, suffix, 1)
+    if not rows:
+        yield "path", f"{file} has no row to read", False
+        return
+    values = rows[0].values
+    for key in ("prompt", "completion"):
+        field = getattr(spec, key)
+        if field not in values:
+            cure = told(values) or f"set {key} to the field that holds it, or write {JSON_LINES}"
+            yield "path", f"{rows[0].where}: there is no {field!r}, only {', '.join(sorted(values))}: {cure}", False
+            return
+        if not isinstance(values[field], str):
+            yield key, f"{rows[0].where}: {field!r} is {type(values[field]).__name__}, not text", False
+
+
+def _questions(spec: JsonlQuestions) -> _Findings:
+    from poise.data.questions import read_question
+    from poise.data.rows import first_rows
+
+    file, finding = _row_file(spec.path, ".jsonl")
+    if finding:
+        yield finding
+    if file is None:
+        return
+    rows = first_rows(file, ".jsonl", 1)
+    if not rows:
+        yield "path", f"{file} has no row to read", False
+        return
+    try:
+        read_question(rows[0], spec)
+    except UserError as error:
+        held = ", ".join(sorted(rows[0].values))
+        yield "path", f"{error}; set question and answers to fields of the file, which has {held}", False
+
+
+def _row_file(path: str, suffix: str) -> tuple[FilePath | None, tuple[str, str, bool] | None]:
+    """The first file that rows are read from here, or what is wrong with the path."""
+    if "://" in path:
+        return None, None
+    place = FilePath(path).expanduser()
+    if place.is_dir() and not path.endswith(suffix):
+        found = sorted(file for file in place.rglob(f"*{suffix}") if file.is_file())
+        return (found[0], None) if found else (None, ("path", f"the folder {path} holds no file *{suffix}", False))
+    if not place.exists():
+        return None, ("path", f"{_shown(place)} is not there", True)
+    if path.endswith(suffix) and place.is_file():
+        return place, None
+    return None, ("path", f"{path} is no file *{suffix} and no folder that holds one{_other_format(place)}", False)
+
+
+def _other_format(place: FilePath) -> str:
+    from poise.data.formats import JSON_LINES, peek, told
+
+    values = peek(place)
+    cure = told(values) if values is not None else None
+    return f": {cure}" if cure else f": write {JSON_LINES}"
+
+
+def _language_model(spec: LanguageModelSpec) -> _Findings:
+    if spec.folder is None or "://" in spec.folder:
+        return
+    from poise.models.examine import examine_folder
+
+    try:
+        examine_folder(spec.folder)
+    except UserError as error:
+        yield "folder", str(error), not FilePath(spec.folder).expanduser().exists()
+
+
+def _subject(spec: SubjectSpec) -> _Findings:
+    if spec.file is None or "://" in spec.file:
+        return
+    file = FilePath(spec.file).expanduser()
+    if not spec.file.endswith(".safetensors"):
+        yield (
+            "file",
+            (
+                f"{spec.file} is no .safetensors file, and pickles are never read: convert it with "
+                "safetensors.torch.save_file(state_dict, 'model.safetensors')"
+            ),
+            False,
+        )
+    elif not file.is_file():
+        yield "file", f"{_shown(file)} is not there", True
+    elif message := _header_fault(file):
+        yield "file", f"{spec.file} is damaged: {message}", False
+
+
+def _header_fault(file: FilePath) -> str:
+    """What is wrong with the header of a safetensors file; empty where it is whole."""
+    with file.open("rb") as stored:
+        length = int.from_bytes(stored.read(8), "little")
+        if not 0 < length <= file.stat().st_size - 8:
+            return "its header is longer than the file"
+        try:
+            header = json.loads(stored.read(length))
+        except ValueError:
+            return "its header is no JSON"
+    return "" if isinstance(header, dict) else "its header is no JSON object"
+
+
+def _shown(place: FilePath) -> str:
+    """A path for people: where a relative one leads from here, too."""
+    return str(place) if place.is_absolute() else f"{place} (here: {place.absolute()})"
+
+
+_EXAMINED: dict[type[Section], Callable[[Any], _Findings]] = {
+    DataSpec: _images,
+    JsonlText: _text,
+    ParquetText: _text,
+    JsonlQuestions: _questions,
+    LanguageModelSpec: _language_model,
+    SubjectSpec: _subject,
+}
