@@ -177,7 +177,7 @@ def test_what_the_iterations_need_is_tried_before_the_first(folder, tmp_path):
         renamed / "model.safetensors",
         {"format": "pt"},
     )
-    with pytest.raises(PoiseError, match="these are not the weights of"):
+    with pytest.raises(PoiseError, match="under the names of the folder, and this model has others"):
         play(spec_of(renamed, tmp_path, "renamed"))
 
 

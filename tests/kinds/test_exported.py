@@ -19,6 +19,8 @@ from poise.kinds import finetune_sft
 from poise.kinds.specs.finetune import FinetuneSftSpec
 from poise.kinds.tuning import prepare_tuning
 from poise.models.language import answer_logprobs, open_folder
+from poise.report.language import SECTION
+from poise.report.record import load_record
 from poise.store.runs import Run, open_run
 from poise.train.context import Context
 
@@ -117,6 +119,7 @@ def test_a_setting_that_transformers_does_not_save_is_left_out_and_reported(fami
     settings |= {"do_sample": False, "temperature": 0.6, "top_p": 0.9}
     (folder / "generation_config.json").write_text(json.dumps(settings))
     run = finish(spec_of(folder, tmp_path))
+    assert [grid.title for grid in SECTION.grids([load_record(run)])][1:] == ["Warnings"]
     (warning,) = json.loads(run.read("artifacts/summary.json"))["warnings"]
     assert "sets temperature, top_p without do_sample: true" in warning
     assert [event["what"] for event in run.events() if event["event"] == "warning"] == [warning]

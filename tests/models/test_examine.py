@@ -160,6 +160,56 @@ def test_weights_that_would_be_random_are_refused(copy):
         open_folder(folder)
 
 
+def test_weights_of_other_shapes_and_values_are_named(copy):
+    folder = copy()
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.0.self_attn.v_proj.weight"
+
+    def save(value: torch.Tensor) -> None:
+        save_file({**weights, name: value}, folder / "model.safetensors", {"format": "pt"})
+
+    save(torch.ones(3, 3))
+    with pytest.raises(UserError, match=rf"1 weights are not of the shape .*, first {name}: \[3, 3\] instead of"):
+        open_folder(folder)
+    save(torch.full_like(weights[name], torch.nan))
+    with pytest.raises(UserError, match="whose logits are no numbers"):
+        open_folder(folder)
+    save(weights[name].to(torch.int8))
+    assert_refused(folder, rf"quantised weights \({name} is I8\)")
+    save(weights[name].to(torch.float8_e4m3fn))
+    assert_refused(folder, "is F8_E4M3")
+    save(weights[name].bfloat16())
+    assert open_folder(folder)[0].dtype == torch.float32
+
+
+def test_stored_layers_that_would_be_left_out_are_refused(copy):
+    folder = copy()
+    change_json(folder / "config.json", num_hidden_layers=1)
+    assert_refused(folder, "config.json says 1 layers and 2 are stored")
+    change_json(folder / "config.json", num_hidden_layers=3)
+    with pytest.raises(UserError, match="lacks 9 weights of its architecture"):
+        open_folder(folder)
+
+
+def test_a_model_that_keeps_no_cache_is_refused(tmp_path):
+    """A sampler would give it the last token alone, and it would answer as if that were the whole prompt."""
+    from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
+
+    from poise.models.language import open_model
+
+    OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=9, n_embd=32, n_layer=1, n_head=1)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"keeps no keys and values of earlier tokens \(openai-gpt\)"):
+        open_model(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["2", [2, None], {"id": 2}])
+def test_an_end_that_is_no_token_is_refused(value, copy):
+    folder = copy()
+    change_json(folder / "generation_config.json", eos_token_id=value)
+    with pytest.raises(UserError, match="which is no token id"):
+        _ = read_folder(folder).stop
+
+
 def test_code_of_its_own_is_refused_in_one_line(copy):
     folder = copy()
     change_json(folder / "config.json", model_type="own", auto_map={"AutoModelForCausalLM": "modeling.Own"})

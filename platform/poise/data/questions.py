@@ -44,4 +44,6 @@ def read_question(row: Row, spec: JsonlQuestions) -> Question:
     answers: Any = row.values.get(spec.answers)
     if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
         raise UserError(f"{row.where}: {spec.answers!r} is not a list of texts with an answer in it")
+    for text in (*answers, str(row.values.get("id", ""))):
+        row.check_text(text, spec.answers if text in answers else "id")
     return Question(str(row.values.get("id", row.id)), row.text(spec.question), tuple(answers))

@@ -36,18 +36,16 @@ class Row:
         value = self.values[key]
         if not isinstance(value, str):
             raise UserError(f"{self.where}: {key!r} is {type(value).__name__}, not text")
-        if not value.isprintable() and (at := _lone_surrogate(value)) is not None:
-            raise UserError(f"{self.where}: {key!r} has half of a surrogate pair as character {at + 1}: it is no text")
+        self.check_text(value, key)
         return value
 
-
-def _lone_surrogate(text: str) -> int | None:
-    """Where a text has half of a UTF-16 pair, which JSON can write as an escape and no tokenizer or file can hold."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return error.start
-    return None
+    def check_text(self, text: str, key: str) -> None:
+        """UserError for a text with half of a UTF-16 pair: JSON can escape one, and no tokenizer can read it."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            place = error.start + 1
+            raise UserError(f"{self.where}: {key!r} has half of a surrogate pair as character {place}") from error
 
 
 def read_rows(path: str, suffix: _Suffix, limit: int | None = None) -> list[Row]:

@@ -20,7 +20,7 @@ from poise.align.oracles import MatrixOracle
 from poise.align.spec import NashRs
 from poise.data.examples import Question, answer_after, encode_completion, encode_prompt
 from poise.data.questions import load_questions
-from poise.errors import UserError
+from poise.errors import PoiseError, UserError
 from poise.kinds.exported import keep_model, next_token_probabilities, probe_sequences, rehearse_export
 from poise.kinds.language import warn
 from poise.kinds.sampling import sample_all
@@ -77,7 +77,11 @@ def _check_fit(folder: Path, model: nn.Module, asked: Sequence[Asked], max_token
     for question in asked:
         for answer in question.answer_tokens:
             stored.limits.check_ids(answer)
-    stored.checked(model.state_dict())
+    try:
+        stored.checked(model.state_dict())
+    except PoiseError as error:
+        reason = "self-play sends new weights to its sampler under the names of the folder, and this model has others"
+        raise UserError(f"{reason}: {error}") from error
 
 
 def _task(spec: AlignSelfplaySpec, model: nn.Module, play: SelfPlay, standing: Standing) -> Task:

@@ -110,7 +110,8 @@ def _keep(
     pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows], SCHEMA), sink, compression="zstd")
     told = summarised(rows, bins=spec.bins, reps=spec.bootstrap)
     head = {"run": spec.name, "kind": spec.kind, "seed": spec.seed, "examples": len(rows), "tokens": tokens}
-    head |= {"protocol": described(spec), "warnings": list(warnings)}
+    head["protocol"] = described(spec)
+    told["warnings"] = [*warnings, *told["warnings"]]
     metrics = Rows()
     known = {name: found[0] for name, found in told["metrics"].items() if found[0] is not None}
     metrics.add(0, 0.0, "test", known)

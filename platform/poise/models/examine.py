@@ -26,6 +26,9 @@ _LARGEST_HEADER = 100 * 2**20
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json",
                     "vocab.txt", "tekken.json", "*.tiktoken")  # fmt: skip
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "embeddings", "tokens_embed")
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+_FLOATING = ("F64", "F32", "F16", "BF16")
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_sequence_length")
 
 _ENCODER_DECODERS = """
@@ -73,6 +76,7 @@ def examine_folder(folder: str | Path, *, tokenizer: bool = True) -> FolderFacts
     config = _config(path)
     _check_architecture(path, config)
     shapes = _weight_shapes(path)
+    _check_layers(path, config, shapes)
     vocabulary = _vocabulary(path, config, shapes)
     if tokenizer:
         _check_tokenizer(path)
@@ -200,12 +204,27 @@ def _header_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     try:
         entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
         shapes = {name: tuple(map(int, entry["shape"])) for name, entry in entries.items()}
+        narrow = [(name, entry["dtype"]) for name, entry in entries.items() if entry["dtype"] not in _FLOATING]
         end = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise UserError(f"{file} is no safetensors file: its header cannot be read") from error
     if 8 + length + end != size:
         raise UserError(f"{file} holds {size:,} bytes where its header promises {8 + length + end:,}: it is cut off")
+    for name, dtype in narrow:
+        if name.endswith(".weight") and len(shapes[name]) == 2:
+            raise UserError(f"{file} holds quantised weights ({name} is {dtype}): Poise needs them in floating point")
     return shapes
+
+
+def _check_layers(path: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """transformers leaves out stored layers beyond those that config.json counts, without an error."""
+    stated = _stated(config, _LAYERS)
+    numbers = [int(found[1]) for name in shapes if (found := _LAYER.search(name))]
+    if stated is None or not numbers:
+        return
+    extra = _stated(config, ("num_nextn_predict_layers", "mtp_num_hidden_layers")) or 0  # heads for further tokens
+    if max(numbers) >= stated + extra:
+        raise UserError(f"{path}: config.json says {stated} layers and {max(numbers) + 1} are stored")
 
 
 def _vocabulary(path: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> int | None:

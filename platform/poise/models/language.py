@@ -76,7 +76,7 @@ def open_model(folder: Path) -> nn.Module:
 
     Raises:
         UserError: transformers cannot open it, its files lack weights that the architecture has (transformers would
-            draw them at random), or a position sees the tokens after it.
+            draw them at random) or hold others, or it does not continue a text as a decoder does.
     """
     from transformers import AutoModelForCausalLM
 
@@ -88,16 +88,25 @@ def open_model(folder: Path) -> nn.Module:
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # named below, in one line
             output_loading_info=True,
         )
     except Exception as error:  # transformers has no class for what is wrong with a folder
-        raise UserError(f"{folder} holds no language model that transformers can open: {_first_line(error)}") from error
+        raise UserError(
+            f"{folder} holds no language model that transformers can open: {_in_one_line(error)}"
+        ) from error
+    if mismatched := sorted(loading["mismatched_keys"]):
+        name, stored, expected = mismatched[0]
+        raise UserError(
+            f"{folder}: {len(mismatched)} weights are not of the shape that config.json gives them, first {name}: "
+            f"{list(stored)} instead of {list(expected)}"
+        )
     if missing := sorted(loading["missing_keys"]):
         raise UserError(
             f"{folder} lacks {len(missing)} weights of its architecture, first {missing[0]}: they would be random"
         )
     opened: nn.Module = model.eval()
-    _check_causal(opened, folder)
+    _check_continues(opened, folder)
     return opened
 
 
@@ -113,7 +122,7 @@ def open_tokenizer(folder: Path) -> Tokenizer:
     try:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers has no class for what is wrong with a folder
-        raise UserError(f"{folder} holds no tokenizer that transformers can open: {_first_line(error)}") from error
+        raise UserError(f"{folder} holds no tokenizer that transformers can open: {_in_one_line(error)}") from error
     if not tokenizer("a text", add_special_tokens=False).input_ids:
         raise UserError(f"{folder} holds a tokenizer without tokens: copy its files again from the original model")
     return tokenizer
@@ -237,18 +246,29 @@ def _scores(model: nn.Module, pairs: Sequence[tuple[Sequence[int], Sequence[int]
 
 
 @torch.no_grad()
-def _check_causal(model: nn.Module, folder: Path) -> None:
-    """UserError where the logits of a position change with a token after it."""
+def _check_continues(model: nn.Module, folder: Path) -> None:
+    """UserError where logits are no numbers, change with a later token, or leave no cache to go on from."""
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     ids = torch.arange(4) % vocabulary
     other = torch.cat([ids[:-1], (ids[-1:] + 1) % vocabulary])
-    logits = model(input_ids=torch.stack([ids, other]), use_cache=False).logits[:, :-1].float()  # (2, 3, V)
+    output = model(input_ids=torch.stack([ids, other]), use_cache=True)
+    logits = output.logits[:, :-1].float()  # (2, 3, V)
+    if logits.isnan().any():
+        raise UserError(f"{folder} holds a model whose logits are no numbers: its weights are damaged or have diverged")
     if not torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-4 * float(logits.abs().max())):
         raise UserError(f"{folder} holds a model that sees the tokens after each position: it cannot continue a text")
+    if getattr(output, "past_key_values", None) is None:
+        raise UserError(
+            f"{folder} holds a model that keeps no keys and values of earlier tokens ({model.config.model_type}): "  # type: ignore[union-attr]
+            "Poise cannot sample from it"
+        )
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def _in_one_line(error: Exception) -> str:
+    """What a library says, shortened; a KeyError says a bare word."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    words = f"unknown {words}" if isinstance(error, KeyError) else words
+    return words if len(words) <= 300 else f"{words[:300]} ..."
 
 
 def _quiet() -> None:

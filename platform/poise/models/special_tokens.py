@@ -15,7 +15,7 @@ Where a folder disagrees with itself, `notes` says how it is read, and an export
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,9 +114,12 @@ def added_tokens(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]
     return (), ()
 
 
-def _agreed(stated: int | Sequence[int] | None, eos: int | None, vocabulary: int | None) -> SpecialTokens:
+def _agreed(stated: Any, eos: int | None, vocabulary: int | None) -> SpecialTokens:
     """From the stop tokens that a model states and the EOS of its tokenizer."""
-    ids = [stated] if isinstance(stated, int) else list(stated or ())
+    found: list[Any] = list(stated) if isinstance(stated, list | tuple) else [] if stated is None else [stated]
+    ids = [token for token in found if isinstance(token, int)]
+    if wrong := [token for token in found if not isinstance(token, int)]:
+        raise UserError(f"eos_token_id of the model's configs holds {wrong[0]!r}, which is no token id")
     within = [token for token in ids if vocabulary is None or 0 <= token < vocabulary]
     notes = [f"the stop token {token} is beyond the embedding and never said" for token in ids if token not in within]
     if eos is not None and vocabulary is not None and eos >= vocabulary:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import matplotlib
 from matplotlib.figure import Figure
 
-from poise.report.blocks import Cell, Column, Drawn, Grid, Line, Section, draw, number, percent
+from poise.report.blocks import Cell, Column, Drawn, Grid, Line, Section, draw, number, percent, warning_grids
 from poise.report.curves import COLOURS, INK, SPARE, curve
 from poise.report.figures import HALF, STYLE, WIDE, canvas, legend
 from poise.report.record import RunRecord
@@ -29,6 +29,7 @@ def _grids(records: Sequence[RunRecord]) -> Iterator[Grid]:
         columns=[Column(label, brief=label != "from reg. NE") for label in _COLUMNS],
         lines=[_line(record) for record in records],
     )
+    yield from warning_grids(records)
 
 
 def _line(record: RunRecord) -> Line:

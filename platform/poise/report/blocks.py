@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -13,7 +13,7 @@ from poise.report import figures
 from poise.report.record import RunRecord
 from poise.stats import wilson
 
-__all__ = ["Cell", "Column", "Drawn", "Grid", "Line", "Section", "draw", "number", "percent"]
+__all__ = ["Cell", "Column", "Drawn", "Grid", "Line", "Section", "draw", "number", "percent", "warning_grids"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,15 @@ class Section:
     drawings: Callable[[Sequence[RunRecord]], Iterable[Drawn | None]]
     details: Callable[[str, RunRecord], Iterable[Drawn | None]]
     unit: str = "images"
+
+
+def warning_grids(records: Sequence[RunRecord]) -> Iterator[Grid]:
+    """One grid with the warnings of all these runs, or none."""
+    doubts = [(record, words) for record in records for words in record.summary.get("warnings") or ()]
+    if doubts:
+        lines = [Line(record.name, "", [Cell(words)]) for record, words in doubts]
+        columns = [Column("warning", prose=True)]
+        yield Grid("Warnings", "What should make one doubt these results.", "run", columns, lines)
 
 
 def draw(name: str, title: str, figure: Figure | None, caption: str) -> Drawn | None:

@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from poise.report.blocks import Cell, Column, Drawn, Grid, Line, Section, draw, number, percent
+from poise.report.blocks import Cell, Column, Drawn, Grid, Line, Section, draw, number, percent, warning_grids
 from poise.report.curves import COLOURS
 from poise.report.figures import HALF, MUTED, STYLE, WIDE, canvas, legend
 from poise.report.record import RunRecord
@@ -50,7 +50,7 @@ def _grids(records: Sequence[RunRecord]) -> Iterator[Grid]:
         columns=[*map(Column, ("accuracy", *_HEADLINE.values())), Column("Sem1 \u2212 Sem2", brief=False)],
         lines=[Line(r.name, _note(r), _headline(r)) for r in found],
     )
-    yield from _doubts(found)
+    yield from warning_grids(found)
     yield Grid(
         title="",
         caption="Each estimate of confidence by itself, over the answered questions. Bias: mean confidence minus "
@@ -83,12 +83,6 @@ def _error(record: RunRecord, name: str) -> Cell:
     """The plug-in ECE; below it, on lines of their own, the estimate without bias and its interval."""
     plug_in, unbiased = _estimate(record, f"{name}/ece"), _estimate(record, f"{name}/unbiased_ece")
     return Cell(plug_in.text, f"unbiased {unbiased.text}\n{unbiased.below}" if unbiased.below else "")
-
-
-def _doubts(records: Sequence[RunRecord]) -> Iterator[Grid]:
-    if doubts := [(record, words) for record in records for words in record.summary.get("warnings") or ()]:
-        lines = [Line(record.name, "", [Cell(words)]) for record, words in doubts]
-        yield Grid("Warnings", "What should make one doubt these results.", "run", [Column("warning")], lines)
 
 
 def _each(record: RunRecord, name: str) -> list[Cell]:

@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from poise.report.blocks import Cell, Column, Drawn, Grid, Line, Section, draw, number, percent
+from poise.report.blocks import Cell, Column, Drawn, Grid, Line, Section, draw, number, percent, warning_grids
 from poise.report.curves import colour, curve, label, ordered
 from poise.report.figures import STYLE, VARIABLES, WIDE, canvas, legend
 from poise.report.record import RunRecord
@@ -25,11 +25,7 @@ def _grids(records: Sequence[RunRecord]) -> Iterator[Grid]:
         yield _stages(attacked)
     if again := [record for record in records if record.summary.get("reverified")]:
         yield _again(again)
-    if doubts := [(record, words) for record in records for words in record.summary.get("warnings") or ()]:
-        lines = [Line(record.name, "", [Cell(words)]) for record, words in doubts]
-        yield Grid(
-            "Warnings", "What should make one doubt these results.", "run", [Column("warning", prose=True)], lines
-        )
+    yield from warning_grids(records)
 
 
 def _accuracies(records: Sequence[RunRecord]) -> Grid:

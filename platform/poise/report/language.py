@@ -8,7 +8,7 @@ import matplotlib
 import pyarrow as pa
 from matplotlib.figure import Figure
 
-from poise.report.blocks import Cell, Column, Drawn, Grid, Line, Section, draw, number
+from poise.report.blocks import Cell, Column, Drawn, Grid, Line, Section, draw, number, warning_grids
 from poise.report.curves import INK, SPARE, curve
 from poise.report.figures import HALF, MUTED, STYLE, canvas, legend
 from poise.report.record import RunRecord
@@ -31,6 +31,7 @@ def _grids(records: Sequence[RunRecord]) -> Iterator[Grid]:
         columns=[*map(Column, ("tokens", *measures.values()))],
         lines=[_line(record, list(measures)) for record in records],
     )
+    yield from warning_grids(records)
 
 
 def _line(record: RunRecord, measures: Sequence[str]) -> Line:
