@@ -40,11 +40,7 @@ _BIDIRECTIONAL = """
     eurobert longformer megatron-bert modernbert mpnet nomic_bert rembert roberta roberta-prelayernorm
     roc_bert roformer xlm xlm-roberta xlm-roberta-xl xlnet xmod
 """
-_RECURRENT = """
-    bamba falcon_h1 falcon_mamba granitemoehybrid jamba kimi_linear lfm2 lfm2_moe mamba mamba2 minimax
-    nemotron_h olmo_hybrid qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next recurrent_gemma
-    reformer rwkv xlstm zamba zamba2
-"""
+_RECURRENT = "falcon_mamba mamba mamba2 recurrent_gemma reformer rwkv xlstm"
 
 
 @dataclass(frozen=True)
