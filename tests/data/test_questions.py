@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from poise.data.questions import load_questions
-from poise.data.spec import JsonlQuestions, WorldQuestions, WorldSpec
+from poise.data.spec import CsvQuestions, JsonlQuestions, ParquetQuestions, WorldQuestions, WorldSpec
 from poise.data.worlds import make_world
 from poise.errors import UserError
 
@@ -45,9 +48,13 @@ def test_real_questions(shared_data):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "who"}, "'answer' is not a list of texts"),
-        ({"question": "who", "answer": []}, "'answer' is not a list of texts"),
-        ({"question": "who", "answer": "me"}, "'answer' is not a list of texts"),
+        ({"question": "who"}, "there is no 'answer', only question; questions.answers names the field"),
+        ({"question": "who", "answer": []}, "'answer' is empty, not an answer"),
+        ({"question": "who", "answer": " "}, "'answer' is ' ', not an answer"),
+        ({"question": "who", "answer": None}, "'answer' is empty, not an answer"),
+        ({"question": "who", "answer": ["me", None]}, "not an answer or a list of answers"),
+        ({"question": "who", "answer": {"value": "me"}}, "an object with the fields 'value'"),
+        ({"question": "who", "answer": [["me"]]}, "not an answer or a list of answers"),
         ({"answer": ["me"]}, "there is no 'question'"),
     ],
 )
@@ -60,5 +67,85 @@ def test_a_bad_question_is_named(tmp_path, row, message):
 
 def test_an_id_that_comes_twice_is_an_error(tmp_path):
     (tmp_path / "q.jsonl").write_text('{"id": 1, "question": "a", "answer": ["b"]}\n' * 2)
-    with pytest.raises(UserError, match="two questions have the id '1'"):
+    with pytest.raises(UserError, match=r"q\.jsonl:2: two questions have the id '1'; the other is .*q\.jsonl:1"):
         load_questions(jsonl(tmp_path))
+
+
+def test_an_id_of_null_is_none(tmp_path):
+    rows = ['{"id": null, "question": "a", "answer": "b"}', '{"id": null, "question": "a", "answer": "b"}',
+            '{"id": "", "question": "a", "answer": "b"}', '{"id": 0, "question": "a", "answer": "b"}']  # fmt: skip
+    (tmp_path / "q.jsonl").write_text("\n".join(rows))
+    assert [q.id for q in load_questions(jsonl(tmp_path))] == ["q.jsonl:1", "q.jsonl:2", "q.jsonl:3", "0"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "accepted"),
+    [
+        ("Paris", ("Paris",)),
+        (" Paris\n", ("Paris",)),
+        (["Paris ", "Paris", "", "Lutetia"], ("Paris", "Lutetia")),
+        (1969, ("1969",)),
+        ([2.5, "two and a half"], ("2.5", "two and a half")),
+        (True, ("true",)),
+        ("[redacted]", ("[redacted]",)),
+    ],
+)
+def test_an_answer_is_a_text_a_number_or_a_list(tmp_path, answer, accepted):
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question": "a", "answer": answer}))
+    assert load_questions(jsonl(tmp_path))[0].answers == accepted
+
+
+def test_questions_from_csv_and_parquet_are_those_of_json_lines(tmp_path):
+    rows = [
+        {"id": "1", "question": 'who, and "why"?', "answer": ["Ann", "Bob's"]},
+        {"id": "2", "question": "two\nlines", "answer": ["7"]},
+    ]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "q.parquet")
+    with open(tmp_path / "q.csv", "w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, ["question", "answer", "id"])
+        writer.writeheader()
+        writer.writerow({**rows[0], "answer": json.dumps(rows[0]["answer"])})
+        writer.writerow({**rows[1], "answer": "7"})
+    expected = load_questions(jsonl(tmp_path))
+    assert load_questions(CsvQuestions(name="csv", path=str(tmp_path / "q.csv"))) == expected
+    assert load_questions(ParquetQuestions(name="parquet", path=str(tmp_path))) == expected
+    (tmp_path / "p.csv").write_text("question,answer\nwho,\"['Ann', 'Bob']\"\n")  # as pandas writes lists
+    assert load_questions(CsvQuestions(name="csv", path=str(tmp_path / "p.csv")))[0].answers == ("Ann", "Bob")
+
+
+def test_parquet_numbers_are_answers(tmp_path):
+    pq.write_table(pa.table({"question": ["a", "b"], "answer": [1, 2], "id": [5, None]}), tmp_path / "q.parquet")
+    found = load_questions(ParquetQuestions(name="parquet", path=str(tmp_path)))
+    assert [(q.id, q.answers) for q in found] == [("5", ("1",)), ("q.parquet:2", ("2",))]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("question,answer\nwho,me,too\n", r"q\.csv:2: 3 values for the 2 columns"),
+        ("question,question\nwho,me\n", "names its columns, each once"),
+        ('question,answer\nwho,"me\n', "no CSV file in UTF-8"),
+        ("question;answer\nwho;me\n", "there is no 'answer', only question;answer"),
+        ("question,answer\nwho,\n", "'answer' is empty"),
+        ("", "no row to read"),
+    ],
+)
+def test_a_csv_file_that_is_none_is_named(tmp_path, text, message):
+    (tmp_path / "q.csv").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_questions(CsvQuestions(name="csv", path=str(tmp_path / "q.csv")))
+    (tmp_path / "q.csv").write_bytes(b"question,answer\n\xff,b\n")
+    with pytest.raises(UserError, match="no CSV file in UTF-8"):
+        load_questions(CsvQuestions(name="csv", path=str(tmp_path / "q.csv")))
+
+
+def test_real_csv_and_real_single_answers(shared_data):
+    path = str(shared_data / "qa" / "simple_qa_test_set.csv")
+    asked = load_questions(CsvQuestions(name="csv", path=path, question="problem"))
+    assert len(asked) == 4326
+    assert asked[0].prompt == "Who received the IEEE Frank Rosenblatt Award in 2010?"
+    assert asked[0].answers == ("Michio Sugeno",)
+    assert all(answer == answer.strip() for question in asked for answer in question.answers)
+    gsm = load_questions(jsonl(shared_data / "qa" / "gsm8k" / "test.jsonl"))
+    assert (len(gsm), gsm[0].answers[0][-7:]) == (1319, "#### 18")

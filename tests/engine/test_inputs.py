@@ -309,7 +309,8 @@ def test_every_path_and_run_that_a_spec_can_name_is_an_input():
     """A field of a spec that holds a place, and that no `inputs` yields, would not be compared."""
     named = {"root", "path", "folder", "file", "function", "run", "runs", "vae"}
     declared = {
-        "DataSpec.root", "JsonlText.path", "ParquetText.path", "JsonlQuestions.path", "LanguageModelSpec.folder",
+        "DataSpec.root", "JsonlText.path", "ParquetText.path", "JsonlQuestions.path", "CsvQuestions.path",
+        "ParquetQuestions.path", "LanguageModelSpec.folder",
         "LanguageModelSpec.run", "SubjectSpec.run", "SubjectSpec.file", "SubjectSpec.function", "ReverifySpec.run",
         "RobustManifoldSpec.runs", "BoundsReportSpec.runs", "LatentSpec.vae",
     }  # fmt: skip

@@ -24,6 +24,7 @@ from poise.errors import PoiseError, UserError
 from poise.kinds import align_selfplay, selfplay
 from poise.kinds.specs.align import AlignSelfplaySpec
 from poise.models.language import answer_logprobs, export, new_llama, open_folder
+from poise.models.sampling import Sample
 from poise.models.spec import LanguageModelSpec
 from poise.models.transformers_sampler import TransformersSampler
 from poise.observe.rows import read_rows
@@ -294,7 +295,6 @@ def test_a_sampler_with_other_weights_stops_the_run(folder, tmp_path):
 
 
 def test_a_response_that_was_cut_or_is_odd_is_no_listed_answer(folder):
-    from poise.models.sampling import Sample
 
     tokenizer = open_folder(folder)[1]
     answer = make_world(WorldSpec(**WORLD)).questions("prefer")[0]
@@ -346,6 +346,26 @@ def test_what_cannot_work_is_said_before_it_runs(changes, path, message, folder,
 def test_what_does_not_fit_the_questions_is_said(changes, message, folder, tmp_path):
     with pytest.raises(UserError, match=message):
         play(spec_of(folder, tmp_path, **changes))
+
+
+def questions_file(path, answers) -> dict[str, str]:
+    """The questions of the world, each with these answers."""
+    prompts = [question.prompt for question in make_world(WorldSpec(**WORLD)).questions("prefer")]
+    path.write_text("\n".join(json.dumps({"question": prompt, "answer": answers}) for prompt in prompts))
+    return {"name": "jsonl", "path": str(path)}
+
+
+def test_answers_that_the_model_cannot_say_are_refused_and_outer_spaces_are_none_of_them(folder, tmp_path):
+    world, tokenizer = make_world(WorldSpec(**WORLD)), open_folder(folder)[1]
+    known = list(world.questions("prefer")[0].distribution)[:3]
+    padded = questions_file(tmp_path / "padded.jsonl", [f" {known[0]}\n", f"{known[1]} ", known[2]])
+    asked = align_selfplay._asked(spec_of(folder, tmp_path, questions=padded), tokenizer)
+    assert asked[0].answers == tuple(known)
+    for answer, tokens in zip(asked[0].answers, asked[0].answer_tokens, strict=True):
+        assert align_selfplay._text(tokenizer, Sample("", 0, tokens, (), "stop", 0)) == answer
+    unknown = questions_file(tmp_path / "unknown.jsonl", [known[0], known[1], "Xylophone"])
+    with pytest.raises(UserError, match="the answer 'Xylophone' as '<unk>', so that no response is ever that answer"):
+        align_selfplay._asked(spec_of(folder, tmp_path, questions=unknown), tokenizer)
 
 
 def test_the_estimate_counts_what_is_drawn(folder, tmp_path):

@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
+import ast
+import math
 import random
-from typing import Any
+from typing import Any, Literal
 
 from poise.data.examples import Question
 from poise.data.rows import Row, read_rows
-from poise.data.spec import JsonlQuestions, QuestionsSpec
+from poise.data.spec import CsvQuestions, JsonlQuestions, ParquetQuestions, QuestionsSpec, WorldQuestions
 from poise.errors import UserError
 
-__all__ = ["Question", "load_questions", "read_question"]
+__all__ = ["SUFFIXES", "Question", "QuestionFiles", "load_questions", "read_question"]
+
+QuestionFiles = JsonlQuestions | CsvQuestions | ParquetQuestions
+
+SUFFIXES: dict[str, Literal[".jsonl", ".csv", ".parquet"]] = {"jsonl": ".jsonl", "csv": ".csv", "parquet": ".parquet"}
+"""What the files of each format are called."""
 
 
 def load_questions(spec: QuestionsSpec, seed: int = 0) -> list[Question]:
     """The questions of a spec, each with another id. The questions of a world do not depend on `seed`.
 
+    White space round an accepted answer is dropped: what a model says is read without it. A number counts as its text,
+    and a row whose `id` is missing, null or blank has its file and line as id.
+
     Raises:
         UserError: files that are missing or hold something else, with file and line.
     """
-    if not isinstance(spec, JsonlQuestions):
+    if isinstance(spec, WorldQuestions):
         from poise.data.worlds import make_world  # it needs torch, and a check of files does not
 
         return list(make_world(spec.world, seed).questions(spec.split))
-    rows = _chosen(read_rows(spec.path, ".jsonl"), spec.limit)
-    questions = [read_question(row, spec) for row in rows]
-    seen: dict[str, int] = {}
-    for number, question in enumerate(questions):
-        if seen.setdefault(question.id, number) != number:
-            raise UserError(f"{spec.path}: two questions have the id {question.id!r}")
+    questions, seen = [], dict[str, str]()
+    for row in _chosen(read_rows(spec.path, SUFFIXES[spec.name]), spec.limit):
+        question = read_question(row, spec)
+        if (first := seen.setdefault(question.id, row.where)) != row.where:
+            raise UserError(f"{row.where}: two questions have the id {question.id!r}; the other is {first}")
+        questions.append(question)
     return questions
 
 
@@ -39,11 +49,49 @@ def _chosen(rows: list[Row], limit: int | None) -> list[Row]:
     return [rows[number] for number in sorted(order[:limit])]
 
 
-def read_question(row: Row, spec: JsonlQuestions) -> Question:
+def read_question(row: Row, spec: QuestionFiles) -> Question:
     """The question in a row. UserError with file and line where it has none, or no answers."""
-    answers: Any = row.values.get(spec.answers)
-    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
-        raise UserError(f"{row.where}: {spec.answers!r} is not a list of texts with an answer in it")
-    for text in (*answers, str(row.values.get("id", ""))):
-        row.check_text(text, spec.answers if text in answers else "id")
-    return Question(str(row.values.get("id", row.id)), row.text(spec.question), tuple(answers))
+    if spec.answers not in row.values:
+        known = ", ".join(map(str, row.values)) or "nothing"
+        raise UserError(f"{row.where}: there is no {spec.answers!r}, only {known}; questions.answers names the field")
+    value = row.values[spec.answers]
+    listed = _listed(value) if spec.name == "csv" else value
+    answers = [_text(answer) for answer in (listed if isinstance(listed, list) else [listed])]
+    accepted = tuple(dict.fromkeys(answer.strip() for answer in answers if answer is not None and answer.strip()))
+    if None in answers or not accepted:
+        raise UserError(f"{row.where}: {spec.answers!r} is {_described(value)}, not an answer or a list of answers")
+    for answer in accepted:
+        row.check_text(answer, spec.answers)
+    row.check_text(_id(row), "id")
+    return Question(_id(row), row.text(spec.question), accepted)
+
+
+def _text(value: Any) -> str | None:
+    """An answer as text; None for what is none."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
+        return str(value)
+    return value if isinstance(value, str) else None
+
+
+def _listed(cell: str) -> Any:
+    """A cell of CSV that was written as a list, such as ["a", "b"]; any other text as it is."""
+    if not (cell.strip().startswith("[") and cell.strip().endswith("]")):
+        return cell
+    try:
+        return ast.literal_eval(cell.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return cell
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"an object with the fields {', '.join(map(repr, value))}"
+    return "empty" if value in (None, "", []) else f"{value!r:.80}"
+
+
+def _id(row: Row) -> str:
+    value = row.values.get("id")
+    is_missing = value is None or (isinstance(value, float) and math.isnan(value)) or not str(value).strip()
+    return row.id if is_missing else str(value)

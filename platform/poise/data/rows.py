@@ -1,14 +1,15 @@
-"""Rows of JSON lines or of Parquet, from a file or a folder, here or on S3; each row knows where it stands."""
+"""Rows of JSON lines, CSV or Parquet, from a file or a folder, here or on S3; each row knows where it stands."""
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,7 +19,7 @@ from poise.store.storage import open_storage
 
 __all__ = ["Row", "first_rows", "read_rows"]
 
-_Suffix = Literal[".jsonl", ".parquet"]
+_Suffix = Literal[".jsonl", ".csv", ".parquet"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def read_rows(path: str, suffix: _Suffix, limit: int | None = None) -> list[Row]
         UserError: nothing to read, or a row that is none; it names file and line.
         StoreError: a folder or a bucket that cannot be read.
     """
-    read = _json_lines if suffix == ".jsonl" else _parquet
+    read = {".jsonl": _json_lines, ".csv": _csv, ".parquet": _parquet}[suffix]
     rows = list(islice((row for where, name, data in _files(path, suffix) for row in read(where, name, data)), limit))
     if not rows:
         raise UserError(f"{path} has no row to read")
@@ -75,6 +76,9 @@ def first_rows(path: Path, suffix: _Suffix, n: int) -> list[Row]:
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{path} is no Parquet file: {error}") from error
         return [Row(f"{path}:{number}", f"{path.name}:{number}", row) for number, row in enumerate(values[:n], 1)]
+    if suffix == ".csv":
+        with path.open(encoding="utf-8-sig", newline="") as text:
+            return list(islice(_csv_rows(str(path), path.name, text), n))
     with path.open("rb") as file:
         data = b"".join(islice((line for line in file if line.strip()), n))
     return list(_json_lines(str(path), path.name, data))
@@ -104,6 +108,27 @@ def _json_lines(where: str, name: str, data: bytes) -> Iterator[Row]:
         if not isinstance(values, dict):
             raise UserError(f"{where}:{number}: this line is {type(values).__name__}, not an object")
         yield Row(f"{where}:{number}", f"{name}:{number}", values)
+
+
+def _csv(where: str, name: str, data: bytes) -> Iterator[Row]:
+    return _csv_rows(where, name, io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig", newline=""))
+
+
+def _csv_rows(where: str, name: str, text: TextIO) -> Iterator[Row]:
+    """All values are texts; the first line names the columns."""
+    try:
+        lines = csv.reader(text, strict=True)
+        columns = next(lines, [])
+        if len(set(columns)) < len(columns) or not all(columns):
+            raise UserError(f"{where}: the first line of a CSV file names its columns, each once; it is {columns}")
+        for values in lines:
+            place = lines.line_num
+            if len(values) not in (0, len(columns)):
+                raise UserError(f"{where}:{place}: {len(values)} values for the {len(columns)} columns {columns}")
+            if values:
+                yield Row(f"{where}:{place}", f"{name}:{place}", dict(zip(columns, values, strict=True)))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{where} is no CSV file in UTF-8: {error}") from error
 
 
 def _parquet(where: str, name: str, data: bytes) -> Iterator[Row]:

@@ -10,9 +10,11 @@ from pydantic import Field, model_validator
 from poise.spec import Input, Real, Section, mistake
 
 __all__ = [
+    "CsvQuestions",
     "DataSpec",
     "JsonlQuestions",
     "JsonlText",
+    "ParquetQuestions",
     "ParquetText",
     "QuestionsSpec",
     "Sizes",
@@ -195,20 +197,35 @@ class WorldQuestions(Section):
     world: WorldSpec = Field(WorldSpec(), description="the world")
 
 
-class JsonlQuestions(Section):
-    """Questions in JSON lines, with the answers that count as correct."""
-
-    name: Literal["jsonl"]
+class _QuestionFiles(Section):
     path: str = Field(min_length=1, description="file, or folder of such files, here or on s3://")
     question: str = Field("question", description="field with the question")
-    answers: str = Field("answer", description="field with the list of accepted answers")
+    answers: str = Field("answer", description="field with the accepted answer, or a list of them")
     limit: int | None = Field(
         None, ge=1, description="use only so many questions: a shuffled choice, the same for every seed"
     )
 
     def inputs(self) -> Iterator[Input]:
         """The file, or those of the folder."""
-        yield _rows_input(self.path, ".jsonl")
+        yield _rows_input(self.path, f".{getattr(self, 'name')}")  # noqa: B009 - each format has one, of a type of its own
+
+
+class JsonlQuestions(_QuestionFiles):
+    """Questions in JSON lines, with the answers that count as correct."""
+
+    name: Literal["jsonl"]
+
+
+class CsvQuestions(_QuestionFiles):
+    """Questions in CSV files with a line of names, and the answers that count as correct."""
+
+    name: Literal["csv"]
+
+
+class ParquetQuestions(_QuestionFiles):
+    """Questions in Parquet columns, with the answers that count as correct."""
+
+    name: Literal["parquet"]
 
 
 def _rows_input(path: str, suffix: str) -> Input:
@@ -216,4 +233,6 @@ def _rows_input(path: str, suffix: str) -> Input:
     return Input(("path",), "files", path, "" if path.endswith(suffix) else rf".*\{suffix}")
 
 
-QuestionsSpec = Annotated[WorldQuestions | JsonlQuestions, Field(discriminator="name")]
+QuestionsSpec = Annotated[
+    WorldQuestions | JsonlQuestions | CsvQuestions | ParquetQuestions, Field(discriminator="name")
+]

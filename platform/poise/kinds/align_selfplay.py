@@ -115,6 +115,13 @@ def _one_asked(spec: AlignSelfplaySpec, question: Question, tokenizer: Tokenizer
     tokens = tuple(
         encode_completion(tokenizer, answer_after(question.prompt, answer), question.prompt) for answer in answers
     )
+    for answer, written in zip(answers, tokens, strict=True):
+        said = str(tokenizer.decode(list(written[:-1]))).strip()  # as `_text` reads a response
+        if said != answer:
+            raise UserError(
+                f"question {question.id!r}: the tokenizer of this model writes the answer {answer!r} as {said!r}, so "
+                "that no response is ever that answer; list it as the model writes it"
+            )
     if (longest := max(map(len, tokens))) > spec.max_tokens:
         raise UserError(f"max_tokens: question {question.id!r} has an answer of {longest} tokens, EOS included")
     return Asked(question.prompt, encode_prompt(tokenizer, question.prompt), answers, tokens)

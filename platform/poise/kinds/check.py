@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
-from poise.data.spec import DataSpec, JsonlQuestions, JsonlText, ParquetText
+from poise.data.spec import CsvQuestions, DataSpec, JsonlQuestions, JsonlText, ParquetQuestions, ParquetText
 from poise.errors import PoiseError, UserError
 from poise.kinds.specs.evaluation import SubjectSpec
 from poise.kinds.specs.pipeline import PipelineSpec
@@ -234,16 +234,21 @@ def _text(spec: JsonlText | ParquetText) -> _Findings:
             yield key, f"{rows[0].where}: {field!r} is {type(values[field]).__name__}, not text", False
 
 
-def _questions(spec: JsonlQuestions) -> _Findings:
-    from poise.data.questions import read_question
+def _questions(spec: JsonlQuestions | CsvQuestions | ParquetQuestions) -> _Findings:
+    from poise.data.questions import SUFFIXES, read_question
     from poise.data.rows import first_rows
 
-    file, finding = _row_file(spec.path, ".jsonl")
+    suffix = SUFFIXES[spec.name]
+    file, finding = _row_file(spec.path, suffix)
     if finding:
         yield finding
     if file is None:
         return
-    rows = first_rows(file, ".jsonl", 1)
+    try:
+        rows = first_rows(file, suffix, 1)
+    except UserError as error:
+        yield "path", str(error), False
+        return
     if not rows:
         yield "path", f"{file} has no row to read", False
         return
@@ -330,6 +335,8 @@ _EXAMINED: dict[type[Section], Callable[[Any], _Findings]] = {
     JsonlText: _text,
     ParquetText: _text,
     JsonlQuestions: _questions,
+    CsvQuestions: _questions,
+    ParquetQuestions: _questions,
     LanguageModelSpec: _language_model,
     SubjectSpec: _subject,
 }
