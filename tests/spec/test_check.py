@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -206,6 +208,20 @@ def test_questions_without_the_named_fields():
     message = refused(values)
     assert "questions.path" in message
     assert "set question and answers to fields of the file, which has answer, problem" in message
+
+
+@pytest.mark.parametrize("name", ["csv", "parquet"])
+def test_questions_of_other_formats_without_the_named_fields(name):
+    if name == "csv":
+        Path("q.csv").write_text('problem,answer\n"who,\nand why",me\n')
+    else:
+        pq.write_table(pa.table({"problem": ["who"], "answer": ["me"]}), "q.parquet")
+    values = {**MEASURE, "model": {"folder": "m"}, "questions": {"name": name, "path": f"q.{name}"}}
+    assert "which has answer, problem" in refused(values)
+    values["questions"]["question"] = "problem"
+    assert "questions" not in refused(values)  # the model is what is wrong now
+    Path(f"q.{name}").write_bytes(b"\xff\xfe")
+    assert re.search("is no (CSV|Parquet) file", refused(values))
 
 
 ROWS = [
