@@ -5,28 +5,34 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
+from poise import kinds
 from poise.engine.drive import drive
 from poise.engine.session import claim, identity
-from poise.engine.sweep import Tally
+from poise.engine.sweep import Tally, history, outcome, run_sweep
+from poise.engine.trials import _Overseer
 from poise.errors import PoiseError, UserError
 from poise.kinds.specs.sweep import SweepSpec
 from poise.observe.progress import Display
-from poise.observe.rows import read_rows
+from poise.observe.rows import Rows, read_rows
 from poise.observe.sinks import NullSink
-from poise.spec import dump
+from poise.spec import RunSpec, dump
 from poise.store.runs import Run, open_run
+from poise.train.context import Context
 
 BASE = {
     "kind": "robust.train",
@@ -113,10 +119,162 @@ def test_a_sweep_whose_trials_all_fail_has_failed(sweep_of):
         locally(sweep_of(space={"train.optimizer.lr": {"grid": [1000]}}))
 
 
-def test_a_metric_that_no_trial_has_is_told_with_the_nearest(sweep_of):
-    spec = sweep_of(metric="robust/unoin", space={"train.epochs": {"grid": [1]}})
-    with pytest.raises(PoiseError, match="did you mean 'robust/union'"):
+DRAWN = {"train.optimizer.lr": {"log_uniform": [0.01, 0.2]}}
+
+
+@pytest.fixture(scope="module")
+def two_drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of a finished sweep of two draws, judged by the robust accuracy on the validation split."""
+    store = tmp_path_factory.mktemp("drawn")
+    locally(drawn(store))
+    return store
+
+
+def drawn(store: Path, **changes: Any) -> SweepSpec:
+    base = {**BASE, "evaluate": {"examples": 40, "validation": True}}
+    search = {"name": "random", "samples": 2}
+    tree = {**SWEEP, "store": str(store), "base": base, "space": DRAWN, "search": search, **changes}
+    return SweepSpec.model_validate(SweepSpec.expand(tree)[0])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"metric": "clean"},
+        {"mode": "min"},
+        {"metric": "validation.best.clean"},
+        {"search": {"name": "random", "samples": 3}},
+        {"search": {"name": "random", "samples": 1}},
+    ],
+)
+def test_trials_judged_otherwise_or_more_of_them_under_the_same_name_run_none_of_the_others_again(
+    changes, two_drawn, tmp_path
+):
+    store = tmp_path / "copy"
+    shutil.copytree(two_drawn, store)
+    first, second = drawn(store), drawn(store, **changes)
+    before = [run.manifest() for run in trials_of(first)]
+    run = locally(second)
+    assert [run.manifest() for run in trials_of(first)] == before
+    kept = summary(run)
+    found = [(trial["metric"], trial["run"]) for trial in kept["trials"]]
+    assert len(found) == second.num_trials
+    assert kept["best"] == (min if second.mode == "min" else max)(found, key=lambda pair: pair[0])[1]
+    assert (kept["metric"], kept["mode"]) == (second.metric, second.mode)
+    assert yaml.safe_load(run.read("spec.yaml")) == yaml.safe_load(dump(second))
+    assert not run.verify()
+    done = run.manifest()
+    locally(second)
+    assert run.manifest() == done, "a sweep of which nothing is left was run again"
+
+
+def test_what_varies_and_the_base_make_another_sweep(two_drawn):
+    for changes in ({"space": {"train.optimizer.lr": {"log_uniform": [0.01, 0.3]}}}, {"seed": 4}):
+        with pytest.raises(UserError, match="another spec"):
+            locally(drawn(two_drawn, **changes))
+
+
+def test_the_same_command_tries_failed_trials_again_and_no_other(sweep_of, monkeypatch):
+    spec, honest = sweep_of(), kinds.run
+
+    def run_one(trial: RunSpec, context: Context) -> None:
+        if trial.name == "s-0001":
+            raise RuntimeError("out of memory")
+        honest(trial, context)
+
+    monkeypatch.setattr(kinds, "run", run_one)
+    stream = io.StringIO()
+    run = locally(spec, Display(stream))
+    assert summary(run)["failed"] == ["s-0001"]
+    assert "[s-0001] failed: out of memory" in stream.getvalue()
+    assert "[s] 1 of 3 trials failed; the same command tries them again" in stream.getvalue()
+    before = [one.manifest() for one in trials_of(spec)]
+    monkeypatch.setattr(kinds, "run", honest)
+    locally(spec)
+    after = [one.manifest() for one in trials_of(spec)]
+    assert (after[0], after[2]) == (before[0], before[2])
+    assert [one["status"] for one in summary(run)["trials"]] == ["finished"] * 3
+    assert summary(run)["failed"] == []
+
+
+def test_a_trial_that_could_not_begin_says_why(sweep_of):
+    """Its record has nothing to say: the error is told with the trial, not that it has no end."""
+    spec = sweep_of()
+    stream = io.StringIO()
+    with trials_of(spec)[1].lease():
+        run = locally(spec, Display(stream))
+    trial = summary(run)["trials"][1]
+    assert trial["status"] == "failed"
+    assert "held by process" in trial["error"]
+    assert f"[s-0001] failed: {trial['error']}" in stream.getvalue()
+
+
+def test_more_gpus_than_there_are_is_said_before_any_trial(sweep_of):
+    spec = sweep_of(workers={"gpus": 1})
+    with pytest.raises(UserError, match=r"torch sees no GPU here; use --set workers\.gpus=0"):
         locally(spec)
+    assert not Path(spec.store).exists()
+
+
+def test_trials_are_judged_on_validation_under_the_attacks_of_the_evaluation(two_drawn):
+    """What the test says of a trial plays no part: the two orders differ here, or the metric is that of the trial."""
+    spec = drawn(two_drawn, metric="validation.best.robust/union")
+    for trial, run in zip(spec.trials(), trials_of(spec), strict=True):
+        found = outcome(spec, trial)
+        assert found.metric == summary(run)["validation"]["best"]["robust/union"]
+        assert (found.examples, found.tested) == (40, 40)
+    assert spec.source.examples == "validation"
+
+
+def test_what_a_trial_trained_on_is_never_taken_for_what_it_held_out(sweep_of):
+    """Rows of training bear the names of validation: a trial without the latter has no metric."""
+    spec = sweep_of(space={"train.epochs": {"grid": [1]}})
+    (trial,), (run,) = spec.trials(), trials_of(spec)
+    rows = Rows()
+    rows.add(10, 1.0, "train", {"robust/union": 0.99})
+    run.write("metrics/rows-00000010.parquet", rows.to_parquet())
+    assert history(spec, run) == []
+    assert outcome(spec, trial).metric is None
+
+
+def test_a_trial_stopped_by_another_judgement_goes_on(sweep_of):
+    spec = sweep_of(base={**BASE, "train": {"epochs": 4}}, scheduler={"name": "asha"})
+    first, run = spec.trials()[0], trials_of(spec)[0]
+    overseer = _Overseer([first], {0}, Tally(spec, Display(io.StringIO()), 0))
+    with pytest.raises(PoiseError), claim(run, first.spec):
+        raise PoiseError("taken away")
+    overseer.stopped.add(0)
+    place = SimpleNamespace(config={"index": 0})
+    overseer.on_trial_result(0, (), place, {"steps": 5, "epochs": 1.0, "metric": 0.25})
+    overseer.on_trial_complete(0, (), place)
+    overseer.settle_all()
+    assert run.manifest().status == "stopped"
+    kept = outcome(spec, first)
+    assert (kept.status, kept.metric, kept.step) == ("stopped", 0.25, 5), "a stopped trial keeps what it has reported"
+    left = {name: is_left(sweep_of(base={**BASE, "train": {"epochs": 4}}, **changes)) for name, changes in {
+        "same": {"scheduler": {"name": "asha"}},
+        "more at a time": {"scheduler": {"name": "asha"}, "concurrent": 3},
+        "none": {},
+        "mode": {"scheduler": {"name": "asha"}, "mode": "min"},
+        "metric": {"scheduler": {"name": "asha"}, "metric": "clean"},
+        "reduction": {"scheduler": {"name": "asha", "reduction": 2}},
+    }.items()}  # fmt: skip
+    assert left == {
+        "same": False,
+        "more at a time": False,
+        "none": True,
+        "mode": True,
+        "metric": True,
+        "reduction": True,
+    }
+
+
+def is_left(spec: SweepSpec) -> bool:
+    """Whether the first trial of a sweep is to be run."""
+    given = []
+    with suppress(PoiseError):
+        run_sweep(spec, Display(io.StringIO()), NullSink(), lambda spec, left, *rest: given.extend(left))
+    return 0 in [trial.index for trial in given]
 
 
 def test_a_number_of_the_summary_is_a_metric_too(sweep_of):
@@ -151,7 +309,7 @@ def test_how_many_at_a_time_and_on_how_many_workers_does_not_make_another_sweep(
 
 def test_trials_in_turn_cannot_stop_each_other(sweep_of):
     with pytest.raises(UserError, match="--engine ray"):
-        locally(sweep_of(scheduler={"name": "asha"}))
+        locally(sweep_of(base={**BASE, "train": {"epochs": 3}}, scheduler={"name": "asha"}))
 
 
 def by_ray(spec: SweepSpec, folder: Path) -> tuple[subprocess.Popen[bytes], Path]:
@@ -188,14 +346,29 @@ def status_of(run: Run) -> str:
     return known.status if known else "none"
 
 
+def test_what_the_process_of_a_trial_says_reaches_the_terminal_and_the_result(sweep_of):
+    spec = sweep_of()
+    stream = io.StringIO()
+    tally = Tally(spec, Display(stream), 0)
+    overseer = _Overseer(spec.trials(), {0, 1, 2}, tally)
+    place = SimpleNamespace(config={"index": 1})
+    overseer.on_trial_result(0, (), place, {"note": "waiting: s-0001 needs 2 GPU"})
+    overseer.on_trial_result(0, (), place, {"error": "workers.gpus is 1 and torch sees no GPU here"})
+    overseer.on_trial_complete(0, (), place)
+    overseer.settle_all()
+    assert "waiting: s-0001 needs 2 GPU\n" in stream.getvalue()
+    assert "[s-0001] failed: workers.gpus is 1 and torch sees no GPU here\n" in stream.getvalue()
+    assert tally.outcome(spec.trials()[1]).error == "workers.gpus is 1 and torch sees no GPU here"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_sweep_goes_on_after_its_driver_was_killed_and_ends_in_the_same_bits(sweep_of, running):
-    space = {"train.epochs": {"grid": [1, 30, 2]}}
+    space = {"train.epochs": {"grid": [1, 25]}, "train.optimizer.lr": {"grid": [0.1, 0.05]}}
     whole, killed = sweep_of("whole", space=space), sweep_of("killed", space=space, concurrent=2)
     locally(whole)
     process, log = running(killed)
-    first, second, *_ = trials_of(killed)
+    first, _, second, _ = trials_of(killed)
     deadline = time.monotonic() + 200
     while not (status_of(first) == "finished" and status_of(second) == "running" and second.checkpoints.commits()):
         assert process.poll() is None, log.read_text()
@@ -204,7 +377,7 @@ def test_a_sweep_goes_on_after_its_driver_was_killed_and_ends_in_the_same_bits(s
     process.kill()
     process.wait()
     before = first.manifest()
-    assert "finished" not in [status_of(run) for run in trials_of(killed)[1:]], "killed too late"
+    assert "finished" not in [status_of(run) for run in trials_of(killed)[2:]], "killed too late"
     process, log = running(killed)
     assert process.wait(300) == 0, log.read_text()
     assert first.manifest() == before
@@ -216,8 +389,6 @@ def test_a_sweep_goes_on_after_its_driver_was_killed_and_ends_in_the_same_bits(s
 @pytest.mark.parametrize(("stopped", "status"), [({0}, "stopped"), (set(), "failed")])
 def test_what_the_scheduler_stopped_has_not_failed_whatever_its_process_wrote(stopped, status, sweep_of):
     """Tune takes the gang of a stopped trial away, and its process may live to record that as a failure."""
-    from poise.engine.trials import _Overseer
-
     spec = sweep_of(space={"train.optimizer.lr": {"grid": [0.1]}})
     (trial,), (run,) = spec.trials(), trials_of(spec)
     with pytest.raises(PoiseError, match="its controller is gone"), claim(run, trial.spec):
@@ -231,25 +402,83 @@ def test_what_the_scheduler_stopped_has_not_failed_whatever_its_process_wrote(st
     assert ("stopped early" in [event["event"] for event in run.events()]) == bool(stopped)
 
 
+@pytest.fixture(scope="module")
+def private_cluster():
+    """A Ray cluster of this process, with as many CPUs as two workers take."""
+    from poise.engine.gang import cluster
+
+    spec = SweepSpec.model_validate(SweepSpec.expand({**SWEEP, "space": RATES, "workers": {"count": 2}})[0])
+    with cluster(None, [spec.base]) as private:
+        yield private
+
+
+def by_tune_here(spec: SweepSpec) -> tuple[dict[str, Any], str]:
+    """The summary of a sweep by Tune on the cluster of this process, and what was printed."""
+    from poise.engine.trials import by_tune
+
+    stream = io.StringIO()
+    run_sweep(spec, Display(stream), NullSink(), by_tune)
+    return summary(open_run(spec.store, spec.name)), stream.getvalue()
+
+
+def asha(lr: Any, epochs: int, **changes: Any) -> dict[str, Any]:
+    """A sweep over learning rates whose trials have to pass a rung after three epochs."""
+    base = {**BASE, "train": {"epochs": epochs, "optimizer": {"name": "sgd"}, **changes}}
+    scheduler = {"name": "asha", "grace": {"epochs": 3}, "reduction": 2}
+    return {"space": {"train.optimizer.lr": {"grid": lr}}, "base": base, "scheduler": scheduler}
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_asha_stops_a_bad_trial_and_the_best_survives(sweep_of, running):
-    """One at a time, so that what the scheduler compares does not hang on the machine: the second is hopeless."""
-    spec = sweep_of(
-        space={"train.optimizer.lr": {"grid": [0.1, 1e-6]}},
-        base={**BASE, "train": {"epochs": 12, "optimizer": {"name": "sgd"}}},
-        scheduler={"name": "asha", "grace": {"epochs": 3}, "reduction": 2},
-        workers={"count": 2},
-    )
-    process, log = running(spec)
-    assert process.wait(400) == 0, log.read_text()
+@pytest.mark.timeout(300)
+def test_asha_stops_a_bad_trial_of_two_workers_and_the_best_survives(sweep_of, private_cluster):
+    """One at a time, so that what the scheduler compares does not hang on the machine: the second is hopeless.
+
+    It is evaluated at the rung for the first time and stopped there, before it has committed what it reported. The
+    next one would need the CPUs that it has held.
+    """
+    import ray
+
+    spec = sweep_of(workers={"count": 2}, **asha([0.1, 1e-6], 12, evaluate_every={"epochs": 3}))
+    kept, output = by_tune_here(spec)
     good, bad = trials_of(spec)
-    kept = summary(open_run(spec.store, spec.name))
-    assert [trial["status"] for trial in kept["trials"]] == ["finished", "stopped"], log.read_text()
+    assert [trial["status"] for trial in kept["trials"]] == ["finished", "stopped"], output
     assert kept["best"] == good.name
     assert good.manifest().final_step == 120
-    assert 20 <= bad.manifest().final_step < 120  # stopped on the report of epoch 3, before its commit
+    assert (bad.manifest().final_step or 0) < 120
+    assert (kept["trials"][1]["step"], kept["trials"][1]["metric"] < kept["trials"][0]["metric"]) == (30, True)
     assert "stopped early" in [event["event"] for event in bad.events()]
     assert bad.summary().status == "stopped"
+    assert "[s-0000] starting 2 workers" in output, "the notes of trials are shown"
     with bad.lease():
         pass
+    deadline = time.monotonic() + 20
+    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
+        assert time.monotonic() < deadline, "a trial that was stopped still holds CPUs"
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_asha_stops_a_trial_of_one_worker_that_stands_still(sweep_of, private_cluster):
+    """Every evaluation of the second finds the same, in a few hundredths of a second: it is reported all the same."""
+    spec = sweep_of(**asha([0.1, 1e-9], 12))
+    kept, output = by_tune_here(spec)
+    _, still = trials_of(spec)
+    assert [trial["status"] for trial in kept["trials"]] == ["finished", "stopped"], output
+    points = history(spec, still, reported=True)
+    assert len({point.value for point in points}) == 1, "it does not stand still"
+    assert [point.step for point in points] == [10, 20, 30]
+    assert kept["trials"][1]["metric"] == points[0].value
+
+
+@pytest.mark.slow
+def test_more_than_a_cluster_has_is_refused_or_waited_for_with_a_word(sweep_of, private_cluster):
+    from poise.engine.gang import check_resources
+
+    wide = sweep_of(workers={"count": 2, "gpus": 1}).base
+    with pytest.raises(UserError, match="s needs 2 GPU, and there are 0 on this machine"):
+        check_resources(wide, Display(io.StringIO()), private=True)
+    stream = io.StringIO()
+    check_resources(wide, Display(stream), private=False)
+    assert stream.getvalue().startswith("waiting: s needs 2 GPU, and there are 0 on the cluster")
+    check_resources(sweep_of(workers={"count": 2}).base, Display(stream), private=True)

@@ -126,8 +126,9 @@ def test_self_play_comes_nearer_to_its_equilibrium(method, oracle, goal, folder,
     assert summary["final"]["exploitability"] < summary["start"]["exploitability"]
 
 
-def test_what_is_left_agrees_with_itself(folder, tmp_path):
+def test_what_is_left_agrees_with_itself(folder, tmp_path, assert_measured):
     run = play(spec_of(folder, tmp_path))
+    assert_measured(spec_of(folder, tmp_path), run)
     summary, table = (json.loads(run.read(f"artifacts/{name}.json")) for name in ("summary", "selfplay"))
     for when in ("start", "final"):
         policies = np.array([question[when]["policy"] for question in table["questions"]])

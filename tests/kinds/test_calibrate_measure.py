@@ -176,6 +176,14 @@ def test_the_summary_is_what_the_rows_say(knows):
     assert {row["name"]: row["value"] for row in told}["sem2/ece"] == knows.value("sem2/ece")
 
 
+def test_it_measures_what_it_says(knows, folder, assert_measured):
+    assert_measured(spec_of(folder), knows.run)
+    cold = spec_of(folder, decoding={"max_tokens": 4, "temperature": 0.5})  # the exact confidence is not known there
+    assert set(spec_of(folder).metrics()) - set(cold.metrics()) == {
+        name for name in spec_of(folder).metrics() if "true/" in name
+    }
+
+
 def test_a_row_is_what_its_counts_say(knows):
     for row in knows.rows:
         assert sum(row["counts"]) == row["n"] == 20

@@ -220,6 +220,10 @@ def test_the_model_that_is_left_is_the_one_that_was_measured(base):
     assert last == pytest.approx(summary["measured"], rel=1e-6)
 
 
+def test_it_measures_what_it_says(base, store, assert_measured):
+    assert_measured(spec_of("base", store), base)
+
+
 def test_a_world_knows_the_floor(base):
     summary = summary_of(base)
     measured = summary["measured"]

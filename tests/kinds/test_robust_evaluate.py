@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from rich.console import Console
 from safetensors.torch import load, save, save_file
 from torch import nn
@@ -184,6 +185,11 @@ def test_every_attack_keeps_to_what_was_estimated(every):
         assert (stage["gradients"] == 0) == (stage["name"] == "square-linf")
     assert stages[4]["attack"] == "APGD, eps 1/20, loss targeted, steps 8, restarts 2, targets 2"
     assert stages[7]["attack"] == "MSD, linf eps 1/20 and l1 eps 2, steps 5, restarts 2"
+
+
+def test_it_measures_what_it_says(store, every, assert_measured):
+    tree = yaml.safe_load(every.read("spec.yaml"))
+    assert_measured(RobustEvaluateSpec.model_validate(tree), every)
 
 
 def test_a_union_of_balls_is_tried_on_what_stands_under_each(every):
@@ -360,6 +366,7 @@ def test_a_run_without_an_average_has_no_averaged_weights(store):
 
 FUNCTIONS = """\
 import torch
+import yaml
 from torch import nn
 
 def linear():

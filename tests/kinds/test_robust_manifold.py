@@ -6,12 +6,14 @@ import io
 import json
 import math
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from rich.console import Console
 
 from poise import kinds
@@ -21,6 +23,7 @@ from poise.errors import UserError
 from poise.kinds import KINDS
 from poise.kinds.robust_step import RobustStep
 from poise.kinds.robust_vae import held_out, open_vae
+from poise.kinds.specs.manifold import RobustVaeSpec
 from poise.kinds.trained import open_trained
 from poise.models.spec import VaeSpec, num_vae_parameters
 from poise.models.vae import ConditionalVae, build_vae
@@ -147,6 +150,11 @@ def test_the_elbo_of_the_summary_is_that_of_the_best_weights_and_training_has_ra
     assert told["measured"]["elbo"] > without_codes + 1
     assert told["measured"]["error"] < 0.9 * (x - means[y]).square().mean()
     assert told["parameters"] == num_vae_parameters(VaeSpec(latent=6, width=64), (1, 8, 8), 10)
+
+
+def test_an_autoencoder_measures_what_it_says(store: str, assert_measured: Callable[..., None]) -> None:
+    run = open_run(store, "vae")
+    assert_measured(RobustVaeSpec.model_validate(yaml.safe_load(run.read("spec.yaml"))), run)
 
 
 def test_the_numbers_are_those_of_the_matrix_of_verdicts(finished: Run) -> None:

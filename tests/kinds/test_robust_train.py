@@ -9,10 +9,14 @@ import re
 import pyarrow.parquet as pq
 import pytest
 import torch
+from pydantic import ValidationError
 
 from poise import kinds
+from poise.kinds.robust_watch import attacked
 from poise.kinds.specs.robust import RobustTrainSpec
+from poise.kinds.trained import open_trained
 from poise.observe.rows import read_rows
+from poise.spec import dump
 from poise.store.runs import Run, open_run
 from poise.train.context import Context
 
@@ -48,6 +52,41 @@ def test_the_summary_is_what_the_matrix_on_disk_says(finished):
         together = [all(row) for row in zip(*matrix.values(), strict=True)]
         assert told["robust/union"] == pytest.approx(sum(together) / 80)
         assert told["robust/union"] <= min(told["robust/linf"], told["robust/l1"]) <= told["clean"]
+
+
+def test_it_measures_what_it_says(finished, assert_measured):
+    assert_measured(spec_of(), finished)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"data": {"name": "digits", "batch_size": 100, "limit": 300, "validation": 0}}, {}]
+)
+def test_the_validation_split_is_measured_under_the_attacks_of_the_test_where_that_is_asked(
+    changes, tmp_path, assert_measured
+):
+    """On images of the training set, of equal size and under equal attacks, as an evaluation of its own finds it."""
+    evaluate = {"threats": {"linf": {"eps": 0.02, "steps": 2}}, "examples": 30, "validation": not changes}
+    options = {"averaging": {"name": "ema", "decay": 0.5}, "monitors": {"robust_gap": not changes}, **changes}
+    spec = spec_of(train={"epochs": 2, "optimizer": {"name": "sgd", "lr": 0.1}}, evaluate=evaluate, **options)
+    run = open_run(tmp_path, "small")
+    run.storage.create(run.key("spec.yaml"), dump(spec).encode())
+    kinds.run(spec, Context(run))
+    assert_measured(spec, run)
+    summary = json.loads(run.read("artifacts/summary.json"))
+    if changes:
+        assert summary["validation"] == {}
+        return
+    assert set(summary["validation"]) == {"best", "final", "averaged"}
+    assert summary["validation_examples"] == 30
+    for weights in ("best", "averaged"):
+        trained = open_trained(str(tmp_path), "small", torch.device("cpu"), weights)
+        found = attacked(spec, spec.evaluate.threats, trained.model, trained.data.validation, Context(run))
+        assert summary["validation"][weights] == found.summary()
+
+
+def test_validation_under_the_attacks_of_the_test_needs_a_validation_split():
+    with pytest.raises(ValidationError, match="needs a validation split"):
+        spec_of(data={"name": "digits", "validation": 0}, evaluate={"validation": True})
 
 
 def test_the_best_checkpoint_withstood_its_training_threats_best(finished):

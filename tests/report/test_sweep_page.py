@@ -9,6 +9,7 @@ import pytest
 from poise.report.page import render
 from poise.report.record import RunRecord
 from poise.report.sweep import SECTION
+from poise.stats import wilson
 
 
 def trial(index: int, eps: object, metric: float | None, status: str = "finished") -> dict[str, object]:
@@ -36,6 +37,29 @@ def test_trials_stand_best_first_with_values_as_written(record):
     assert "failed, broke" in grid.lines[2].note
     falling = replace(record, summary={**record.summary, "mode": "min"})
     assert next(iter(SECTION.grids([falling]))).lines[0].head == "s-0000"
+
+
+def test_shares_have_their_intervals_and_the_page_says_by_what_trials_are_judged(record):
+    judged = "robust/union on the validation split under the attacks of training"
+    trials = [one | {"examples": 40, "tested": 200} for one in record.summary["trials"]]
+    honest = replace(
+        record, summary={**record.summary, "trials": trials, "judged_by": judged, "judged_on": "validation"}
+    )
+    (grid,) = SECTION.grids([honest])
+    low, high = wilson(0.75, 40)
+    assert grid.lines[0].cells[2].below == f"{100 * low:.1f}\u2013{100 * high:.1f}"
+    low, high = wilson(0.5, 200)
+    assert grid.lines[0].cells[4].below == f"{100 * low:.1f}\u2013{100 * high:.1f}"
+    assert grid.lines[0].cells[2].top
+    assert f"judged by {judged}" in grid.caption
+    assert "the first of 3 is not corrected for the choice" in grid.caption
+
+
+def test_a_winner_that_the_test_has_chosen_is_not_marked_and_the_page_says_so(record):
+    (grid,) = SECTION.grids([replace(record, summary={**record.summary, "judged_on": "test"})])
+    assert [line.cells[2].top for line in grid.lines] == [False] * 3
+    assert "no images are left that had no part in the choice" in grid.caption
+    assert "chosen by the test" in grid.title
 
 
 def test_the_page_has_a_figure_of_what_was_varied(record):

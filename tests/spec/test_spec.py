@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from poise.kinds import KINDS
 from poise.spec import Real, SpecError, dump, json_schema, load
+from poise.spec.problems import dotted
 
 
 def test_a_fraction_is_exact_and_printed_as_written(valid, write):
@@ -66,6 +67,42 @@ train: {epochs: 1}
 """
     spec = load(write(text), KINDS)
     assert (spec.threats["l2"].eps, spec.threats["l2"].steps) == (1, 3)
+
+
+STAGES = {
+    "a": {"kind": "robust.train", "model": {}, "data": {}, "threats": {"linf": {"eps": 0.1}}, "train": {"epochs": 1}},
+    "b": {"kind": "robust.evaluate", "model": {"run": "${a}"}, "attacks": [
+        {"attack": "fgsm", "threat": {"norm": "linf", "eps": 0.1}}]},
+    "c": {"kind": "bounds.report", "runs": ["${a}"]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "path", "message"),
+    [
+        ({"b": {"model": {"run": "x${a}"}}}, "stages.b.model.run", "named by ${stage} alone"),
+        ({"b": {"model": {"run": "${a}x"}}}, "stages.b.model.run", "named by ${stage} alone"),
+        ({"b": {"model": {"run": "${c}"}}}, "stages.b.model.run", "${c} names no stage before this one"),
+        ({"b": {"model": {"run": "p-c"}}}, "stages.b.model.run", "p-c is the run of stage c, which comes later"),
+        ({"b": {"model": {"run": "p-b"}}}, "stages.b.model.run", "which comes later"),
+        ({"b": {"kind": "sweep", "metric": "clean", "mode": "max", "base": STAGES["b"], "space": {
+            "model.run": {"grid": ["${a}", "p-c"]}}, "model": None, "attacks": None}},
+         "stages.b.base.model.run", "p-c is the run of stage c, which comes later"),
+    ],
+)  # fmt: skip
+def test_what_a_stage_reads_is_checked_before_anything_runs(changes, path, message, write):
+    stages = {name: {**stage, **changes.get(name, {})} for name, stage in STAGES.items()}
+    stages = {name: {key: value for key, value in stage.items() if value is not None} for name, stage in stages.items()}
+    with pytest.raises(SpecError) as caught:
+        load(write(yaml.safe_dump({"kind": "pipeline", "name": "p", "stages": stages}, sort_keys=False)), KINDS)
+    told = [(dotted(problem.path), problem.message, problem.line > 0) for problem in caught.value.problems]
+    assert any(where == path and message in text and line for where, text, line in told), told
+
+
+def test_a_stage_reads_the_runs_of_stages_before_it(write):
+    text = yaml.safe_dump({"kind": "pipeline", "name": "p", "stages": STAGES}, sort_keys=False)
+    stages = load(write(text), KINDS).stages
+    assert [each.place for stage in stages.values() for each in stage.inputs() if each.kind == "run"] == ["p-a", "p-a"]
 
 
 def test_common_is_laid_under_each_stage(write, valid):

@@ -141,6 +141,90 @@ MISTAKES = [
 ]  # fmt: skip
 
 
+# (space, axis and place of the second spelling, what the message must contain)
+SPELLINGS = [
+    ("threats.linf.eps: {grid: [1/10, '0.1']}", ("threats.linf.eps", "grid", 1), "'0.1' means the same as '1/10'"),
+    ("threats.linf.eps: {grid: [0.2, 1e-1, 10/100, 0.1]}", ("threats.linf.eps", "grid", 2), "'10/100' means the same"),
+    ("threats.linf.eps: {grid: ['0.1', 0.1]}", ("threats.linf.eps", "grid", 1), "0.1 means the same as '0.1'"),
+    ("objective: {grid: [{name: avg}, {name: max}, {name: avg, mode: joint}]}", ("objective", "grid", 2), "one trial"),
+    ("train.optimizer: {grid: [{name: sgd, lr: 1/10}, {name: sgd, momentum: 0.90, lr: 0.1}]}",
+     ("train.optimizer", "grid", 1), "means the same"),
+    ("threats.linf.eps: {choice: [1/10, '0.1']}\nthreats.l2.eps: {uniform: [0.1, 1]}",
+     ("threats.linf.eps", "choice", 1), "means the same"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("space", "place", "message"), SPELLINGS)
+def test_two_spellings_of_one_value_are_one_trial_too_many(space, place, message, sweep):
+    changes = {"search": {"name": "random", "samples": 3}} if "choice" in space else {}
+    with pytest.raises(SpecError) as caught:
+        sweep(space, **changes)
+    first = caught.value.problems[0]
+    assert (first.path, message in first.message) == (("space", *place), True), str(caught.value)
+    assert first.line > 0
+
+
+def test_values_that_differ_little_are_two_trials(sweep):
+    assert len(sweep("threats.linf.eps: {grid: [0.1, 0.10000001, 1/11]}").trials()) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "path", "message"),
+    [
+        ({"metric": "robust/unoin"}, "metric", "measures no 'robust/unoin'; did you mean 'robust/union'?"),
+        ({"metric": "accuracy.bset.clean"}, "metric", "did you mean 'accuracy.best.clean'?"),
+        ({"metric": "robust/l1"}, "metric", "measures no 'robust/l1'"),
+        ({"metric": "validation.best.clean"}, "metric", "is measured only with `evaluate.validation: true` in base"),
+        ({"metric": "kind"}, "metric", "measures no 'kind'"),
+        (
+            {"scheduler": {"name": "asha"}, "metric": "accuracy.best.clean"},
+            "scheduler",
+            "known at their end only: judge",
+        ),
+        ({"scheduler": {"name": "asha"}, "metric": "loss"}, "scheduler", "or write `scheduler: {name: none}`"),
+        ({"scheduler": {"name": "asha", "grace": {"epochs": 2}}}, "scheduler.grace", "none is stopped"),
+    ],
+)
+def test_what_trials_cannot_be_judged_by_is_refused_before_any_runs(changes, path, message, sweep):
+    with pytest.raises(SpecError) as caught:
+        sweep("train.epochs: {grid: [1, 2]}", **changes)
+    (problem,) = caught.value.problems
+    assert (".".join(map(str, problem.path)), message in problem.message) == (path, True), str(caught.value)
+
+
+def test_a_metric_that_only_some_trials_measure_is_refused_with_the_values_of_the_first_that_does_not(sweep):
+    axis = "threats: {grid: [{linf: {eps: 0.1}}, {l2: {eps: 1}}]}"
+    with pytest.raises(SpecError, match=r"with threats = .*'l2'.* measures no 'robust/linf'"):
+        sweep(axis, metric="robust/linf")
+
+
+def test_a_scheduler_whose_trials_are_evaluated_once_is_refused(sweep):
+    base = yaml.safe_load(SWEEP)["base"]
+    base["train"] = {"epochs": 4, "evaluate_every": {"epochs": 4}}
+    with pytest.raises(SpecError, match="evaluated a second time"):
+        sweep("threats.linf.eps: {grid: [0.1, 0.2]}", base=base, scheduler={"name": "asha"})
+
+
+def test_a_kind_that_leaves_no_number_cannot_be_swept(write):
+    base = {"kind": "bounds.report", "runs": ["a"]}
+    tree = {"kind": "sweep", "name": "s", "metric": "examples", "mode": "max", "base": base}
+    with pytest.raises(SpecError, match=r"a bounds\.report leaves no number"):
+        load(write(yaml.safe_dump({**tree, "space": {"examples": {"grid": [2, 3]}}})), KINDS)
+
+
+@pytest.mark.parametrize(
+    ("space", "changes", "message"),
+    [
+        ("train.epochs: {grid: [1, 2]}", {}, "on the validation split under the attacks of training"),
+        ("threats.linf.eps: {grid: [0.1, 0.2]}", {}, "which differ from trial to trial: no common measure"),
+        ("train.epochs: {grid: [1, 2]}", {"metric": "accuracy.best.clean"}, "the best is chosen by the test"),
+        ("train.epochs: {grid: [1, 2]}", {"metric": "loss"}, "loss on the train split"),
+    ],
+)
+def test_by_what_trials_are_judged_is_said_with_the_cost(space, changes, message, sweep):
+    assert message in sweep(space, **changes).cost()[1]
+
+
 @pytest.mark.parametrize(("space", "path", "message"), MISTAKES)
 def test_a_mistake_is_told_at_the_value_that_makes_it(space, path, message, sweep):
     with pytest.raises(SpecError) as caught:
@@ -206,4 +290,5 @@ def test_a_sweep_is_a_stage_of_a_pipeline(write):
 def test_the_cost_names_trials_and_the_first(sweep):
     cost = sweep(concurrent=4).cost()
     assert cost[0] == "6 trials, 4 at a time"
-    assert cost[1].startswith("the first: gradients per batch of 64: 20 for attacks")
+    assert cost[1].startswith("judged by the best value of robust/union on the validation split under the attacks")
+    assert cost[2].startswith("the first: gradients per batch of 64: 20 for attacks")

@@ -7,10 +7,11 @@ engines that a worker asks for samples are started here, so that they outlive th
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
+from ray.util.placement_group import PlacementGroup
 
 from poise.observe.progress import Progress
 
@@ -19,11 +20,15 @@ __all__ = ["BoardState", "open_board"]
 
 @dataclass
 class BoardState:
-    """What is on the board: gangs started so far, the newest progress, the error that ends the run."""
+    """What is on the board: gangs started so far, the newest progress, every evaluation so far, the error that ends
+    the run."""
 
     attempts: int = 0
     progress: Progress | None = None
+    evaluations: list[Progress] = field(default_factory=list)
     error: Exception | None = None
+    group: PlacementGroup | None = None
+    """What the newest gang has set aside for itself."""
 
 
 class _Board:
@@ -31,14 +36,18 @@ class _Board:
         self.state = BoardState()
         self.engines: dict[int, Any] = {}
 
-    def begin(self, rank: int) -> tuple[int, bool]:
+    def begin(self, rank: int, group: PlacementGroup | None) -> tuple[int, bool]:
         """A worker starts: how many gangs came before its own, and whether the run has ended for good."""
         if rank == 0:
             self.state.attempts += 1
+            self.state.group = group
         return self.state.attempts - 1, self.state.error is not None
 
     def show(self, progress: Progress) -> None:
-        self.state.progress = progress
+        if progress.evaluation:
+            self.state.evaluations.append(progress)
+        else:
+            self.state.progress = progress
 
     def fail(self, error: Exception) -> None:
         self.state.error = self.state.error or error
@@ -53,8 +62,9 @@ class _Board:
     def forget_engines(self) -> None:
         self.engines.clear()
 
-    def read(self) -> BoardState:
-        return self.state
+    def read(self, seen: int = 0) -> BoardState:
+        """The state now, without the first `seen` evaluations."""
+        return replace(self.state, evaluations=self.state.evaluations[seen:])
 
 
 def open_board() -> Any:

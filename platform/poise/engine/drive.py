@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.util import find_spec
@@ -15,7 +15,7 @@ from poise.engine.auth import ensure_token
 from poise.engine.launched import check_launcher, for_processes
 from poise.engine.network import cluster_address, is_on_loopback_alone
 from poise.engine.session import claim, has_committed, is_finished, located
-from poise.engine.sweep import Execute, in_turn, run_sweep
+from poise.engine.sweep import Execute, in_turn, is_concluded, run_sweep
 from poise.env import launched_rank
 from poise.errors import UserError
 from poise.kinds.specs.pipeline import PipelineSpec
@@ -51,7 +51,7 @@ def drive(spec: RunSpec, engine: Engine, address: str | None, display: Display, 
         return
     for stage in left:
         _check_engine(engine, stage)
-    with _opened(engine, address, spec) as run_one:
+    with _opened(engine, address, left, display) as run_one:
         if isinstance(spec, PipelineSpec):
             with claim(located(spec), spec) if launched_rank()[0] == 0 else nullcontext():
                 for stage in left:
@@ -75,9 +75,9 @@ def _check_engine(engine: Engine, spec: RunSpec) -> None:
 
 
 def _was_finished(spec: RunSpec, display: Display) -> bool:
-    """Whether a run has ended well before; that nothing is run then is said."""
+    """Whether nothing is left of a run; that nothing is run then is said."""
     run = located(spec)
-    finished = is_finished(run, spec)
+    finished = is_concluded(run, spec) if isinstance(spec, SweepSpec) else is_finished(run, spec)
     if finished or has_committed(spec):
         check_inputs(run, spec)
     if not finished:
@@ -90,20 +90,24 @@ def _was_finished(spec: RunSpec, display: Display) -> bool:
 
 
 @contextmanager
-def _opened(engine: Engine, address: str | None, spec: RunSpec) -> Iterator[_RunOne]:
+def _opened(engine: Engine, address: str | None, left: Sequence[RunSpec], display: Display) -> Iterator[_RunOne]:
+    bases = [stage.base if isinstance(stage, SweepSpec) else stage for stage in left]
     if engine == "local":
-        from poise.engine.local import run_local
+        from poise.engine.local import check_device, run_local
 
+        for base in bases:
+            check_device(base)
         yield _runner(run_local, in_turn)
         return
     if find_spec("ray") is None:
         raise UserError("ray is not installed here; use --engine local, or install poise with its dependencies")
     _prepare(address)
-    from poise.engine.gang import cluster, run_gang
+    from poise.engine.gang import check_resources, cluster, run_gang
     from poise.engine.trials import by_tune
 
-    bases = [stage.base if isinstance(stage, SweepSpec) else stage for stage in stages_of(spec)]
     with cluster(address, bases) as private:
+        for base in bases:
+            check_resources(base, display, private=private)
         yield _runner(partial(run_gang, private=private), by_tune)
 
 

@@ -11,7 +11,7 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ import ray
 from ray.exceptions import AuthenticationError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+from ray.util.placement_group import PlacementGroup
 
 from poise import env
 from poise.engine.auth import MISSING, private_folder, refuses_token
@@ -33,8 +34,10 @@ from poise.observe.progress import Display
 from poise.observe.sinks import Sink, series_of
 from poise.spec import RunSpec, SamplerSpec, WorkersSpec
 
-__all__ = ["cluster", "run_gang"]
+__all__ = ["check_resources", "cluster", "run_gang"]
 
+
+OnGroup = Callable[[PlacementGroup], None]
 _HOST_AND_PORT = re.compile(r"[^/\s]+:\d+")
 
 
@@ -82,15 +85,23 @@ def _check_address(address: str) -> None:
         raise UserError(f"the Ray cluster at {address} refuses this command: {MISSING}")
 
 
-def run_gang(spec: RunSpec, display: Display, sink: Sink, *, private: bool = False) -> None:
+def run_gang(
+    spec: RunSpec,
+    display: Display,
+    sink: Sink,
+    *,
+    private: bool = False,
+    on_group: OnGroup | None = None,
+) -> None:
     """Run `spec` on a gang of workers, from where it stopped. A finished run is left as it is.
 
-    `private`: the cluster ends with this process.
+    `private`: the cluster ends with this process. `on_group` is told what each gang has set aside for itself, before
+    anything is shown of it: whoever ends this process otherwise has to give that back.
     """
     run = located(spec)
     if is_finished(run, spec):
         return
-    _check_resources(spec, display)
+    check_resources(spec, display, private=private)
     with (
         series_of(sink, spec.name),
         claim(run, spec) as lease,
@@ -99,7 +110,7 @@ def run_gang(spec: RunSpec, display: Display, sink: Sink, *, private: bool = Fal
         display.note(f"[{spec.name}] starting {spec.workers.count} workers")
         board = open_board()
         errand = Errand(spec.kind, spec.model_dump_json(), absolute_store(spec), lease.token, os.getcwd(), board)
-        with _watched(board, spec, display, sink):
+        with _watched(board, spec, display, sink, on_group or _nobody):
             _fit(_trainer(spec, errand, scratch, private), board)
 
 
@@ -165,31 +176,63 @@ def _cause(error: TrainingFailedError) -> tuple[int, BaseException]:
     return rank, getattr(failure, "cause", None) or failure
 
 
-def _needs(spec: RunSpec) -> dict[str, int]:
-    """CPUs and GPUs of the workers and, for a kind that has them, of the sampler's engines."""
+def _groups(spec: RunSpec) -> list[tuple[int, WorkersSpec | SamplerSpec]]:
+    """How many processes there are of each kind: workers and, for a kind that has them, engines of the sampler."""
     workers, sampler = spec.workers, getattr(spec, "sampler", None)
     groups: list[tuple[int, WorkersSpec | SamplerSpec]] = [(workers.count, workers)]
     if isinstance(sampler, SamplerSpec):
         groups.append((sampler.engines, sampler))
+    return groups
+
+
+def _needs(spec: RunSpec) -> dict[str, int]:
+    """CPUs and GPUs of all processes of a run."""
+    groups = _groups(spec)
     return {
         "CPU": sum(count * each.cpus for count, each in groups),
         "GPU": sum(count * each.gpus for count, each in groups),
     }
 
 
-def _check_resources(spec: RunSpec, display: Display) -> None:
-    """Say so when the cluster as it is now cannot hold the gang: Ray would wait without a word."""
-    present = ray.cluster_resources()
+def check_resources(spec: RunSpec, display: Display, *, private: bool) -> None:
+    """Say so when the cluster as it is now cannot hold the run: Ray would wait without a word.
+
+    A `private` cluster is this machine, to which nothing is added: UserError there.
+    """
+    for lack in _lacking(spec):
+        if private:
+            raise UserError(
+                f"{spec.name} {lack} on this machine: ask for fewer (workers, sampler), or join a larger cluster with "
+                "--address"
+            )
+        display.note(f"waiting: {spec.name} {lack} on the cluster; it goes on when machines are added")
+
+
+def _lacking(spec: RunSpec) -> Iterator[str]:
+    """What the cluster as it is now has too little of for a run, free or not: in all, or on one machine."""
+    present, largest = ray.cluster_resources(), _largest_machine()
     for name, amount in _needs(spec).items():
+        one = max(getattr(group, f"{name.lower()}s") for _, group in _groups(spec))
         if present.get(name, 0) < amount:
-            display.note(f"waiting: {spec.name} needs {amount} {name}, the cluster has {present.get(name, 0):g}")
+            yield f"needs {amount} {name}, and there are {present.get(name, 0):g}"
+        elif largest.get(name, 0) < one:
+            yield f"needs {one} {name} for one process, and no machine has more than {largest[name]:g}"
+
+
+def _largest_machine() -> dict[str, float]:
+    """The most that one machine has of each resource."""
+    largest: dict[str, float] = {}
+    for node in ray.nodes():
+        for name, amount in node["Resources"].items() if node["Alive"] else ():
+            largest[name] = max(amount, largest.get(name, 0))
+    return largest
 
 
 @contextmanager
-def _watched(board: Any, spec: RunSpec, display: Display, sink: Sink) -> Iterator[None]:
+def _watched(board: Any, spec: RunSpec, display: Display, sink: Sink, on_group: OnGroup) -> Iterator[None]:
     """Show what is on the board until the block ends."""
     over = threading.Event()
-    thread = threading.Thread(target=_watch, args=(board, spec, display, sink, over), daemon=True)
+    thread = threading.Thread(target=_watch, args=(board, spec, display, sink, on_group, over), daemon=True)
     thread.start()
     try:
         yield
@@ -198,11 +241,22 @@ def _watched(board: Any, spec: RunSpec, display: Display, sink: Sink) -> Iterato
         thread.join()
 
 
-def _watch(board: Any, spec: RunSpec, display: Display, sink: Sink, over: threading.Event) -> None:
-    attempts, shown = 1, None
+def _nobody(group: PlacementGroup) -> None:
+    """Nobody has to be told: this process gives back what its gangs have set aside."""
+
+
+def _watch(board: Any, spec: RunSpec, display: Display, sink: Sink, on_group: OnGroup, over: threading.Event) -> None:
+    attempts, shown, seen = 1, None, 0
+    group: PlacementGroup | None = None
     while True:
         ending = over.wait(0.5)
-        state: BoardState = ray.get(board.read.remote())
+        state: BoardState = ray.get(board.read.remote(seen))
+        if state.group is not None and state.group != group:
+            group = state.group
+            on_group(group)
+        seen += len(state.evaluations)
+        for evaluation in state.evaluations:
+            display.show(evaluation)
         if state.attempts > attempts:
             display.note(f"[{spec.name}] a worker died; attempt {state.attempts} goes on from the last commit")
             sink.inc("poise_restarts_total", state.attempts - attempts, run=spec.name)

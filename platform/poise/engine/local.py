@@ -23,7 +23,7 @@ from poise.observe.sinks import Sink, series_of
 from poise.spec import RunSpec, SamplerSpec
 from poise.train.context import Context
 
-__all__ = ["run_local"]
+__all__ = ["check_device", "run_local"]
 
 
 def run_local(spec: RunSpec, display: Display, sink: Sink) -> None:
@@ -71,9 +71,10 @@ def _sampler(device: torch.device, spec: SamplerSpec, folder: Path) -> Iterator[
     yield TransformersSampler(folder, device)
 
 
-def _device(spec: RunSpec) -> torch.device:
+def check_device(spec: RunSpec) -> None:
+    """UserError when this process has no device such as the workers of `spec` want."""
     if spec.workers.gpus == 0:
-        return torch.device("cpu")
+        return
     if not torch.cuda.is_available():
         raise UserError("workers.gpus is 1 and torch sees no GPU here; use --set workers.gpus=0")
     place, present = launched_rank()[2], torch.cuda.device_count()
@@ -82,6 +83,12 @@ def _device(spec: RunSpec) -> torch.device:
             f"process {place} of this machine has no GPU of its own, there are {present}: start as many processes "
             "with torchrun, or use --set workers.gpus=0"
         )
-    device = torch.device("cuda", place)
+
+
+def _device(spec: RunSpec) -> torch.device:
+    check_device(spec)
+    if spec.workers.gpus == 0:
+        return torch.device("cpu")
+    device = torch.device("cuda", launched_rank()[2])
     torch.cuda.set_device(device)
     return device

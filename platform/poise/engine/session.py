@@ -40,7 +40,8 @@ def is_finished(run: Run, spec: RunSpec) -> bool:
 def identity(spec: RunSpec) -> str:
     """What makes two specs the same experiment: everything but where its runs are kept and how many workers do it.
 
-    The same goes for the specs inside: the stages of a pipeline, the base of a sweep.
+    The same goes for the specs inside: the stages of a pipeline, the base of a sweep. By what the trials of a sweep are
+    judged, and how many are drawn, may change under its name: its trials are runs of their own, and stay.
     """
     return hashlib.sha256(json.dumps(_without_place(spec.model_dump(mode="json"))).encode()).hexdigest()
 
@@ -48,7 +49,10 @@ def identity(spec: RunSpec) -> str:
 def _without_place(tree: Any) -> Any:
     if not isinstance(tree, dict):
         return tree
-    left_out = ("store", "workers", "concurrent") if "kind" in tree else ()
+    left_out: tuple[str, ...] = ("store", "workers") if "kind" in tree else ()
+    if tree.get("kind") == "sweep":
+        left_out += ("concurrent", "metric", "mode", "scheduler")
+        tree = {**tree, "search": {**tree["search"], "samples": None}}
     return {key: _without_place(value) for key, value in tree.items() if key not in left_out}
 
 

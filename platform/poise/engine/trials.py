@@ -6,6 +6,7 @@ Tune remembers is thrown away: when a sweep goes on, its scheduler is told again
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
@@ -16,10 +17,11 @@ from typing import Any
 
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from poise import kinds
 from poise.engine.session import absolute_store, located
-from poise.engine.sweep import Tally, history
+from poise.engine.sweep import STOPPED_EARLY, Point, Tally, history, judgement, keep_reports
 from poise.errors import PoiseError, RunBusyError
 from poise.kinds.specs.sweep import AshaSpec, SweepSpec, Trial
 from poise.observe.events import event
@@ -33,6 +35,7 @@ __all__ = ["by_tune"]
 _SHOWN_EVERY_S = 1.0
 _FREE_WITHIN_S = 60.0
 _NO_END = 10**9
+_DIED = "its process died"
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class _Errand:
     spec_json: str
     store: str
     folder: str
+    left: bool
+    """Whether it is to be run; one that has ended tells its metric alone."""
 
 
 def by_tune(spec: SweepSpec, left: Sequence[Trial], tally: Tally, sink: Sink) -> None:
@@ -54,13 +59,14 @@ def by_tune(spec: SweepSpec, left: Sequence[Trial], tally: Tally, sink: Sink) ->
     told = spec.trials() if isinstance(spec.scheduler, AshaSpec) and left else left
     if not told:
         return
-    errands = [_errand(spec, trial) for trial in told]
+    numbers = {trial.index for trial in left}
+    errands = [_errand(spec, trial, left=trial.index in numbers) for trial in told]
 
     def trial(config: dict[str, int]) -> None:
         _run(errands[config["index"]])
 
     with tempfile.TemporaryDirectory(prefix="poise-tune-") as scratch:
-        overseer = _Overseer(told, {trial.index for trial in left}, tally)
+        overseer = _Overseer(told, numbers, tally)
         tune.Tuner(
             tune.with_resources(trial, _resources(spec.base)),
             param_space={"index": tune.grid_search(list(range(len(errands))))},
@@ -78,9 +84,9 @@ def by_tune(spec: SweepSpec, left: Sequence[Trial], tally: Tally, sink: Sink) ->
         overseer.settle_all()
 
 
-def _errand(spec: SweepSpec, trial: Trial) -> _Errand:
+def _errand(spec: SweepSpec, trial: Trial, *, left: bool) -> _Errand:
     store = absolute_store(trial.spec)
-    return _Errand(spec.model_dump_json(), trial.spec.kind, trial.spec.model_dump_json(), store, os.getcwd())
+    return _Errand(spec.model_dump_json(), trial.spec.kind, trial.spec.model_dump_json(), store, os.getcwd(), left)
 
 
 def _alone(spec: RunSpec) -> bool:
@@ -135,17 +141,40 @@ class _Overseer(tune.Callback):  # type: ignore[misc]
         self.told, self.left, self.tally = told, left, tally
         self.stopped: set[int] = set()  # by the scheduler
         self.unsettled: dict[int, Trial] = {}
+        self.reports: dict[int, list[Point]] = {}
+        self.groups: dict[int, PlacementGroup] = {}
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **_: Any) -> None:
+        mine = self.told[trial.config["index"]]
         if "progress" in result:
             self.tally.display.show(Progress(**result["progress"]))
+        if "metric" in result:
+            point = Point(result["steps"], result["epochs"], result["metric"])
+            self.reports.setdefault(mine.index, []).append(point)
+        if "note" in result:
+            self.tally.display.note(result["note"])
+        if "group" in result:
+            self.groups[mine.index] = result["group"]
+        if "error" in result:
+            self.tally.errors[mine.spec.name] = result["error"]
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
         mine = self.told[trial.config["index"]]
+        self._give_back(trial)
         if mine.index in self.left:
             self.unsettled[mine.index] = mine
 
     on_trial_error = on_trial_complete  # how it ended is in its record, or known to the scheduler
+
+    def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+        self._give_back(trial)
+
+    def _give_back(self, trial: Any) -> None:
+        """What the gang of a trial has set aside: Tune takes the process that would do so away, and Ray then keeps it
+        until the driver ends. The next trial would wait for it for ever."""
+        group = self.groups.pop(self.told[trial.config["index"]].index, None)
+        if group is not None:
+            remove_placement_group(group)
 
     def on_step_end(self, iteration: int, trials: Any, **_: Any) -> None:
         for trial in list(self.unsettled.values()):
@@ -164,15 +193,19 @@ class _Overseer(tune.Callback):  # type: ignore[misc]
         if Lease.is_held(run.storage, run.name):
             return
         known, stopped = run.manifest(), trial.index in self.stopped
-        if known is not None and (known.status == "running" or (stopped and known.status == "failed")):
+        if known is not None and (known.status == "running" or (stopped and known.status in ("failed", "stopped"))):
             try:
                 with run.lease():
                     commits = run.checkpoints.commits()
-                    run.append_events([event("stopped early" if stopped else "failed")])
+                    if stopped:
+                        keep_reports(run, self.tally.spec, self.reports.get(trial.index, ()))
+                        run.append_events([event(STOPPED_EARLY, judgement=judgement(self.tally.spec))])
+                    else:
+                        run.append_events([event("failed", why=_DIED)])
                     run.finish(
                         "stopped" if stopped else "failed",
                         final_step=commits[-1].step if commits else None,
-                        error=None if stopped else "its process died",
+                        error=None if stopped else _DIED,
                     )
             except RunBusyError:
                 return
@@ -183,7 +216,8 @@ class _Overseer(tune.Callback):  # type: ignore[misc]
 def _run(errand: _Errand) -> None:
     """In the process of a trial: tell Tune what is committed, then run what is left.
 
-    A PoiseError is in the record of the run by now; Tune is told of other errors alone, which a new attempt may mend.
+    A PoiseError is told to the driver, since the run may have no record of it. Tune is told of other errors alone: a
+    new attempt may mend them.
     """
     sweep = SweepSpec.model_validate_json(errand.sweep_json)
     spec = kinds.KINDS[errand.kind].model_validate_json(errand.spec_json)
@@ -193,21 +227,18 @@ def _run(errand: _Errand) -> None:
         spec = spec.model_copy(update={"store": errand.store})
     run, reporter = located(spec), _Reporter(sweep)
     if reporter.compares:
-        for point in history(sweep, run):
-            reporter.tell(point.step, point.epoch, point.value)
-    _wait_until_free(spec)
-    known = run.manifest()
-    if known is not None and known.status in ("finished", "stopped"):
+        for point in history(sweep, run, reported=not errand.left):
+            reporter.tell(point)
+    if not errand.left:
         return
+    _wait_until_free(spec)
     try:
         _start(spec, reporter)
-    except RunBusyError:
-        raise
-    except PoiseError:
-        return
+    except PoiseError as error:
+        tune.report({"error": str(error)})
 
 
-def _start(spec: RunSpec, reporter: Display) -> None:
+def _start(spec: RunSpec, reporter: _Reporter) -> None:
     from poise.engine.metrics import RaySink
 
     if _alone(spec):
@@ -217,7 +248,7 @@ def _start(spec: RunSpec, reporter: Display) -> None:
     else:
         from poise.engine.gang import run_gang
 
-        run_gang(spec, reporter, RaySink())
+        run_gang(spec, reporter, RaySink(), on_group=reporter.hold)
 
 
 def _wait_until_free(spec: RunSpec) -> None:
@@ -228,24 +259,32 @@ def _wait_until_free(spec: RunSpec) -> None:
 
 
 class _Reporter(Display):
-    """A display whose viewer is Tune: it passes on every new value of the metric, and once a second what is new."""
+    """A display whose viewer is Tune: it passes on every evaluation, once a second what is new, and every note.
+
+    An evaluation that repeats the value of the one before is passed on too: a trial that stands still falls behind.
+    """
 
     def __init__(self, spec: SweepSpec) -> None:
         super().__init__()
         self.compares = isinstance(spec.scheduler, AshaSpec)
         self.metric, self.told_at = spec.metric, 0.0
-        self.value: float | None = None
 
     def show(self, progress: Progress) -> None:
-        value = progress.metrics.get(self.metric, self.value)
-        if (self.compares and value != self.value) or time.monotonic() - self.told_at > _SHOWN_EVERY_S:
-            self.value, self.told_at = value, time.monotonic()
-            self.tell(progress.step, progress.epoch, value, progress=asdict(progress))
+        value = progress.evaluation.get(self.metric)
+        if self.compares and value is not None and math.isfinite(value):
+            self.tell(Point(progress.step, progress.epoch, value))
+        elif not progress.evaluation and time.monotonic() - self.told_at > _SHOWN_EVERY_S:
+            self.told_at = time.monotonic()
+            tune.report({"progress": asdict(progress)})
 
-    def tell(self, steps: int, epochs: float, value: float | None, **more: Any) -> None:
-        """One result for Tune. When it has stopped the trial, this does not return."""
-        metric = {} if value is None else {"metric": value}
-        tune.report({"steps": steps, "epochs": epochs, **metric, **more})
+    def tell(self, point: Point) -> None:
+        """An evaluation for the scheduler. When it stops the trial, this does not return."""
+        tune.report({"steps": point.step, "epochs": point.epoch, "metric": point.value})
+
+    def hold(self, group: PlacementGroup) -> None:
+        """What the gang of the trial has set aside: the driver gives it back if this process is taken away."""
+        tune.report({"group": group})
 
     def note(self, text: str) -> None:
-        """Nobody reads the notes of a trial."""
+        """A line for the terminal of the driver."""
+        tune.report({"note": text})

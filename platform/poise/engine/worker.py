@@ -9,6 +9,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from ray.util.placement_group import get_current_placement_group
 
 from poise import kinds
 from poise.engine.errand import Errand
@@ -32,7 +33,7 @@ def work(errand: Errand) -> None:
     restart mends a malformed data set or a loss that is not finite.
     """
     rank = ray.train.get_context().get_world_rank()
-    attempt, is_over = ray.get(errand.board.begin.remote(rank))
+    attempt, is_over = ray.get(errand.board.begin.remote(rank, get_current_placement_group()))
     if is_over:
         return
     if Path(errand.folder).is_dir():

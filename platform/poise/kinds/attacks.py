@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from poise.errors import UserError
-from poise.kinds.specs.evaluation import AutoAttackStage, BallSpec, MsdStage, Stage
+from poise.kinds.specs.evaluation import AutoAttackStage, BallSpec, MsdStage, Stage, threat_names
 from poise.robust.attacks import LOSSES, AttackResult, apgd, fab, msd, pgd, square
 from poise.robust.attacks.autoattack import stages as standard
 from poise.robust.evaluate import EvaluationAttack
@@ -49,13 +49,6 @@ def bound(
         return attack(model, x, y, threat, noise=noise, **options)
 
     return attacked
-
-
-def threat_names(stages: Sequence[Stage]) -> dict[BallSpec, str]:
-    """A column for each ball: its norm, with its radius where several balls share that."""
-    balls = list(dict.fromkeys(ball for stage in stages for ball in stage.balls))
-    norms = [ball.norm for ball in balls]
-    return {ball: ball.norm if norms.count(ball.norm) == 1 else f"{ball.norm} {ball.eps}" for ball in balls}
 
 
 def bind(stages: Sequence[Stage], num_classes: int) -> list[BoundStage]:

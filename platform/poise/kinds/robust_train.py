@@ -26,6 +26,7 @@ from poise.observe.progress import Progress
 from poise.observe.rows import Rows
 from poise.robust.averaging import assign, reestimate
 from poise.robust.evaluate import Evaluation
+from poise.robust.spec import Threats
 from poise.train.context import Context
 from poise.train.loop import Fitted, fit
 from poise.train.parallel import average_statistics, batch_statistics
@@ -84,11 +85,14 @@ def _measure(
     threats = spec.evaluate.threats or spec.threats
     evaluations: dict[int, Evaluation] = {}
     accuracy: dict[str, dict[str, float]] = {}
+    held_out: dict[str, dict[str, float]] = {}
     for label, step in {"final": fitted.final_step, "best": fitted.best_step}.items():
         if step not in evaluations and restore(model, step, context):
             evaluations[step] = attacked(spec, threats, model, data.test, context)
+            held_out[label] = _held_out(spec, threats, model, data, context)
         if step in evaluations:
             accuracy[label] = evaluations[step].summary()
+            held_out.setdefault(label, held_out.get("final", {}))
             context.together(partial(_keep_matrix, context, label, evaluations[step]))
     if not accuracy:
         raise DamagedError(
@@ -98,8 +102,19 @@ def _measure(
         _become(model, averaged, batches, context)
         evaluation = attacked(spec, threats, model, data.test, context)
         accuracy["averaged"] = evaluation.summary()
+        held_out["averaged"] = _held_out(spec, threats, model, data, context)
         context.together(partial(_keep_matrix, context, "averaged", evaluation))
-    context.together(partial(_keep_summary, spec, data, model, fitted, accuracy, context))
+    context.together(partial(_keep_summary, spec, data, model, fitted, accuracy, held_out, context))
+
+
+def _held_out(
+    spec: RobustTrainSpec, threats: Threats, model: nn.Module, data: Dataset, context: Context
+) -> dict[str, float]:
+    """Accuracies on the validation split under the attacks of the test, by which models can be chosen; {} unless asked.
+
+    What a sweep chooses by must not be the test: the accuracy of the winner there would be the best of many draws.
+    """
+    return attacked(spec, threats, model, data.validation, context).summary() if spec.evaluate.validation else {}
 
 
 def _become(model: nn.Module, averaged: TaskState, batches: Batches, context: Context) -> None:
@@ -125,6 +140,7 @@ def _keep_summary(
     model: nn.Module,
     fitted: Fitted,
     accuracy: dict[str, dict[str, float]],
+    held_out: dict[str, dict[str, float]],
     context: Context,
 ) -> None:
     selected = "best" if "best" in accuracy else "final"
@@ -140,6 +156,8 @@ def _keep_summary(
         "examples": len(data.test.choose(spec.evaluate.examples)),
         "attacks": described(spec.evaluate.threats or spec.threats),
         "accuracy": accuracy,
+        "validation": held_out if spec.evaluate.validation else {},
+        "validation_examples": len(data.validation.select(slice(spec.evaluate.examples))),
         "best_minus_final": _difference(accuracy),
         "stopped": None if fitted.stopped is None else {"step": fitted.stopped.step, "why": fitted.stopped.why},
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

@@ -41,7 +41,8 @@ class Progress:
 
     `phases` are seconds or shares (only their proportions are shown), `metrics` the latest values by row name, `eta_s`
     None while unknown, `attempt` counts restarts from 0, `unit` is what an example is called. With 0
-    `epochs` the steps are counts of `unit`.
+    `epochs` the steps are counts of `unit`. `evaluation` is what was measured on held-out examples at this very step:
+    it comes once for each evaluation, whether anything has changed or not.
     """
 
     run: str
@@ -56,6 +57,7 @@ class Progress:
     metrics: Mapping[str, float] = field(default_factory=dict)
     attempt: int = 0
     unit: str = "images"
+    evaluation: Mapping[str, float] = field(default_factory=dict)
 
 
 class Display:
@@ -90,7 +92,12 @@ class Display:
                 self._line(progress)
 
     def show(self, progress: Progress) -> None:
-        """Take the newest state of a run; costs microseconds, or one line of output when one is due."""
+        """Take the newest state of a run; costs microseconds, or one line of output when one is due.
+
+        A report of an evaluation is for those who compare runs: what is shown next has its metrics too.
+        """
+        if progress.evaluation:
+            return
         self._latest[progress.run] = progress
         if self._live is None and self._due(progress):
             self._line(progress)

@@ -45,20 +45,37 @@ def _grid(record: RunRecord, trials: Sequence[Trial]) -> Grid:
     measures = _measures(trials)
     ends = {status: sum(trial["status"] == status for trial in trials) for status in ("finished", "stopped", "failed")}
     counts = ", ".join(f"{count} {status}" for status, count in ends.items() if count)
+    on_test = record.summary.get("judged_on") == "test"
+    chosen = "; chosen by the test: too good" if on_test else ""
     return Grid(
-        title=f"{record.name}: {counts}; best first, shares in percent",
-        caption=f"Trials of {record.name} ({counts}), best first. {metric} is the best value that a trial reached, and "
-        "what trials are judged by; the columns of the test are of its selected checkpoint.",
+        title=f"{record.name}: {counts}; best first, shares in percent{chosen}",
+        caption=f"Trials of {record.name} ({counts}), best first, judged by {_judged_by(record, on_test)}. The columns "
+        "of the test are of the selected checkpoint of a trial. Intervals are Wilson's at 95 %, of one measurement: "
+        f"that of the first of {len(trials)} is not corrected for the choice.",
         heading="trial",
         columns=[
             Column(text)
             for text in [*map(_short, paths), metric.rpartition(".")[2], *(f"test {label(name)}" for name in measures)]
         ],
         lines=[
-            _line(trial, metric, measures, best=trial["run"] == record.summary.get("best"), shown=place < _IN_TERMINAL)
+            _line(
+                trial,
+                metric,
+                measures,
+                best=trial["run"] == record.summary.get("best") and not on_test,
+                shown=place < _IN_TERMINAL,
+            )
             for place, trial in enumerate(trials)
         ],
     )
+
+
+def _judged_by(record: RunRecord, on_test: bool) -> str:
+    """By what the order of the trials was decided, and what follows from that."""
+    words = str(record.summary.get("judged_by") or record.summary.get("metric"))
+    if not on_test:
+        return words
+    return f"{words}. None is marked as the best, since no images are left that had no part in the choice"
 
 
 def _measures(trials: Sequence[Trial]) -> list[str]:
@@ -73,12 +90,16 @@ def _line(trial: Trial, metric: str, measures: Sequence[str], *, best: bool, sho
     step = f"step {trial['step']:,}" if trial["step"] is not None else ""
     note = ", ".join(filter(None, [trial["status"], step, trial["error"] or ""]))
     values = [Cell(_text(value)) for value in trial["values"].values()]
-    tested = [_measure(name, trial["test"].get(name)) for name in measures]
-    return Line(trial["run"], note, [*values, _measure(metric, trial["metric"], top=best), *tested], shown)
+    tested = [_measure(name, trial["test"].get(name), trial.get("tested")) for name in measures]
+    judged = _measure(metric, trial["metric"], trial.get("examples"), top=best)
+    return Line(trial["run"], note, [*values, judged, *tested], shown)
 
 
-def _measure(name: str, value: float | None, *, top: bool = False) -> Cell:
-    return percent(math.nan if value is None else value, top=top) if _is_share(name) else number(value, top=top)
+def _measure(name: str, value: float | None, examples: int | None, *, top: bool = False) -> Cell:
+    """A share in percent with its interval over so many examples, anything else as a number."""
+    if not _is_share(name):
+        return number(value, top=top)
+    return percent(math.nan if value is None else value, examples or 0, top=top)
 
 
 def _is_share(name: str) -> bool:

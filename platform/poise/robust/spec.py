@@ -141,3 +141,6 @@ class EvaluateSpec(Section):
     batch_size: int = Field(
         default=256, ge=1, le=65_536, description="examples attacked at once; the result does not hang on it"
     )
+    validation: bool = Field(
+        default=False, description="at the end, measure the validation split under these attacks too: to choose by"
+    )

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from poise.secrets import is_secret_variable
 from poise.spec.base import Section, mistake
+from poise.spec.metrics import MetricSource
 from poise.spec.problems import Path
 from poise.spec.values import Name, Real
 
@@ -90,6 +91,10 @@ class RunSpec(Section):
     def cost(self) -> list[str]:
         """Lines that say what the run will cost, told before it starts and without building anything."""
         return []
+
+    def metrics(self) -> dict[str, MetricSource]:
+        """By name, or by a pattern such as `accuracy.*.clean`, every number that trials of a sweep can be judged by."""
+        return {}
 
     @field_validator("store")
     @classmethod

@@ -86,8 +86,10 @@ def _safe_name(value: str) -> str:
 
 
 def _known_run(value: str) -> str:
-    if value.startswith("${"):
+    if re.fullmatch(r"\$\{[^}]*\}", value):
         raise ValueError(f"{value} names no stage before this one")
+    if "${" in value:
+        raise ValueError("a run of another stage is named by ${stage} alone, with nothing before or behind it")
     return _safe_name(value)
 
 

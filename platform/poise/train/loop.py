@@ -202,7 +202,7 @@ class _Loop:
         metrics = self.task.evaluate()
         self.context.sink.observe("poise_evaluation_seconds", time.perf_counter() - started, run=self.context.run.name)
         self.rows.add(self.state.step, self._epoch(), "validation", metrics)
-        self.telemetry.measured(metrics, held_out=True)
+        self.telemetry.evaluated(self.state.step, metrics)
         value = metrics[self.task.monitor.removeprefix("-")] * (-1 if self.task.monitor.startswith("-") else 1)
         if self.state.best is not None and value <= self.state.best.value:
             return False

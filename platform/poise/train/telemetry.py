@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 
 from poise.observe.export import export
 from poise.observe.progress import Progress
@@ -57,6 +58,12 @@ class Telemetry:
         self._latest.update(shown)
         if self._context.leads:
             export(self._context.sink, self._context.run.name, shown)
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Export what was measured on held-out examples after `step` steps, and report it, even if nothing changed."""
+        self.measured(metrics, held_out=True)
+        if self._context.leads:
+            self._context.report(replace(self._progress(step, {}), evaluation=dict(metrics)))
 
     def committed(self, step: int, seconds: float) -> None:
         """Count a commit that took `seconds`."""

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from poise.align.spec import MethodSpec, Mpo, OracleSpec
 from poise.data.spec import QuestionsSpec, WorldQuestions
 from poise.models.spec import LanguageModelSpec
-from poise.spec import RunSpec, SamplerSpec, mistake
+from poise.spec import MetricSource, RunSpec, SamplerSpec, mistake, row_sources, summary_sources
 from poise.train.spec import TrainSpec
 
 __all__ = ["AlignSelfplaySpec"]
@@ -58,6 +58,13 @@ class AlignSelfplaySpec(RunSpec):
         ):
             if steps is not None and steps % inner:
                 raise mistake(path, f"{steps} steps are no whole iterations of method.inner_steps {inner}")
+
+    def metrics(self) -> dict[str, MetricSource]:
+        """How the policy plays its game, from the probability of every listed answer."""
+        names = ["exploitability", "distance", "outside"]
+        names += [] if isinstance(self.method, Mpo) else ["distance_regularised"]
+        at_the_end = summary_sources(["final"], names, "validation")
+        return row_sources(["loss"], "train") | at_the_end | row_sources(names, "validation", during=True)
 
     @property
     def iterations(self) -> int:

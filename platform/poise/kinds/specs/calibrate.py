@@ -8,9 +8,17 @@ from pydantic import Field, model_validator
 
 from poise.data.spec import QuestionsSpec, WorldQuestions
 from poise.models.spec import DecodingSpec, LanguageModelSpec
-from poise.spec import RunSpec, SamplerSpec, mistake
+from poise.spec import MetricSource, RunSpec, SamplerSpec, mistake, row_sources
 
 __all__ = ["CalibrateMeasureSpec"]
+
+_ERRORS = ("confidence", "bias", "ece", "debiased_ece", "smooth_ece", "brier", "auroc")
+_MEASURES = [
+    "accuracy",
+    *(f"{confidence}/{error}" for confidence in ("sem1", "sem2") for error in _ERRORS),
+    *(f"difference/{error}" for error in ("confidence", "ece")),
+]
+_AGAINST_THE_TRUTH = [f"true/{error}" for error in ("confidence", "ece", "error", "sem1_bias", "sem2_bias")]
 
 
 class CalibrateMeasureSpec(RunSpec):
@@ -42,6 +50,13 @@ class CalibrateMeasureSpec(RunSpec):
         if self.workers.count > 1:
             raise mistake("workers.count", "one worker asks all questions; for speed, set sampler.engines")
         return self
+
+    def metrics(self) -> dict[str, MetricSource]:
+        """Accuracy, confidence and calibration errors over the questions."""
+        as_it_is = float(self.decoding.temperature) == float(self.decoding.top_p) == 1
+        exact = as_it_is and isinstance(self.questions, WorldQuestions)
+        known = _MEASURES + (_AGAINST_THE_TRUTH if exact else [])
+        return row_sources(known, "test") | {"coverage": MetricSource("test", None)}
 
     def cost(self) -> list[str]:
         """Answers and tokens, where the questions are known before they are read."""

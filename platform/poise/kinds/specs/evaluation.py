@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from poise.data.spec import DataSpec
 from poise.models.spec import ModelSpec
 from poise.robust.spec import Coordinates, Norm
-from poise.spec import Input, Name, Real, RunName, RunSpec, Section, mistake
+from poise.spec import Input, MetricSource, Name, Real, RunName, RunSpec, Section, mistake, summary_sources
 
 __all__ = [
     "AUTOATTACK",
@@ -27,6 +27,7 @@ __all__ = [
     "SquareStage",
     "Stage",
     "SubjectSpec",
+    "threat_names",
 ]
 
 Eps = Annotated[Real, Field(ge=0, le=1_000_000)]
@@ -278,6 +279,13 @@ class AutoAttackStage(_SeveralBalls):
 Stage = FgsmStage | PgdStage | ApgdStage | FabStage | SquareStage | MsdStage | AutoAttackStage
 
 
+def threat_names(stages: Sequence[Stage]) -> dict[BallSpec, str]:
+    """A column for each ball: its norm, with its radius where several balls share that."""
+    balls = list(dict.fromkeys(ball for stage in stages for ball in stage.balls))
+    norms = [ball.norm for ball in balls]
+    return {ball: ball.norm if norms.count(ball.norm) == 1 else f"{ball.norm} {ball.eps}" for ball in balls}
+
+
 class ReverifySpec(Section):
     """Adversarial examples that were kept, judged again."""
 
@@ -329,6 +337,23 @@ class RobustEvaluateSpec(RunSpec):
                 raise mistake(f"attacks.{index}", f"the name {min(again)} is taken: give this stage another `name`")
             taken.update(stage.keys)
         return self
+
+    def metrics(self) -> dict[str, MetricSource]:
+        """Accuracies on the images that are attacked; their rows are called `test`, whatever the split."""
+        if self.reverify is not None:
+            return {}
+        source = MetricSource(self.split, "test", attacks="evaluation")
+        names = ["clean", *(f"robust/{column}" for column in self._columns()), "robust/union"]
+        return dict.fromkeys(names, source) | summary_sources(["accuracy.*"], names, self.split, "evaluation")
+
+    def _columns(self) -> list[str]:
+        """What accuracies are told of: each ball, and each union of balls that one attack searches."""
+        names = threat_names(self.attacks)
+        columns: list[str] = []
+        for stage in self.attacks:
+            balls = [names[ball] for ball in stage.balls]
+            columns += ["+".join(balls)] if isinstance(stage, MsdStage) else balls
+        return list(dict.fromkeys(columns))
 
     def cost(self) -> list[str]:
         """What each stage takes of an example that stands to its end."""

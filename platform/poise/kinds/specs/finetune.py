@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from poise.data.spec import TextSpec, WorldText
 from poise.finetune.spec import Ce, Full, LossSpec, TuningSpec
 from poise.models.spec import LanguageModelSpec
-from poise.spec import RunSpec, mistake
+from poise.spec import MetricSource, RunSpec, mistake, row_sources, summary_sources
 from poise.train.spec import TrainSpec
 
 __all__ = ["FinetuneSftSpec"]
@@ -35,6 +35,15 @@ class FinetuneSftSpec(RunSpec):
             raise mistake("model.name", "a new model takes its words from a world; for files name a `run` or `folder`")
         self.workers.check_shares("batch_size", self.batch_size)
         return self
+
+    def metrics(self) -> dict[str, MetricSource]:
+        """Losses on held-out examples and, in a world, against its true answers."""
+        if not isinstance(self.data, WorldText) and self.data.validation == 0:
+            return row_sources(["loss"], "train")
+        world = ("answer_ce", "excess", "answer_entropy", "outside") if isinstance(self.data, WorldText) else ()
+        names = ("ce", "entropy", *world)
+        at_the_end = summary_sources(["measured"], names, "validation")
+        return row_sources(["loss"], "train") | at_the_end | row_sources(names, "validation", during=True)
 
     def cost(self) -> list[str]:
         """Steps and examples, where the data is known before it is read."""

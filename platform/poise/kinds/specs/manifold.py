@@ -11,7 +11,7 @@ from poise.data.spec import DataSpec, known_sizes
 from poise.kinds.specs.cost import in_bytes
 from poise.models.spec import VaeSpec, num_vae_parameters
 from poise.robust.spec import Eigenspace, Threats
-from poise.spec import Input, Real, RunName, RunSpec, Section
+from poise.spec import Input, MetricSource, Real, RunName, RunSpec, Section, row_sources, summary_sources
 from poise.train.spec import TrainSpec
 
 __all__ = ["LatentSpec", "RobustManifoldSpec", "RobustVaeSpec"]
@@ -29,6 +29,14 @@ class RobustVaeSpec(RunSpec):
     def _fits(self) -> RobustVaeSpec:
         self.workers.check_shares("data.batch_size", self.data.batch_size)
         return self
+
+    def metrics(self) -> dict[str, MetricSource]:
+        """The evidence lower bound and its parts."""
+        names = ("elbo", "reconstruction", "kl", "error")
+        at_the_end = summary_sources(["measured"], names, "test")
+        if self.data.validation == 0:
+            return row_sources(["loss"], "train") | at_the_end | row_sources(names, "test")
+        return row_sources(["loss"], "train") | at_the_end | row_sources(names, "validation", during=True)
 
     def cost(self) -> list[str]:
         """Steps, images and bytes."""

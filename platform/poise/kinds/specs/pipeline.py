@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from poise.kinds.specs.stage import Job
 from poise.kinds.specs.sweep import SweepSpec
 from poise.spec import Input, Name, RunSpec, mistake
-from poise.spec.problems import Path
+from poise.spec.problems import Path, dotted
 
 __all__ = ["PipelineSpec"]
 
@@ -64,6 +64,18 @@ class PipelineSpec(RunSpec):
         return tree
 
     @model_validator(mode="after")
+    def _read_in_order(self) -> PipelineSpec:
+        """A stage reads runs of stages before it; what else it reads is looked up when the pipeline starts."""
+        later = {stage.name: key for key, stage in self.stages.items()}
+        for key, stage in self.stages.items():
+            for each in stage.inputs():
+                if each.kind == "run" and each.place in later:
+                    place = dotted(("stages", key, *each.path))
+                    raise mistake(place, f"{each.place} is the run of stage {later[each.place]}, which comes later")
+            later.pop(stage.name, None)
+        return self
+
+    @model_validator(mode="after")
     def _own_names(self) -> PipelineSpec:
         names = [stage.name for stage in self.stages.values()]
         if len(set(names)) < len(names):
@@ -84,13 +96,14 @@ class PipelineSpec(RunSpec):
 
 
 def _resolved(value: Any, names: dict[str, str]) -> Any:
-    """`${stage}` replaced by the run of that stage, wherever it stands; one that is not earlier is left as it is."""
+    """A text that is `${stage}` replaced by the run of that stage; one that is not earlier is left as it is."""
     if isinstance(value, dict):
         return {key: _resolved(inner, names) for key, inner in value.items()}
     if isinstance(value, list):
         return [_resolved(inner, names) for inner in value]
     if isinstance(value, str):
-        return _REFERENCE.sub(lambda found: names.get(found[1], found[0]), value)
+        found = _REFERENCE.fullmatch(value)
+        return names.get(found[1], value) if found else value
     return value
 
 

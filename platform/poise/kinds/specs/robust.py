@@ -12,7 +12,7 @@ from poise.models.spec import ModelSpec, num_parameters, state_bytes
 from poise.robust.objective_spec import Adt, Avg, Objective, Ramp, check, gradients_per_batch, losses_per_batch
 from poise.robust.spec import Eigenspace, EvaluateSpec, Threats
 from poise.robust.training_spec import Averaging, Awp, Compute, Monitors
-from poise.spec import RunSpec, mistake
+from poise.spec import MetricSource, RunSpec, mistake, row_sources, summary_sources
 from poise.train.spec import TrainSpec
 
 __all__ = ["RobustTrainSpec"]
@@ -45,7 +45,23 @@ class RobustTrainSpec(RunSpec):
         self.workers.check_shares("data.batch_size", self.data.batch_size)
         if self.monitors.robust_gap and self.data.validation == 0:
             raise mistake("monitors.robust_gap", "needs a validation split: set data.validation above 0")
+        if self.evaluate.validation and self.data.validation == 0:
+            raise mistake("evaluate.validation", "needs a validation split: set data.validation above 0")
         return self
+
+    def metrics(self) -> dict[str, MetricSource]:
+        """Accuracies on the validation split as the network trains, and of its checkpoints at the end."""
+        trained, tested = _accuracies(self.threats), _accuracies(self.evaluate.threats or self.threats)
+        weights = ["best", "final", *(["averaged"] if self.averaging else [])]
+        at_the_end = summary_sources([f"accuracy.{each}" for each in weights], tested, "test", "evaluation")
+        if self.data.validation == 0:
+            return row_sources(["loss"], "train") | at_the_end | row_sources(tested, "test", attacks="evaluation")
+        gaps = [f"gap/{name.removeprefix('robust/')}" for name in trained] if self.monitors.robust_gap else []
+        held_out = row_sources([*trained, *gaps], "validation", during=True, attacks="training")
+        needs = "" if self.evaluate.validation else "evaluate.validation: true"
+        chosen = [f"validation.{each}" for each in weights]
+        held_out |= summary_sources(chosen, tested, "validation", "evaluation", needs)
+        return row_sources(["loss"], "train") | at_the_end | held_out
 
     @property
     def steps_per_batch(self) -> int:
@@ -84,3 +100,8 @@ class RobustTrainSpec(RunSpec):
     def _projected(self, state: int) -> int:
         """Bytes of the two models that RAMP's projection remembers."""
         return 2 * state if isinstance(self.objective, Ramp) and self.objective.projection is not None else 0
+
+
+def _accuracies(threats: Threats) -> list[str]:
+    """The measures of an evaluation under these threats, clean ones first."""
+    return ["clean", *(f"robust/{norm}" for norm, _ in threats.items()), "robust/average", "robust/union"]

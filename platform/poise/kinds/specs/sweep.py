@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import product
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from poise.kinds.specs.space import Axis, Values, contains
 from poise.kinds.specs.stage import Job
-from poise.spec import Input, Real, RunSpec, Section, SpecError, mistake, parse
-from poise.spec.problems import Path, Problem, dotted
+from poise.spec import Input, MetricSource, Real, RunSpec, Section, SpecError, find_source, mistake, parse
+from poise.spec.problems import Path, Problem, dotted, nearest
 from poise.spec.reader import Document
-from poise.train.spec import Every
+from poise.train.spec import Every, TrainSpec
 
 __all__ = ["AshaSpec", "GridSearch", "NoScheduler", "RandomSearch", "SweepSpec", "Trial"]
 
@@ -116,7 +116,7 @@ class SweepSpec(RunSpec):
             )
         if self.num_trials > _MOST_TRIALS:
             raise mistake("space", f"{self.num_trials:,} trials; the limit is {_MOST_TRIALS:,}")
-        every = [path for name, axis in self.space.items() for path in axis.paths(name)]
+        every = self._paths()
         for path in every:
             if path.rpartition(".")[2] in ("kind", "name", "store"):
                 raise mistake("space", f"{path} names the whole section: vary that, as in {{grid: [{{name: a}}, ...]}}")
@@ -127,14 +127,76 @@ class SweepSpec(RunSpec):
     @model_validator(mode="after")
     def _accepted(self) -> SweepSpec:
         """Every trial, and the ends of every range, make a valid spec; what does not is told where it was written."""
-        found = {problem: None for values in self._probes() for problem in self._problems(values)}
-        if found:
-            lines = [
-                InitErrorDetails(type=PydanticCustomError("space", "{m}", {"m": message}), loc=loc, input={})
-                for loc, message in found
-            ]
-            raise ValidationError.from_exception_data("sweep", lines)
+        specs, found = list[tuple[Values, RunSpec]](), dict[tuple[Path, str], None]()
+        for values in self._probes():
+            try:
+                specs.append((values, self._spec(values, self.name)))
+            except SpecError as error:
+                found |= dict.fromkeys(self._placed(problem, values) for problem in error.problems)
+        _refuse(found)
+        _refuse(self._spellings())
+        self._check_metric(specs)
+        if isinstance(self.scheduler, AshaSpec):
+            self._check_asha(self.scheduler, [spec for _, spec in specs])
         return self
+
+    def _spellings(self) -> list[tuple[Path, str]]:
+        """Values of one path that are written in two ways and mean the same, such as 1/10 and 0.1."""
+        first, found = next(self._variants()), list[tuple[Path, str]]()
+        for name, axis in self.space.items():
+            seen: dict[str, Any] = {}
+            for index, value in enumerate(axis.grid or axis.choice or ()):
+                try:
+                    meaning = repr(_meaning(self._spec({**first, name: value}, self.name)))
+                except SpecError:
+                    continue  # a choice that no draw has met with these other values
+                if meaning in seen:
+                    message = (
+                        f"{_written(value)} means the same as {_written(seen[meaning])}: one trial would run twice"
+                    )
+                    found.append((("space", name, axis.key, index), message))
+                seen.setdefault(meaning, value)
+        return found
+
+    def _check_metric(self, specs: Sequence[tuple[Values, RunSpec]]) -> None:
+        """Every trial measures the metric."""
+        for values, spec in specs:
+            known = spec.metrics()
+            source = find_source(self.metric, known)
+            if not known:
+                raise mistake("metric", f"a {spec.kind} leaves no number that trials could be judged by")
+            if source is None:
+                where = "" if values is specs[0][0] else f" with {_shown(values)}"
+                raise mistake(
+                    "metric", f"a {spec.kind}{where} measures no {self.metric!r}; {nearest(self.metric, known)}"
+                )
+            if source.needs:
+                raise mistake("metric", f"{self.metric} is measured only with `{source.needs}` in base")
+
+    def _check_asha(self, asha: AshaSpec, specs: Sequence[RunSpec]) -> None:
+        """There is something to compare before trials end."""
+        if not self.source.during:
+            known = specs[0].metrics()
+            compared = sorted(name for name, source in known.items() if source.during)
+            hint = f"judge by {' or '.join(compared)}, or " if compared else ""
+            raise mistake(
+                "scheduler",
+                f"asha compares trials while they run, and {self.metric} is known at their end only: {hint}write "
+                "`scheduler: {name: none}`",
+            )
+        trains: list[TrainSpec] = [getattr(spec, "train") for spec in specs]  # noqa: B009 - of any kind that trains
+        for unit in ("epochs", "steps"):
+            ends = [getattr(train, unit) for train in trains]
+            if None in ends:
+                continue
+            grace = getattr(asha.grace, unit)
+            if grace is not None and grace >= max(ends):
+                raise mistake("scheduler.grace", f"{grace} {unit}, and all trials have ended by then: none is stopped")
+            intervals = [getattr(train.evaluate_every, unit) for train in trains]
+            if all(every is not None and every >= end for every, end in zip(intervals, ends, strict=True)):
+                raise mistake(
+                    "scheduler", f"trials end before they are evaluated a second time (train.evaluate_every, {unit})"
+                )
 
     @property
     def num_trials(self) -> int:
@@ -147,7 +209,7 @@ class SweepSpec(RunSpec):
     def trials(self) -> list[Trial]:
         """Every trial in its order: a pure function of the spec. The last axis of the space changes fastest."""
         return [
-            Trial(index, values, _read(self._tree(values, f"{self.name}-{index:04d}"), type(self.base)))
+            Trial(index, values, self._spec(values, f"{self.name}-{index:04d}"))
             for index, values in enumerate(self._variants())
         ]
 
@@ -156,10 +218,33 @@ class SweepSpec(RunSpec):
         read = (each.below("base") for trial in self.trials() for each in trial.spec.inputs())
         yield from dict.fromkeys(read)
 
+    @property
+    def source(self) -> MetricSource:
+        """Where the metric comes from."""
+        spec = self._spec(next(self._variants()), self.name)
+        return find_source(self.metric, spec.metrics()) or MetricSource("train", None)
+
+    def judged_by(self) -> str:
+        """What trials are judged by, in words."""
+        source = self.source
+        attacks = f" under the attacks of {'training' if source.attacks == 'training' else 'the evaluation'}"
+        best = "the best value of " if source.during else ""
+        words = f"{best}{self.metric} on the {source.examples} split{attacks if source.attacks else ''}"
+        if source.examples == "test":
+            return f"{words}: the best is chosen by the test, and its result there is too good"
+        if source.attacks == "training" and any(contains("threats", path) for path in self._paths()):
+            return f"{words}, which differ from trial to trial: no common measure"
+        return words
+
     def cost(self) -> list[str]:
-        """The number of trials, and what the first of them costs."""
+        """The number of trials, what they are judged by, and what the first of them costs."""
         many = f"{self.num_trials:,} trials, {min(self.concurrent, self.num_trials)} at a time"
-        return [many, *(f"the first: {line}" for line in self.trials()[0].spec.cost())]
+        first = self.trials()[0].spec.cost()
+        return [many, f"judged by {self.judged_by()}", *(f"the first: {line}" for line in first)]
+
+    def _paths(self) -> list[str]:
+        """Every path of the base that is given values."""
+        return [path for name, axis in self.space.items() for path in axis.paths(name)]
 
     def _variants(self) -> Iterator[Values]:
         """The samples one after the other, each with every cell of the grid: cells compare on the same draws."""
@@ -179,13 +264,9 @@ class SweepSpec(RunSpec):
             for end in axis.ends():
                 yield {**(first or {}), path: end}
 
-    def _problems(self, values: Values) -> list[tuple[Path, str]]:
-        """What is wrong with the base under `values`, as (path in this spec, message)."""
-        try:
-            _read(self._tree(values, self.name), type(self.base))
-        except SpecError as error:
-            return [self._placed(problem, values) for problem in error.problems]
-        return []
+    def _spec(self, values: Values, name: str) -> RunSpec:
+        """The base under `values`. SpecError when that is no valid spec."""
+        return _read(self._tree(values, name), type(self.base))
 
     def _placed(self, problem: Problem, values: Values) -> tuple[Path, str]:
         """At the value that is at fault; a fault of several together, at the space, with the values that make it."""
@@ -195,8 +276,7 @@ class SweepSpec(RunSpec):
                 if contains(path, where) or contains(where, path):
                     inner = "" if contains(where, path) else f"{where}: "
                     return ("space", name, *axis.place(values[path])), inner + problem.message
-        shown = ", ".join(f"{path} = {value}" for path, value in values.items())
-        return ("space",), f"with {shown}: {where}: {problem.message}"
+        return ("space",), f"with {_shown(values)}: {where}: {problem.message}"
 
     def _tree(self, values: Values, name: str) -> dict[str, Any]:
         """The base as it was written, with `values` in it."""
@@ -205,6 +285,36 @@ class SweepSpec(RunSpec):
         for path, value in values.items():
             _put(tree, whole, path.split("."), value)
         return {**tree, "name": name, "store": self.store}
+
+
+def _refuse(found: Iterable[tuple[Path, str]]) -> None:
+    """Raise all mistakes at once, each at its place; nothing where there is none."""
+    lines = [
+        InitErrorDetails(type=PydanticCustomError("space", "{m}", {"m": message}), loc=loc, input={})
+        for loc, message in found
+    ]
+    if lines:
+        raise ValidationError.from_exception_data("sweep", lines)
+
+
+def _shown(values: Values) -> str:
+    return ", ".join(f"{path} = {value}" for path, value in values.items())
+
+
+def _written(value: Any) -> str:
+    """A value as its author sees it; a text that could be taken for a number is quoted."""
+    return repr(value) if isinstance(value, str) else str(value)
+
+
+def _meaning(value: Any) -> Any:
+    """What a spec says, however it is written: two that mean the same are equal."""
+    if isinstance(value, BaseModel):
+        return type(value), [(name, _meaning(getattr(value, name))) for name in type(value).model_fields]
+    if isinstance(value, dict):
+        return {key: _meaning(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_meaning(inner) for inner in value]
+    return float(value) if isinstance(value, Real) else value
 
 
 def _read(tree: dict[str, Any], spec_class: type[RunSpec]) -> RunSpec:
