@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,24 @@ def test_rays_files_lie_in_a_folder_of_this_user_alone(home, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", "/tmp")
     assert mode(auth.private_folder()) == 0o700
     assert auth.private_folder() == Path(f"/tmp/poise-{os.getuid()}")
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_what_somebody_else_has_put_in_its_place_is_not_used(kind, tmp_path, monkeypatch):
+    short = Path(tempfile.mkdtemp(dir="/tmp", prefix="p"))
+    monkeypatch.setattr("tempfile.tempdir", str(short))
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    place = short / f"poise-{os.getuid()}"
+    if kind == "file":
+        place.touch()
+    else:
+        place.symlink_to(tmp_path)
+    try:
+        with pytest.raises(UserError, match="set RAY_TMPDIR"):
+            auth.private_folder()
+        assert mode(tmp_path) != 0o777
+        monkeypatch.setenv("RAY_TMPDIR", "/tmp/mine")
+        assert auth.private_folder() == Path("/tmp/mine")
+    finally:
+        place.unlink()
+        short.rmdir()

@@ -63,17 +63,23 @@ def ensure_token() -> None:
 
 
 def private_folder() -> Path:
-    """A folder for Ray's files that no other user enters, one for each user: Ray opens /tmp/ray to everybody.
+    """Where Ray keeps its files: RAY_TMPDIR, or a folder that no other user enters. /tmp/ray is open to everybody.
 
-    Raises UserError when another user has made it.
+    Raises UserError when that folder cannot be made, or is another user's.
     """
+    if named := os.environ.get("RAY_TMPDIR"):
+        return Path(named)
     place = tempfile.gettempdir()
     folder = Path(place if len(place) <= _LONGEST_TMPDIR else "/tmp", f"poise-{os.getuid()}")
-    folder.mkdir(mode=0o700, exist_ok=True)
-    state = folder.lstat()
-    if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid():
-        raise UserError(f"{folder} is not a folder of this user; set RAY_TMPDIR to one with a short path")
-    folder.chmod(0o700)
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        is_own = stat.S_ISDIR(folder.lstat().st_mode) and folder.lstat().st_uid == os.getuid()
+        if is_own:
+            folder.chmod(0o700)
+    except OSError:
+        is_own = False
+    if not is_own:
+        raise UserError(f"{folder} is not a folder of this user alone; set RAY_TMPDIR to one with a short path")
     return folder
 
 
@@ -87,7 +93,7 @@ def refuses_token(address: str) -> bool:
 
     token = read_token() if os.environ.get(MODE, "").lower() == "token" else None
     metadata = [("authorization", f"Bearer {token}")] if token else []
-    with grpc.insecure_channel(address) as channel:
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
             channel.unary_unary(_ASKS_FOR_TOKEN)(b"", timeout=_ANSWER_WITHIN_S, metadata=metadata)
         except grpc.RpcError as error:

@@ -102,9 +102,9 @@ class PrometheusSink:
 
     def _expire(self) -> None:
         """Remove the series of every run that ended KEPT_S ago."""
-        gone = [run for run, ended in self._ended.items() if self._clock() - ended >= KEPT_S]
+        gone = [run for run, ended in list(self._ended.items()) if self._clock() - ended >= KEPT_S]
         for run in gone:
-            del self._ended[run]
+            self._ended.pop(run, None)
             for collector in self._collectors.values():
                 collector.remove_by_labels({"run": run})
 
