@@ -200,3 +200,39 @@ def test_what_follows_a_response_does_not_count():
 def test_an_empty_prompt_or_response_is_refused(prompts, responses):
     with pytest.raises(ValueError, match="at least one token"):
         pack(prompts, responses, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 3), (2, 3, 0), (2, 3)])
+def test_preferences_without_another_rollout_or_an_opponent_are_refused(shape):
+    """One rollout has no others to be compared with: its advantage would be NaN."""
+    with pytest.raises(ValueError, match="G >= 2"):
+        mpo_advantage(torch.full(shape, 0.5))
+    with pytest.raises(ValueError, match="G >= 2"):
+        nash_rs_advantage(torch.full(shape, 0.5), 0.1)
+
+
+@pytest.mark.parametrize("tau", [0, -1, float("nan")])
+def test_an_advantage_needs_a_tau_above_0(tau):
+    with pytest.raises(ValueError, match="tau"):
+        nash_rs_advantage(torch.full((1, 2, 2), 0.5), tau)
+
+
+@pytest.mark.parametrize(("prompts", "responses"), [([[1.7]], [[2]]), ([[1]], [[2, -1]]), ([[1]], [[0.5]])])
+def test_a_number_that_is_no_token_is_never_cut_to_one(prompts, responses):
+    with pytest.raises(ValueError, match="token ids are whole numbers"):
+        pack(prompts, responses, torch.device("cpu"))
+
+
+def test_a_loss_of_other_shapes_is_refused():
+    """An advantage (N, 1) would be combined with every response."""
+    batch = pack([[2], [2]], [[0, 1], [1]], torch.device("cpu"))
+    logits = torch.zeros(3, 4)
+    anchor = {"magnet": Anchor(0.1, logits)}
+    with pytest.raises(ValueError, match=r"advantage is \(2,\) without gradient, not \(2, 1\)"):
+        selfplay_loss(logits, logits, anchor, batch, torch.zeros(2, 1))
+    with pytest.raises(ValueError, match="without gradient"):
+        selfplay_loss(logits, logits, anchor, batch, torch.zeros(2, requires_grad=True))
+    with pytest.raises(ValueError, match="anchor 'magnet' has the coefficient -1"):
+        selfplay_loss(logits, logits, {"magnet": Anchor(-1, logits)}, batch, torch.zeros(2))
+    with pytest.raises(ValueError, match="logits for"):
+        selfplay_loss(logits, logits, {"magnet": Anchor(1, logits[:1])}, batch, torch.zeros(2))

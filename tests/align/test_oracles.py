@@ -41,3 +41,8 @@ def test_a_prompt_with_the_wrong_number_of_answers_is_refused():
 def test_a_matrix_that_is_not_antisymmetric_is_refused():
     with pytest.raises(ValueError, match="preference matrix"):
         MatrixOracle([[0.5, 0.9], [0.2, 0.5]], {"x": ("a", "b")})
+
+
+def test_one_text_is_no_list_of_answers():
+    with pytest.raises(ValueError, match="a list of texts"):
+        MatrixOracle(CYCLIC, {"x": "abc"})

@@ -11,6 +11,7 @@ their prompts, M response tokens in all, V words.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -55,9 +56,12 @@ class Outcome(NamedTuple):
 
 
 def pack(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], device: torch.device) -> Responses:
-    """Token ids as tensors. Raises ValueError for an empty prompt or response: nothing would be learnt from it."""
-    if not all(prompts) or not all(responses):
+    """Token ids as tensors. Raises ValueError for an empty prompt or response: nothing would be learnt from it; and for
+    ids that are no whole numbers from 0."""
+    if not all(map(len, prompts)) or not all(map(len, responses)):
         raise ValueError("a prompt and a response have at least one token each")
+    if odd := [token for row in (*prompts, *responses) for token in row if token < 0 or token != int(token)]:
+        raise ValueError(f"token ids are whole numbers from 0, not {odd[0]}")
     length = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
     ids = torch.zeros(len(prompts), length, dtype=torch.int64)
     attention, response = torch.zeros_like(ids), torch.zeros(ids.shape, dtype=torch.bool)
@@ -86,6 +90,7 @@ def mpo_advantage(preference: Tensor) -> Tensor:
     preference[p, g, k] = P(rollout g is preferred to opponent k), the opponents drawn from the current policy: against
     those of the magnet the method circles (2410.16714; Ahmadian et al., 2024, for the leave-one-out baseline).
     """
+    _check_preference(preference)
     reward = preference.mean(-1)
     others = preference.shape[1] - 1
     return reward - (reward.sum(1, keepdim=True) - reward) / others
@@ -99,6 +104,9 @@ def nash_rs_advantage(preference: Tensor, tau: float) -> Tensor:
     every proposal has that weight, normalised, which costs nothing more and cannot starve (2503.10990 v1, whose public
     code inverts the acceptance). For each rollout, weights and baseline come from the other G - 1.
     """
+    _check_preference(preference)
+    if not 0 < tau < math.inf:
+        raise ValueError(f"tau is a number above 0, not {tau}")
     others = preference.shape[1] - 1
     loss = (preference.sum(1, keepdim=True) - preference) / others  # (P, G, K): g_k without rollout g
     weights = (-loss / tau).softmax(-1)
@@ -116,7 +124,18 @@ def selfplay_loss(
         logits: of the policy that is trained, (M, V).
         previous: of the policy that the responses were drawn from, (M, V), without gradient.
         advantage: (N,), without gradient.
+
+    Raises:
+        ValueError: an advantage of another shape or with gradient, an anchor with a coefficient below 0, or logits of
+            other positions.
     """
+    if advantage.shape != batch.ids.shape[:1] or advantage.requires_grad:
+        expected = tuple(batch.ids.shape[:1])
+        raise ValueError(f"the advantage is {expected} without gradient, not {tuple(advantage.shape)}")
+    for name, anchor in anchors.items():
+        if not 0 <= anchor.coefficient < math.inf or anchor.logits.shape != logits.shape:
+            shapes = f"{tuple(anchor.logits.shape)} logits for {tuple(logits.shape)}"
+            raise ValueError(f"anchor {name!r} has the coefficient {anchor.coefficient} and {shapes}")
     log_ratio = token_logprobs(logits, batch) - token_logprobs(previous, batch)
     ratio = log_ratio.sum(-1).exp()
     prefix = (log_ratio.cumsum(-1) - log_ratio).exp()
@@ -126,6 +145,11 @@ def selfplay_loss(
         loss = loss + anchor.coefficient * divergence
         metrics[f"kl/{name}"] = divergence.detach().mean()
     return Outcome(loss, metrics)
+
+
+def _check_preference(preference: Tensor) -> None:
+    if preference.ndim != 3 or preference.shape[1] < 2 or not preference.shape[2]:
+        raise ValueError(f"needs preferences (P, G, K) with G >= 2 and K >= 1, not {tuple(preference.shape)}")
 
 
 def _divergence(logits: Tensor, other: Tensor) -> Tensor:

@@ -39,6 +39,8 @@ class MatrixOracle:
     def __init__(self, matrix: ArrayLike, answers: Mapping[str, Sequence[str]]) -> None:
         self._table = extended(matrix)
         self._places = {prompt: {text: place for place, text in enumerate(texts)} for prompt, texts in answers.items()}
+        if texts := [prompt for prompt, listed in answers.items() if isinstance(listed, str)]:
+            raise ValueError(f"the answers of {texts[0]!r} are a list of texts, not one text")
         for prompt, places in self._places.items():
             if len(places) != len(self._table) - 1:
                 raise ValueError(
