@@ -144,10 +144,11 @@ def run(tmp_path: Path) -> Iterator[Run]:
 
 JOIN = """\
 import sys
-from poise.engine.drive import _opened
-from poise.kinds import KINDS
-with _opened("ray", sys.argv[1], next(iter(KINDS.values())).model_construct()):
-    import ray
+from poise.engine.drive import prepare_ray
+prepare_ray(sys.argv[1])
+import ray
+from poise.engine.gang import cluster
+with cluster(sys.argv[1], []):
     print("CPU", int(ray.cluster_resources()["CPU"]))
 """
 

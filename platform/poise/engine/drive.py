@@ -26,7 +26,7 @@ from poise.report.record import when
 from poise.spec import RunSpec, SamplerSpec
 from poise.store.inputs import check_inputs
 
-__all__ = ["Engine", "drive", "stages_of"]
+__all__ = ["Engine", "drive", "prepare_ray", "stages_of"]
 
 Engine = Literal["ray", "local"]
 _RunOne = Callable[[RunSpec, Display, Sink], None]
@@ -101,7 +101,7 @@ def _opened(engine: Engine, address: str | None, left: Sequence[RunSpec], displa
         return
     if find_spec("ray") is None:
         raise UserError("ray is not installed here; use --engine local, or install poise with its dependencies")
-    _prepare(address)
+    prepare_ray(address)
     from poise.engine.gang import check_resources, cluster, run_gang
     from poise.engine.trials import by_tune
 
@@ -111,7 +111,7 @@ def _opened(engine: Engine, address: str | None, left: Sequence[RunSpec], displa
         yield _runner(partial(run_gang, private=private), by_tune)
 
 
-def _prepare(address: str | None) -> None:
+def prepare_ray(address: str | None) -> None:
     """What has to be said before ray is imported: whether the cluster is of this machine alone, and its token.
 
     A cluster for this command alone is one, and its token is made before it starts.
