@@ -38,7 +38,7 @@ def spec_of(folder: Path, store: Path, name: str = "tuned", **changes: Any) -> F
         "model": {"folder": str(folder)},
         "data": {"name": "jsonl", "path": str(store / "data.jsonl"), "validation": 2},
         "batch_size": 4,
-        "train": {"steps": 8, "optimizer": {"name": "adamw", "lr": 0.02}},
+        "train": {"steps": 4, "optimizer": {"name": "adamw", "lr": 0.02}},
     }
     return FinetuneSftSpec.model_validate({**values, **changes})
 
@@ -107,7 +107,7 @@ def test_an_export_that_is_another_model_fails_and_says_so(family_folder, tmp_pa
         finish(spec)
     run = open_run(spec.store, spec.name)
     assert run.files("artifacts/") == []
-    assert [commit.step for commit in run.checkpoints.commits()][-1] == 8
+    assert [commit.step for commit in run.checkpoints.commits()][-1] == 4
     monkeypatch.undo()
     finish(spec)  # from the last commit, without another step
     assert (left(run) / "model.safetensors").is_file()
@@ -191,7 +191,7 @@ def test_a_model_that_stops_with_one_token_is_exported_to_stop_there(family_fold
     from poise.models.transformers_sampler import TransformersSampler
 
     torch.set_num_threads(1)
-    train = {"steps": 40, "optimizer": {"name": "adamw", "lr": 0.02}}
+    train = {"steps": 30, "optimizer": {"name": "adamw", "lr": 0.02}}
     run = finish(spec_of(family_folder("qwen2"), tmp_path, train=train))
     (warning,) = json.loads(run.read("artifacts/summary.json"))["warnings"]
     assert "ends a text with token 2 and the model's configs with [0]" in warning

@@ -85,11 +85,11 @@ class _Extent(NamedTuple):
 
 def _groups(mask: Tensor, selected: Tensor, positions: int, tokens: int, *, whole_rows: bool) -> Iterator[Tensor]:
     """Rows that are evaluated together: few positions of logits, few tokens, and similar places of what is selected."""
-    lengths = mask.sum(1).tolist()
+    lengths, chosen = mask.sum(1).tolist(), selected.cpu()
     extents = {
         row: _Extent(0 if whole_rows else places[0], length if whole_rows else places[-1] + 1, length)
         for row, length in enumerate(lengths)
-        if (places := selected[row].nonzero()[:, 0].tolist())
+        if (places := chosen[row].nonzero()[:, 0].tolist())
     }
     group: list[int] = []
     extent = _Extent(0, 0, 0)
