@@ -266,13 +266,18 @@ def runs() -> None:
 @click.argument("store", default="runs")
 def runs_list(store: str) -> None:
     """List the runs of a store: a folder, or s3://bucket/prefix. The default is the folder runs."""
-    from rich.console import Console
-
-    from poise.report.table import run_list
+    from poise.report.table import print_whole, run_list
     from poise.store.runs import list_runs
     from poise.store.storage import open_storage
 
-    Console().print(run_list(list_runs(open_storage(store))))
+    storage = open_storage(store)
+    if "://" not in store and not Path(storage.url).is_dir():
+        raise UserError(f"there is no folder {storage.url}: name the store, as in `poise runs list FOLDER`")
+    found = list_runs(storage)
+    if found:
+        print_whole(run_list(found))
+    else:
+        click.echo(f"{storage.url} holds no run")
 
 
 @runs.command("show")

@@ -7,6 +7,7 @@ from itertools import compress
 from typing import Literal
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +18,8 @@ from poise.report.sections import grouped
 from poise.store.runs import Run, RunSummary
 
 __all__ = ["comparison", "run_details", "run_list"]
+
+_WIDEST = 1000
 
 
 def comparison(records: Sequence[RunRecord]) -> Iterator[Table]:
@@ -56,11 +59,17 @@ def _cell(cell: Cell) -> Text:
     return text
 
 
+def print_whole(table: Table) -> None:
+    """Print a table with every word in one piece, wider than the terminal if need be, as `ls -l` does."""
+    width = Console(width=_WIDEST).measure(table).maximum
+    Console(width=width).print(table)
+
+
 def run_list(runs: Sequence[RunSummary]) -> Table:
     """The runs of a store, one a line."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for heading in ("run", "kind", "status"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, no_wrap=True)
     for heading in ("last commit", "best", "updated (UTC)"):
         table.add_column(heading, justify="right", no_wrap=True)
     for run in runs:

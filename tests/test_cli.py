@@ -1,0 +1,43 @@
+"""What the commands that look at a store print, and what ends a command."""
+
+from __future__ import annotations
+
+import pytest
+from click.testing import CliRunner
+
+from poise.cli import cli
+from poise.errors import UserError
+from poise.store.runs import Run, open_run
+
+
+def started(store: str, name: str, kind: str) -> Run:
+    run = open_run(store, name)
+    run.claim_spec(f"kind: {kind}\nname: {name}\n", "a" * 64)
+    run.start(kind, "a" * 64)
+    return run
+
+
+@pytest.mark.parametrize("columns", ["40", "80", "200"])
+def test_a_list_of_runs_breaks_no_word_however_narrow_the_terminal(tmp_path, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    names = ["quickstart-calibration-gem-of-the-second-seed", "b"]
+    for name in names:
+        started(str(tmp_path / "runs"), name, "calibrate.measure")
+    outcome = CliRunner().invoke(cli, ["runs", "list", str(tmp_path / "runs")])
+    assert outcome.exit_code == 0
+    heading, _, *lines = outcome.output.rstrip().splitlines()
+    assert heading.split()[:3] == ["run", "kind", "status"]
+    assert [line.split()[:3] for line in lines] == [
+        [name, "calibrate.measure", "interrupted"] for name in sorted(names)
+    ]
+
+
+def test_a_store_that_is_not_there_is_an_error_and_an_empty_one_is_said_to_be(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments in ([], ["nowhere"]):
+        outcome = CliRunner().invoke(cli, ["runs", "list", *arguments])
+        assert isinstance(outcome.exception, UserError)
+        assert f"there is no folder {tmp_path}/{(arguments or ['runs'])[0]}" in str(outcome.exception)
+    (tmp_path / "runs").mkdir()
+    outcome = CliRunner().invoke(cli, ["runs", "list"])
+    assert (outcome.exit_code, outcome.output) == (0, f"{tmp_path}/runs holds no run\n")
