@@ -191,6 +191,19 @@ def test_stored_layers_that_would_be_left_out_are_refused(copy):
         open_folder(folder)
 
 
+def test_a_head_that_is_tied_and_stored_otherwise_is_refused(copy):
+    """transformers would use the stored head, and vLLM the embedding: two models in one folder."""
+    folder = copy("gemma2")
+    weights = load_file(folder / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    save_file({**weights, "lm_head.weight": embedding.clone()}, folder / "model.safetensors", {"format": "pt"})
+    examine_folder(folder)
+    save_file({**weights, "lm_head.weight": embedding + 1}, folder / "model.safetensors", {"format": "pt"})
+    assert_refused(folder, "ties the head to the embedding")
+    change_json(folder / "config.json", tie_word_embeddings=False)
+    examine_folder(folder)
+
+
 def test_a_model_that_keeps_no_cache_is_refused(tmp_path):
     """A sampler would give it the last token alone, and it would answer as if that were the whole prompt."""
     from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel

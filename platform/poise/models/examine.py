@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from poise.errors import UserError
+from poise.models.stored_weights import LFS_POINTER, StoredTensor, begin_alike, read_header
 
 __all__ = ["FolderFacts", "context_length", "examine_folder", "has_tokenizer", "read_json"]
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_LFS_POINTER = b"version https://git-lfs"
-_LARGEST_HEADER = 100 * 2**20
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json",
                     "vocab.txt", "tekken.json", "*.tiktoken")  # fmt: skip
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "embeddings", "tokens_embed")
+_HEADS = ("lm_head.weight", "embed_out.weight")
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _FLOATING = ("F64", "F32", "F16", "BF16")
@@ -71,8 +71,10 @@ def examine_folder(folder: str | Path, *, tokenizer: bool = True) -> FolderFacts
     _check_adapter(path)
     config = _config(path)
     _check_architecture(path, config)
-    shapes = _weight_shapes(path)
+    tensors = _stored_weights(path)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     _check_layers(path, config, shapes)
+    _check_tied(path, config, tensors)
     vocabulary = _vocabulary(path, config, shapes)
     if tokenizer:
         _check_tokenizer(path)
@@ -85,7 +87,7 @@ def read_json(file: Path) -> dict[str, Any]:
         data = file.read_bytes()
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
-    if data.startswith(_LFS_POINTER):
+    if data.startswith(LFS_POINTER):
         raise UserError(f"{file} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`")
     try:
         value = json.loads(data)
@@ -155,12 +157,17 @@ def _check_architecture(path: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every weight that transformers would load, by name."""
-    shapes: dict[str, tuple[int, ...]] = {}
+def _stored_weights(path: Path) -> dict[str, StoredTensor]:
+    """Every weight that transformers would load, by name."""
+    tensors: dict[str, StoredTensor] = {}
     for name in _weight_files(path):
-        shapes |= _header_shapes(path / name)
-    return shapes
+        tensors |= read_header(path / name)
+    for name, tensor in tensors.items():
+        if name.endswith(".weight") and len(tensor.shape) == 2 and tensor.dtype not in _FLOATING:
+            raise UserError(
+                f"{path} holds quantised weights ({name} is {tensor.dtype}): Poise needs them in floating point"
+            )
+    return tensors
 
 
 def _weight_files(path: Path) -> list[str]:
@@ -185,31 +192,17 @@ def _weight_files(path: Path) -> list[str]:
     raise UserError(f"{path} holds no weights (model.safetensors){hint}")
 
 
-def _header_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes in the header of a safetensors file, whose length must be what the header promises."""
-    size = file.stat().st_size
-    with file.open("rb") as stored:
-        start = stored.read(max(8, len(_LFS_POINTER)))
-        if start.startswith(_LFS_POINTER):
-            raise UserError(f"{file} is a Git LFS pointer, not the weights: fetch them with `git lfs pull`")
-        length = int.from_bytes(start[:8], "little")
-        if size < 8 or length > min(size - 8, _LARGEST_HEADER):
-            raise UserError(f"{file} is no safetensors file, or is cut off")
-        stored.seek(8)
-        header = stored.read(length)
-    try:
-        entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
-        shapes = {name: tuple(map(int, entry["shape"])) for name, entry in entries.items()}
-        narrow = [(name, entry["dtype"]) for name, entry in entries.items() if entry["dtype"] not in _FLOATING]
-        end = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise UserError(f"{file} is no safetensors file: its header cannot be read") from error
-    if 8 + length + end != size:
-        raise UserError(f"{file} holds {size:,} bytes where its header promises {8 + length + end:,}: it is cut off")
-    for name, dtype in narrow:
-        if name.endswith(".weight") and len(shapes[name]) == 2:
-            raise UserError(f"{file} holds quantised weights ({name} is {dtype}): Poise needs them in floating point")
-    return shapes
+def _check_tied(path: Path, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> None:
+    """UserError for a head beside the embedding that it is tied to: transformers would use it, and vLLM would not."""
+    if config.get("tie_word_embeddings") is not True:
+        return
+    heads = [tensor for name, tensor in tensors.items() if name.endswith(_HEADS)]
+    embeddings = [tensor for name, tensor in tensors.items() if _is_embedding(name, tensor.shape)]
+    if heads and embeddings and not begin_alike(heads[0], embeddings[0]):
+        raise UserError(
+            f"{path}: config.json ties the head to the embedding (tie_word_embeddings), and they are stored with "
+            "different values, as after a merge of an adapter: set it to false"
+        )
 
 
 def _check_layers(path: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
