@@ -76,7 +76,7 @@ def unbiased_ece(
     noise = np.random.default_rng(seed).standard_normal((int(reps), len(table.share)))
     plug_in = float(table.share @ np.abs(table.gap))
     direction = _direction(table)
-    calibrated = float(np.median(_simulated(table, 0 * direction, noise)))
+    calibrated = _quantile(_simulated(table, 0 * direction, noise), 0.5)
     tail = (1 - level) / 2
 
     def solve(observed: float, quantile: float) -> float:
@@ -87,7 +87,7 @@ def unbiased_ece(
         low, high = 0.0, _LARGEST
         for _ in range(_STEPS):
             scale = (low + high) / 2
-            reached = np.quantile(_simulated(table, scale * direction, noise), quantile) <= observed
+            reached = _quantile(_simulated(table, scale * direction, noise), quantile) <= observed
             low, high = (scale, high) if reached else (low, scale)
         return float(table.share @ np.abs(_feasible(table, low * direction)))
 
@@ -157,3 +157,9 @@ def _simulated(table: _Bins, gap: Array, noise: Array) -> Array:
     if table.variance is None:  # no accuracy is below 0 or above 1: with confidence 1, nobody is under-confident
         sums = np.clip(sums, -w * c, w * (1 - c))
     return np.asarray(np.abs(sums).sum(1))
+
+
+def _quantile(values: Array, q: float) -> float:
+    """The smallest value that at least a share q of the values does not exceed."""
+    place = int(np.ceil(q * len(values))) - 1
+    return float(np.partition(values, place)[place])
