@@ -41,3 +41,24 @@ def test_a_store_that_is_not_there_is_an_error_and_an_empty_one_is_said_to_be(tm
     (tmp_path / "runs").mkdir()
     outcome = CliRunner().invoke(cli, ["runs", "list"])
     assert (outcome.exit_code, outcome.output) == (0, f"{tmp_path}/runs holds no run\n")
+
+
+def test_no_bar_of_transformers_stands_between_the_lines(tmp_path, capfd):
+    """Loading and saving, by whichever way; the progress of a run has one display."""
+    from transformers.utils import logging
+
+    from poise.data.spec import WorldSpec
+    from poise.data.worlds import make_world
+    from poise.models.language import export, new_llama, open_folder
+    from poise.models.spec import LanguageModelSpec
+    from poise.models.transformers_sampler import TransformersSampler
+
+    tokenizer = make_world(WorldSpec(entities=2, relations=2)).tokenizer()
+    model = new_llama(LanguageModelSpec(name="llama", hidden=32, layers=1, heads=1), tokenizer, 0)
+    for use in (lambda: export(model, tokenizer, tmp_path), lambda: open_folder(tmp_path)):
+        logging.enable_progress_bar()
+        use()
+    logging.enable_progress_bar()
+    TransformersSampler(tmp_path, "cpu")
+    said = capfd.readouterr()
+    assert said.out == said.err == ""

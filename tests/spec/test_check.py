@@ -291,6 +291,21 @@ def test_the_lines_of_python_in_the_guide_make_files_that_are_read(shared_data, 
         assert len(Path("train.jsonl").read_text().splitlines()) > 400
 
 
+def test_columns_of_parquet_are_looked_at():
+    pq.write_table(pa.table({"question": ["a"], "answer": ["b"]}), "rows.parquet")
+    data = {"name": "parquet", "path": "rows.parquet"}
+    values = {**TUNE, "model": {"run": "x"}, "store": "s3://elsewhere", "data": data}
+    (found,) = find_mistakes(KINDS["finetune.sft"].model_validate(values))
+    assert (
+        "rows.parquet:1: there is no 'prompt', only answer, question: these are questions: set prompt" in found.message
+    )
+    Path("images").mkdir()
+    for column, message in (("picture", "no column 'image' or 'img'"), ("image", "column 'label' holds string")):
+        for part in ("train", "test"):
+            pq.write_table(pa.table({column: [b"x"], "label": ["cat"]}), f"images/{part}.parquet")
+        assert message in refused({**ROBUST, "data": {"name": "images", "root": "images"}})
+
+
 @pytest.mark.parametrize("name", ["mnist", "cifar10"])
 def test_published_images_are_found(shared_data, name):
     data = {"name": name, "root": str(shared_data / "images" / name)}

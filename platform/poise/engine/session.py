@@ -94,7 +94,14 @@ def claim(run: Run, spec: RunSpec) -> Iterator[Lease]:
 
 def has_committed(spec: RunSpec) -> bool:
     """Whether the run, or one that it consists of, has left anything that its inputs have gone into."""
-    return any(has_results(located(each)) for each in _runs_of(spec))
+    present: dict[str, set[str]] = {}  # names in each store: a sweep of a thousand trials is not asked for one by one
+    for each in _runs_of(spec):
+        run = located(each)
+        if each.store not in present:
+            present[each.store] = set(run.storage.folders())
+        if each.name in present[each.store] and has_results(run):
+            return True
+    return False
 
 
 def _runs_of(spec: RunSpec) -> Iterator[RunSpec]:
