@@ -235,6 +235,14 @@ def test_a_module_that_is_not_there_is_named():
         ({"attacks": [{**ATTACKS[1], "sparsity": 3}]}, "sparsity", "l1 alone"),
         ({"attacks": [{"attack": "apgd", "threat": L2, "targets": 3}]}, "targets", "has no targets"),
         ({"reverify": {"run": "a"}}, "model", "a has chosen that"),
+        ({"attacks": [{"attack": "fgsm", "threat": {"norm": "linf", "eps": 8}}]}, "eps", "eps 8 is more than"),
+        ({"attacks": [{"attack": "msd", "threats": {"linf": 8, "l2": 1}}]}, "threats.linf", "grey levels is 8/255"),
+        (
+            {"data": {"name": "digits"}, "attacks": [{"attack": "pgd", "threat": {"norm": "l2", "eps": 128}}]},
+            "attacks.0",
+            "eps 128 is more than the l2 distance of any two images, 8",
+        ),
+        ({"attacks": [{"attack": "autoattack", "threats": {"l2": 1}, "draws": 5}]}, "draws", "makes one draw"),
     ],
 )
 def test_a_spec_that_makes_no_sense_is_refused(changes, path, message):

@@ -27,6 +27,7 @@ from poise import kinds
 from poise.data.sets import unit_pixels
 from poise.engine.session import claim
 from poise.errors import DamagedError, PoiseError, UserError
+from poise.kinds.attacks import bind
 from poise.kinds.specs.evaluation import AUTOATTACK, RobustEvaluateSpec
 from poise.kinds.specs.robust import RobustTrainSpec
 from poise.kinds.trained import AVERAGED, open_trained
@@ -36,6 +37,7 @@ from poise.report.table import comparison
 from poise.robust.attacks import pgd
 from poise.robust.attacks.autoattack import stages as standard
 from poise.robust.evaluate import evaluate
+from poise.robust.noise import Noise
 from poise.robust.threats import Threat
 from poise.spec import RunSpec, dump
 from poise.spec.seeds import derive_seed
@@ -375,6 +377,28 @@ def linear():
 
 def soft():
     return nn.Sequential(linear(), nn.Softmax(1))
+
+class Rounded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = linear()
+
+    def forward(self, x):
+        return self.model(x.detach())
+
+class Noisy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = linear()
+
+    def forward(self, x):
+        return self.model(x + 0.3 * torch.randn_like(x))
+
+def batched():
+    return nn.Sequential(nn.BatchNorm2d(1, track_running_stats=False), linear())
+
+def scripted():
+    return torch.jit.script(linear())
 """
 
 
@@ -399,6 +423,75 @@ def test_what_makes_a_result_doubtful_is_said(store, functions):
     (warning,) = told(run)["warnings"]
     assert "probabilities" in warning
     assert [event["what"] for event in run.events() if event["event"] == "warning"] == [warning]
+
+
+def test_a_black_box_evaluation_of_a_model_without_gradient_comes_to_its_end(store, functions):
+    """And to the same end when it is run again."""
+    square = {"attack": "square", "threat": LINF, "queries": 20}
+    model = {"function": f"{functions}:Rounded"}
+    run = attacked(store, "black-box", model=model, data=DIGITS, attacks=[square], examples=20)
+    (warning,) = told(run)["warnings"]
+    assert "no gradient for its input" in warning
+    assert told(finish(spec_of(store, "black-box", model=model, data=DIGITS, attacks=[square], examples=20))) == told(
+        run
+    )
+    refused(store, "no gradient for its input", model=model, data=DIGITS, examples=20)
+
+
+def test_a_result_that_hangs_on_the_batch_is_said_to(store, functions):
+    run = attacked(store, "batched", model={"function": f"{functions}:batched"}, data=DIGITS, attacks=ATTACKS[:1])
+    assert "depends on the batch size" in told(run)["warnings"][0]
+
+
+def test_a_torchscript_model_is_evaluated_like_any_other(store, functions):
+    plain, scripted = (
+        attacked(store, name, model={"function": f"{functions}:{name}"}, data=DIGITS, attacks=ATTACKS[:2], examples=30)
+        for name in ("linear", "scripted")
+    )
+    assert matrix(plain) == matrix(scripted)
+    assert [stage["queries"] for stage in told(plain)["stages"]] == [
+        stage["queries"] for stage in told(scripted)["stages"]
+    ]
+
+
+def test_a_randomised_model_is_attacked_in_the_mean_of_its_draws(store, functions):
+    attacks = [
+        {"attack": "pgd", "threat": LINF, "steps": 2, "draws": 4},
+        {"attack": "autoattack", "threats": {"linf": "1/5"}, "version": "rand", "draws": 3},
+    ]
+    model = {"function": f"{functions}:Noisy"}
+    run = attacked(store, "noisy", model=model, data=DIGITS, attacks=attacks, examples=12)
+    stages, spec = told(run)["stages"][1:], spec_of("runs", "noisy", attacks=attacks)
+    assert [stage["name"] for stage in stages] == ["pgd-linf", "aa-apgd-ce-linf", "aa-apgd-dlr-linf"]
+    assert stages[0]["gradients"] == 8 * stages[0]["attacked"]
+    assert "draws 4" in stages[0]["attack"]
+    assert "draws 3" in stages[2]["attack"]
+    assert told(run)["warnings"] == []
+    assert spec.attacks[1].spent() == (3 * 202, 3 * 204)
+    again = attacked(store, "noisy-once", model=model, data=DIGITS, attacks=ATTACKS[:1], examples=12)
+    assert "randomised" in told(again)["warnings"][0]
+
+
+def test_targets_share_batches_in_a_job_as_they_do_in_the_function(store):
+    """Nine runs of 12 examples fit into one batch of 128: a ninth of the passes, and the same verdicts."""
+    trained = open_trained(store, "small", torch.device("cpu"))
+    images = trained.data.test.select(slice(12))
+    x, y = unit_pixels(images.images), images.labels
+    attacks = [
+        {"attack": "apgd", "threat": LINF, "steps": 4, "loss": "targeted"},
+        {"attack": "fab", "threat": LINF, "steps": 4},
+    ]
+    stages = spec_of("runs", "x", attacks=attacks).attacks
+    for apart, together in zip(bind(stages, 10), bind(stages, 10, 128), strict=True):
+        passes, verdicts = [], []
+        for stage in (apart, together):
+            calls: list[int] = []
+            hook = trained.model.register_forward_hook(lambda module, inputs, output, calls=calls: calls.append(1))
+            verdicts.append(stage.attack(trained.model, x, y, Noise.of(0, "a", range(12))).correct)
+            hook.remove()
+            passes.append(len(calls))
+        assert torch.equal(*verdicts)
+        assert passes[1] < passes[0] / 4
 
 
 @pytest.mark.parametrize(
@@ -452,6 +545,14 @@ def test_drift_of_what_was_kept_is_seen(store, finished):
     count = len(rows)
     assert told(again)["reverified"]["stages"]["far"] == {"kept": count, "fools": count - 1, "feasible": 1}
     assert len(told(again)["warnings"]) == 2
+
+
+def test_an_evaluation_that_has_not_come_to_its_end_is_not_judged_again(store):
+    spec = spec_of(store, "stopped", keep_adversarial=True)
+    run = open_run(store, "stopped")
+    with claim(run, spec):
+        pass
+    refused(store, "'stopped' .* has no result yet", model=None, examples=None, attacks=[], reverify={"run": "stopped"})
 
 
 @pytest.mark.parametrize(("name", "message"), [("small", "attacks nothing"), ("unkept", "kept no adversarial example")])

@@ -56,6 +56,24 @@ class _Linear(nn.Linear):
         return super().forward(x.flatten(1))
 
 
+class _Kinked(nn.Module):
+    """Adds the distance to an image, whose slope there is 0 / 0, to the first logit."""
+
+    def __init__(self, net: nn.Module, image: Tensor) -> None:
+        super().__init__()
+        self.net, self.image = net, image
+
+    def forward(self, x: Tensor) -> Tensor:
+        distance = (x - self.image).flatten(1).square().sum(1).sqrt()
+        return self.net(x) + 1e-6 * nn.functional.pad(distance[:, None], (0, 4))
+
+
+@pytest.fixture(scope="session")
+def kinked() -> Callable[[nn.Module, Tensor], nn.Module]:
+    """A network and an image at which its gradient is not a number, though its logits are finite."""
+    return _Kinked
+
+
 @pytest.fixture(scope="session")
 def slack() -> Callable[..., Tensor]:
     return _slack

@@ -170,8 +170,8 @@ def test_what_cannot_be_attacked_is_refused() -> None:
             attack(Shade(), bad, y)
         with pytest.raises(ValueError, match="example 1 has label 3, but the model has 3 classes"):
             attack(Shade(), x, torch.tensor([0, 3, 0, 0]))
-    with pytest.raises(ValueError, match=r"'rand'.*'standard'"):
-        autoattack(Shade(), x, y, THREAT, version="rand")
+    with pytest.raises(ValueError, match=r"'fast'.*'standard' or 'rand'"):
+        autoattack(Shade(), x, y, THREAT, version="fast")
     with pytest.raises(PoiseError, match="example 0 is not finite"):
         autoattack(nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Threshold(1e9, torch.nan)), x, y, THREAT)
 

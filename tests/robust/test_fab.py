@@ -237,7 +237,9 @@ def test_restarts_start_elsewhere_and_only_ever_find_more() -> None:
     assert not often.any()
 
 
-def test_what_cannot_be_attacked_is_refused(small_net: nn.Module, images: tuple[Tensor, Tensor]) -> None:
+def test_what_cannot_be_attacked_is_refused(
+    small_net: nn.Module, images: tuple[Tensor, Tensor], kinked: Callable[[nn.Module, Tensor], nn.Module]
+) -> None:
     x, y = images
     with pytest.raises(ValueError, match="at least 1, not 3, 1 and 0"):
         fab(small_net, x, y, Threat("linf", 0.1), steps=3, targets=0)
@@ -247,19 +249,7 @@ def test_what_cannot_be_attacked_is_refused(small_net: nn.Module, images: tuple[
         y = small_net(x).argmax(1)
     y[:3] = (y[:3] + 1) % 5
     with pytest.raises(PoiseError, match="example 7 of the batch is not finite at step 0"):
-        fab(_Kinked(small_net, x[7]), x, y, Threat("linf", 0.1), steps=3)
-
-
-class _Kinked(nn.Module):
-    """Adds the distance to an image, whose slope there is 0 / 0, to the first logit."""
-
-    def __init__(self, net: nn.Module, image: Tensor) -> None:
-        super().__init__()
-        self.net, self.image = net, image
-
-    def forward(self, x: Tensor) -> Tensor:
-        distance = (x - self.image).flatten(1).square().sum(1).sqrt()
-        return self.net(x) + 1e-6 * nn.functional.pad(distance[:, None], (0, 4))
+        fab(kinked(small_net, x[7]), x, y, Threat("linf", 0.1), steps=3)
 
 
 @pytest.fixture(scope="module")

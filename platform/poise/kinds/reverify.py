@@ -45,6 +45,10 @@ def reverify(spec: RobustEvaluateSpec, name: str, context: Context) -> None:
 def _reverify(spec: RobustEvaluateSpec, name: str, context: Context) -> None:
     run = open_run(spec.store, name, must_exist=True)
     was = _spec_of(run)
+    try:
+        then = json.loads(run.read("artifacts/summary.json"))["weights_sha256"]
+    except FileNotFoundError:
+        raise UserError(f"reverify.run: {name!r} in {run.storage.url} has no result yet: run it to its end") from None
     assert was.model is not None  # an evaluation has one
     subject = open_subject(was.model, was.data, store=spec.store, seed=was.seed, device=context.device, split=was.split)
     images, balls = subject.choose(was.examples), _balls(was, subject)
@@ -54,7 +58,7 @@ def _reverify(spec: RobustEvaluateSpec, name: str, context: Context) -> None:
         rows += _judged(subject, images, kept, balls[kept.stage], spec.batch_size, context)
     if not rows:
         raise UserError(f"reverify.run: {name!r} has kept no adversarial example: set keep_adversarial in its spec")
-    _keep(spec, rows, _doubts(run, subject, rows), context)
+    _keep(spec, rows, _doubts(then, subject, rows), context)
 
 
 def _spec_of(run: Run) -> RobustEvaluateSpec:
@@ -96,10 +100,9 @@ def _excess(ball: Threat, x: Tensor, points: Tensor) -> Tensor:
     return excess
 
 
-def _doubts(run: Run, subject: Subject, rows: list[dict[str, Any]]) -> list[str]:
-    """Drift in words: other weights, points that fool no more, points that are not feasible."""
+def _doubts(then: str, subject: Subject, rows: list[dict[str, Any]]) -> list[str]:
+    """Drift in words: other weights than `then`, points that fool no more, points that are not feasible."""
     drifted, infeasible = (sum(not row[key] for row in rows) for key in ("fools", "feasible"))
-    then = json.loads(run.read("artifacts/summary.json"))["weights_sha256"]
     found = {
         "the weights are not those of the evaluation": then != subject.digest,
         f"{drifted} of {len(rows)} kept examples do not fool the model any more": drifted,

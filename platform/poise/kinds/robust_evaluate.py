@@ -6,12 +6,13 @@ model, images -> clean -> for each stage: what stands under its threat -> chunks
 from __future__ import annotations
 
 import json
+import warnings
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from poise.data.sets import unit_pixels
+from poise.data.sets import ImageSet, unit_pixels
 from poise.errors import PoiseError, UserError
 from poise.kinds.attacks import BoundStage, bind, threat_names
 from poise.kinds.findings import Findings
@@ -23,7 +24,7 @@ from poise.observe.events import event
 from poise.observe.progress import Progress
 from poise.observe.rows import Rows
 from poise.robust.attacks import AttackResult
-from poise.robust.attacks.checks import masking, suspicions
+from poise.robust.attacks.checks import RANDOMISED, masking, suspicions
 from poise.robust.attacks.contract import scores
 from poise.robust.noise import Noise
 from poise.spec.seeds import derive_seed
@@ -46,11 +47,13 @@ def run(spec: RobustEvaluateSpec, context: Context) -> None:
         raise UserError("model: the workers have different weights; a function of yours has to return the same ones")
     images = subject.choose(spec.examples)
     seed = derive_seed(spec.seed, "evaluate")
+    stages = bind(spec.attacks, subject.num_classes, spec.batch_size)
+    signs = context.together(partial(_signs, spec, subject, images, context))
     court = Court(subject.model, subject.digest, images, seed, spec.keep_adversarial, context)
     findings = Findings(len(images))
-    for stage in [_CLEAN, *bind(spec.attacks, subject.num_classes)]:
+    for stage in [_CLEAN, *stages]:
         findings.add(stage, _stage(court, stage, findings.standing(stage), spec.batch_size))
-    doubts = context.together(partial(_doubts, court, findings, spec.batch_size))
+    doubts = [*signs, *_beaten(findings)]
     context.together(partial(_keep, spec, subject, findings, doubts, context))
 
 
@@ -86,18 +89,35 @@ def _stage(court: Court, stage: BoundStage, standing: Tensor, batch_size: int) -
     return [verdict for part, _ in parts for verdict in part]
 
 
-def _doubts(court: Court, findings: Findings, batch_size: int) -> list[str]:
-    """What should make one doubt the result: signs on the first images, and what only Square has fooled."""
+def _signs(spec: RobustEvaluateSpec, subject: Subject, images: ImageSet, context: Context) -> list[str]:
+    """What should make one doubt the result before it is there, seen on the first images."""
+    losses = {_LOSSES.get(getattr(stage, "loss", "ce"), "margin") for stage in spec.attacks if stage.attack != "square"}
+    if subject.num_classes < 3:
+        losses.discard("dlr")
+    first = images.select(slice(spec.batch_size))
+    x, y = unit_pixels(first.images.to(context.device)), first.labels.to(context.device)
+    signs = suspicions(subject.model, x, y, sorted(losses | {"margin"}))
+    averaged = all(getattr(stage, "draws", None) for stage in spec.attacks)
+    signs = tuple(sign for sign in signs if not (averaged and sign.startswith(RANDOMISED)))
+    if context.leads:
+        for sign in signs:
+            warnings.warn(sign, stacklevel=2)
+    return list(signs)
+
+
+_LOSSES = {"ce": "ce", "dlr": "dlr"}
+"""What of the losses that a stage climbs is looked at by its name; all others are margins."""
+
+
+def _beaten(findings: Findings) -> list[str]:
+    """What only Square has fooled."""
     beaten, followed = list[str | None](), set[str]()
     for part in findings.stages:
         if not part.stage.black_box:
             followed.add(part.stage.column)
         elif part.stage.column in followed:
             beaten.append(masking(part.attacked, part.after))
-    first = court.images.select(slice(batch_size))
-    device = court.context.device
-    signs = suspicions(court.model, unit_pixels(first.images.to(device)), first.labels.to(device))
-    return [*signs, *filter(None, beaten)]
+    return [*filter(None, beaten)]
 
 
 def _keep(spec: RobustEvaluateSpec, subject: Subject, findings: Findings, doubts: list[str], context: Context) -> None:

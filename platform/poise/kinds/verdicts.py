@@ -121,9 +121,10 @@ class Court:
     def _attack(self, stage: BoundStage, x: Tensor, y: Tensor, examples: Tensor) -> tuple[AttackResult, Meter]:
         device = self.context.device
         noise = Noise.of(self.seed, stage.name, examples, device)
-        with Meter(self.model, device) as meter, attack_mode(self.model):
+        meter = Meter(self.model, device)
+        with attack_mode(meter):
             try:
-                result = stage.attack(self.model, x.to(device), y.to(device), noise)
+                result = stage.attack(meter, x.to(device), y.to(device), noise)
             except ValueError as error:
                 raise UserError(f"stage {stage.name}: {error}") from None
             meter.check()
@@ -137,25 +138,23 @@ class Court:
         return digest.hexdigest()
 
 
-class Meter:
-    """Counts what passes through a model, and sees whether all that came out was finite."""
+class Meter(nn.Module):
+    """A model that counts what passes through it, and sees whether all that came out was finite.
+
+    No forward hook, which a TorchScript model does not take.
+    """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
+        super().__init__()
         self._model, self._finite = model, torch.ones((), dtype=torch.bool, device=device)
         self.queries = self.gradients = 0
 
-    def __enter__(self) -> Meter:
-        self._hook = self._model.register_forward_hook(self._see)
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        self._hook.remove()
-
-    def _see(self, model: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        x = inputs[0]
+    def forward(self, x: Tensor) -> Tensor:
         self.queries += len(x)
         self.gradients += len(x) if x.requires_grad else 0
-        self._finite = self._finite & output.detach().isfinite().all()
+        output: Tensor = self._model(x)
+        self._finite = self._finite & output.detach().amax(1).isfinite().all()  # -inf masks a class
+        return output
 
     def check(self) -> None:
         """PoiseError if something was not finite: an attack may have taken it for a success."""

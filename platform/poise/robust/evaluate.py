@@ -6,6 +6,7 @@ smallest accuracy and at least one minus the sum of the errors (papers/adversari
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from poise.robust.attacks import AttackResult, attack_mode
+from poise.robust.attacks.checks import batch_dependence
+from poise.robust.attacks.contract import scores
 from poise.robust.noise import Noise
 
 __all__ = ["Evaluation", "EvaluationAttack", "evaluate", "union_accuracy"]
@@ -70,6 +73,8 @@ def evaluate(
     other attacks run, nor, with `indices`, on how a data set was shared out (up to the rounding of the model, whose
     last bits may differ between batch sizes).
 
+    Warns of a model that answers for an image alone otherwise than in its batch.
+
     Args:
         x, y: images (n, ...) in [0, 1] and labels (n,), on the model's device.
         attacks: by name; at least one.
@@ -79,7 +84,9 @@ def evaluate(
         raise ValueError("nothing to evaluate: name at least one attack")
     indices = range(len(x)) if indices is None else indices
     with attack_mode(model), torch.no_grad():
-        clean = torch.cat([model(batch).argmax(1) for batch in torch.split(x, batch_size)]) == y
+        if warning := batch_dependence(model, x[:batch_size]):
+            warnings.warn(warning, stacklevel=2)
+        clean = torch.cat([scores(model, batch).argmax(1) for batch in torch.split(x, batch_size)]) == y
         correct = clean.unsqueeze(1).repeat(1, 1 + len(attacks))
         for column, (name, attack) in enumerate(attacks.items(), start=1):
             noise = Noise.of(seed, name, indices, x.device)

@@ -7,12 +7,13 @@ alpha = 0.05 is a step of length 1 here.)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from poise.spec import Real, Section
+from poise.spec import Real, Section, mistake
 
 __all__ = [
     "NORMS",
@@ -23,6 +24,7 @@ __all__ = [
     "Sparsity",
     "ThreatSpec",
     "Threats",
+    "oversized",
 ]
 
 Norm = Literal["linf", "l2", "l1"]
@@ -40,6 +42,25 @@ def _sparsity(value: Sparsity) -> Sparsity:
 def _pair(value: Any) -> Any:
     """YAML has lists only; a range is kept as a tuple because a section is immutable."""
     return tuple(value) if isinstance(value, list) else value
+
+
+def oversized(norm: Norm, eps: float, dimensions: int | None) -> str | None:
+    """Why a ball of this radius cannot be meant, or None: no two images of so many values in [0, 1] are as far apart.
+
+    Without `dimensions`, only what no image could be as large for.
+    """
+    if norm == "linf":
+        limit = 1.0
+    elif dimensions is None:
+        return None
+    else:
+        limit = math.sqrt(dimensions) if norm == "l2" else float(dimensions)
+    if eps <= limit * (1 + 1e-9):
+        return None
+    return (
+        f"eps {eps:g} is more than the {norm} distance of any two images, {limit:.4g}: pixels are in [0, 1], so that "
+        f"{eps:g} of 255 grey levels is {eps:g}/255"
+    )
 
 
 Coordinates = Annotated[Sparsity, BeforeValidator(_pair), AfterValidator(_sparsity)]
@@ -102,6 +123,8 @@ class Threats(Section):
         if not self.keys():
             raise ValueError("at least one threat is needed: linf, l2 or l1, for example `linf: {eps: 8/255}`")
         for norm, threat in self.items():
+            if problem := oversized(norm, float(threat.eps), None):
+                raise mistake(f"{norm}.eps", problem)
             if threat.sparsity is not None and norm != "l1":
                 raise ValueError(f"sparsity belongs to l1 alone: remove it from {norm}")
         return self

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from poise.robust.spec import NORMS, Norm
+from poise.robust.spec import NORMS, Norm, oversized
 
 __all__ = ["ORDERS", "Beside", "Threat", "project_l1_ball"]
 
@@ -32,6 +32,16 @@ class Threat:
             raise ValueError(f"unknown norm {self.norm!r}: use one of {', '.join(NORMS)}")
         if not (math.isfinite(self.eps) and self.eps >= 0):
             raise ValueError(f"eps must be finite and at least 0, not {self.eps}")
+
+    @property
+    def in_box(self) -> bool:
+        """Whether x and x + delta are images in [0, 1]."""
+        return True
+
+    def check_eps(self, dimensions: int) -> None:
+        """Raise ValueError for a radius that is larger than the box of so many dimensions."""
+        if self.in_box and (problem := oversized(self.norm, self.eps, dimensions)):
+            raise ValueError(problem)
 
     def project(self, x: Tensor, delta: Tensor) -> Tensor:
         """A feasible perturbation near `delta`; what is feasible already comes back unchanged.
@@ -113,6 +123,11 @@ class Beside(Threat):
     norm: Norm = "linf"
     eps: float = 1.0
     parts: tuple[Threat, ...] = ()
+
+    def check_eps(self, dimensions: int) -> None:
+        """Of each part."""
+        for part in self.parts:
+            part.check_eps(dimensions)
 
     def project(self, x: Tensor, delta: Tensor) -> Tensor:
         """Each part's own projection."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from poise.data.spec import DataSpec
+from poise.data.spec import DataSpec, known_sizes
 from poise.models.spec import ModelSpec
-from poise.robust.spec import Coordinates, Norm
+from poise.robust.spec import Coordinates, Norm, oversized
 from poise.spec import Input, MetricSource, Name, Real, RunName, RunSpec, Section, mistake, summary_sources
 
 __all__ = [
@@ -31,11 +32,18 @@ __all__ = [
 ]
 
 Eps = Annotated[Real, Field(ge=0, le=1_000_000)]
+Draws = Annotated[
+    int | None,
+    Field(
+        ge=2, le=10_000, description="for a randomised model: attack and judge its mean prediction over so many draws"
+    ),
+]
 Restarts = Annotated[
     int, Field(ge=1, le=1000, description="runs, each on what still stands; later ones start at random")
 ]
 _HEAD = ("name", "attack", "threat", "threats")
 AUTOATTACK = ("apgd-ce", "apgd-t", "fab-t", "square")
+RAND = ("apgd-ce", "apgd-dlr")
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
@@ -94,6 +102,12 @@ class BallSpec(Section):
     norm: Norm = Field(description="norm of the change")
     eps: Eps = Field(description="radius of the ball, pixels in [0, 1]; a fraction such as 8/255 is exact")
 
+    @model_validator(mode="after")
+    def _within_the_box(self) -> BallSpec:
+        if problem := oversized(self.norm, float(self.eps), None):
+            raise mistake("eps", problem)
+        return self
+
     def __str__(self) -> str:
         return f"{self.norm} eps {self.eps}"
 
@@ -118,7 +132,7 @@ class _Stage(Section):
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments that it decides, of the attack that it names."""
-        written = {key: value for key, value in self if key not in _HEAD and value is not None}
+        written = {key: value for key, value in self if key not in (*_HEAD, "draws") and value is not None}
         return {key: float(value) if isinstance(value, Real) else value for key, value in written.items()}
 
     def words(self) -> str:
@@ -140,6 +154,13 @@ class _OneBall(_Stage):
 
 class _SeveralBalls(_Stage):
     threats: dict[Norm, Eps] = Field(min_length=1, description="radius of each ball, by norm, such as {linf: 8/255}")
+
+    @model_validator(mode="after")
+    def _within_the_box(self) -> _SeveralBalls:
+        for norm, eps in self.threats.items():
+            if problem := oversized(norm, float(eps), None):
+                raise mistake(f"threats.{norm}", problem)
+        return self
 
     @property
     def balls(self) -> tuple[BallSpec, ...]:
@@ -172,6 +193,7 @@ class PgdStage(_OneBall):
     sparsity: Coordinates | None = Field(
         None, description="l1 only: coordinates that a step moves, a count or a range [low, high]; default [5, 20]"
     )
+    draws: Draws = None
 
     @model_validator(mode="after")
     def _sparsity_of_l1(self) -> PgdStage:
@@ -181,7 +203,8 @@ class PgdStage(_OneBall):
 
     def spent(self) -> tuple[int, int]:
         """Gradients and queries per example, at most."""
-        return self.steps * self.restarts, (self.steps + 1) * self.restarts + 1
+        draws = self.draws or 1
+        return self.steps * self.restarts * draws, ((self.steps + 1) * self.restarts + 1) * draws
 
 
 class ApgdStage(_OneBall):
@@ -199,6 +222,7 @@ class ApgdStage(_OneBall):
         le=100_000,
         description="targeted only: how many of the likeliest wrong classes are tried; default 9",
     )
+    draws: Draws = None
 
     @model_validator(mode="after")
     def _targets_of_targeted(self) -> ApgdStage:
@@ -215,7 +239,8 @@ class ApgdStage(_OneBall):
         """Gradients and queries per example, at most: each ball of a run takes one more than its steps."""
         runs = self.restarts * ((self.targets or 9) if self.loss == "targeted" else 1)
         gradients = runs * (self.steps + (3 if self.threat.norm == "l1" else 1))
-        return gradients, gradients + 1
+        draws = self.draws or 1
+        return gradients * draws, (gradients + 1) * draws
 
 
 class FabStage(_OneBall):
@@ -264,14 +289,35 @@ class AutoAttackStage(_SeveralBalls):
     """The four attacks of AutoAttack, under one threat after the other."""
 
     attack: Literal["autoattack"] = Field(description="APGD-CE, APGD-T, FAB-T and Square for each threat in turn")
+    version: Literal["standard", "rand"] = Field(
+        "standard", description="rand is for randomised models: APGD-CE and APGD-DLR on their mean prediction"
+    )
+    draws: Draws = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _draws_of_rand(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("version") == "rand" and values.get("draws") is None:
+            return {**values, "draws": 20}
+        return values
+
+    @model_validator(mode="after")
+    def _only_rand_draws(self) -> AutoAttackStage:
+        if self.draws is not None and self.version != "rand":
+            raise mistake("draws", "the standard version makes one draw: remove draws, or set version to rand")
+        return self
 
     @property
     def keys(self) -> tuple[str, ...]:
         """Those of its attacks, with its own name before and the norm behind, such as aa-fab-t-linf."""
-        return tuple(f"{self.name or 'aa'}-{attack}-{ball.norm}" for ball in self.balls for attack in AUTOATTACK)
+        attacks = RAND if self.version == "rand" else AUTOATTACK
+        return tuple(f"{self.name or 'aa'}-{attack}-{ball.norm}" for ball in self.balls for attack in attacks)
 
     def spent(self) -> tuple[int, int]:
         """Gradients and queries per example, at most; a model of few classes has fewer targets."""
+        if self.draws is not None:
+            runs = [10 * 103 if norm == "l1" else 2 * 101 for norm in self.threats]
+            return self.draws * sum(runs), self.draws * (sum(runs) + 2 * len(runs))
         gradients = [1924 if norm == "l1" else 1910 for norm in self.threats]
         return sum(gradients), sum(gradients) + 5950 * len(gradients)
 
@@ -331,6 +377,11 @@ class RobustEvaluateSpec(RunSpec):
             raise mistake("data", f"is required: a {self.model.source} does not say what it was trained on")
         if not self.attacks:
             raise mistake("attacks", "at least one is needed, such as {attack: pgd, threat: {norm: linf, eps: 8/255}}")
+        sizes = None if self.data is None else known_sizes(self.data)
+        for index, stage in enumerate(self.attacks):
+            for ball in stage.balls:
+                if problem := oversized(ball.norm, float(ball.eps), sizes and math.prod(sizes.shape)):
+                    raise mistake(f"attacks.{index}", problem)
         taken = {"clean"}
         for index, stage in enumerate(self.attacks):
             if again := taken.intersection(stage.keys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -10,7 +11,7 @@ from poise.data.spec import DataSpec, known_sizes
 from poise.kinds.specs.cost import in_bytes
 from poise.models.spec import ModelSpec, num_parameters, state_bytes
 from poise.robust.objective_spec import Adt, Avg, Objective, Ramp, check, gradients_per_batch, losses_per_batch
-from poise.robust.spec import Eigenspace, EvaluateSpec, Threats
+from poise.robust.spec import Eigenspace, EvaluateSpec, Threats, oversized
 from poise.robust.training_spec import Averaging, Awp, Compute, Monitors
 from poise.spec import MetricSource, RunSpec, mistake, row_sources, summary_sources
 from poise.train.spec import TrainSpec
@@ -42,6 +43,11 @@ class RobustTrainSpec(RunSpec):
             check(self.objective, self.threats)
         except ValueError as error:
             raise mistake("threats", str(error)) from None
+        sizes = known_sizes(self.data)
+        for key, threats in (("threats", self.threats), ("evaluate.threats", self.evaluate.threats)):
+            for norm, threat in threats.items() if threats and sizes else ():
+                if problem := oversized(norm, float(threat.eps), math.prod(sizes.shape)):
+                    raise mistake(f"{key}.{norm}.eps", problem)
         self.workers.check_shares("data.batch_size", self.data.batch_size)
         if self.monitors.robust_gap and self.data.validation == 0:
             raise mistake("monitors.robust_gap", "needs a validation split: set data.validation above 0")

@@ -7,6 +7,7 @@ from torch import Tensor
 from poise.robust.attacks.apgd import apgd, apgd_perturb
 from poise.robust.attacks.autoattack import UnionResult, autoattack, union_attack
 from poise.robust.attacks.contract import AttackResult, BNMode, attack_mode
+from poise.robust.attacks.eot import AveragedModel
 from poise.robust.attacks.fab import fab
 from poise.robust.attacks.losses import LOSSES, Loss, cross_entropy, dlr, kl_from, margin
 from poise.robust.attacks.msd import msd, msd_perturb
@@ -18,6 +19,7 @@ __all__ = [
     "PERTURB",
     "SEARCH",
     "AttackResult",
+    "AveragedModel",
     "BNMode",
     "Loss",
     "UnionResult",

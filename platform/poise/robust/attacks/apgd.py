@@ -14,6 +14,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from poise.robust.attacks.checks import check_inputs, require_logits
 from poise.robust.attacks.contract import (
     AttackResult,
     BNMode,
@@ -24,8 +25,16 @@ from poise.robust.attacks.contract import (
     lowest,
     require_finite,
     scores,
+    warn_unmoved,
 )
-from poise.robust.attacks.losses import LOSSES, Loss, cross_entropy, targeted_dlr, targeted_margin
+from poise.robust.attacks.losses import (
+    LOSSES,
+    Loss,
+    cross_entropy,
+    targeted_dlr,
+    targeted_margin,
+    without_underflow,
+)
 from poise.robust.noise import Noise, Source, as_noise
 from poise.robust.threats import Threat
 
@@ -72,17 +81,21 @@ def apgd(
             of one after the other. None is one run at a time.
 
     Raises:
-        ValueError: an unknown loss, a count below 1, or "dlr" for a model of fewer than three classes.
+        ValueError: see `checks.check_inputs`; an unknown loss, a count below 1, or "dlr" for a model of fewer than
+            three classes.
         PoiseError: a loss or its gradient was not finite.
     """
     if min(steps, restarts, targets) < 1:
         raise ValueError(f"steps, restarts and targets are at least 1, not {steps}, {restarts} and {targets}")
+    y = check_inputs(x, y, threat)
     streams, stages = as_noise(noise, x), _stages(threat, steps, large_eps and threat.norm == "l1")
     with attack_mode(model, bn_mode):
         clean = scores(model, x)
+        require_logits(clean, y)
         aimed, aims = _aims(loss, clean, y, targets)
         delta, height = torch.zeros_like(x), lowest(x)
         height[clean.argmax(1) != y] = torch.inf
+        unmoved = height < torch.inf
         runs = [(streams.at(i), *run) for i, run in enumerate(product(aims.unbind(1), range(restarts)))]
         while runs and len(alive := (height < torch.inf).nonzero().flatten()):
             group = runs[: at_once(len(alive), batch_size)]
@@ -91,12 +104,15 @@ def apgd(
             first = stages[0][0].pick(alive)
             starts = [_start(first, x[alive], draws.pick(alive), random=random_start or n > 0) for draws, _, n in group]
             target = torch.cat([aim[alive] for _, aim, _ in group])
-            found, reached = _through(among, model, aimed, x[rows], y[rows], target, torch.cat(starts), rows)
+            found, reached, blind = _through(among, model, aimed, x[rows], y[rows], target, torch.cat(starts), rows)
+            unmoved[alive] &= blind.view(len(group), -1).all(0)
             for point, top in zip(found.chunk(len(group)), reached.chunk(len(group)), strict=True):
                 better = top > height[alive]
                 delta[alive] = choose(better, point, delta[alive])
                 height[alive] = torch.where(better, top, height[alive])
-    return AttackResult(x + delta, height < torch.inf)
+    correct = height < torch.inf
+    warn_unmoved(unmoved & correct)
+    return AttackResult(x + delta, correct)
 
 
 def apgd_perturb(
@@ -118,13 +134,15 @@ def apgd_perturb(
     Arguments and errors as for `apgd`, but `loss` is any of `attacks.losses`, and under l1 the first steps move 5 % of
     the coordinates, not 20 %. With restarts > 1 each example keeps the best of all runs. `spread`: as for `perturb`.
     """
+    y = check_inputs(x, y, threat)
     streams, rows = as_noise(noise, x), torch.arange(len(x), device=x.device)
-    ascent = _Ascent(model, threat, lambda logits, y, _: loss(logits, y), seek=False)
+    climbed = without_underflow(loss)
+    ascent = _Ascent(model, threat, lambda logits, y, _: climbed(logits, y), seek=False)
     best, height = torch.zeros_like(x), lowest(x)
     with attack_mode(model, bn_mode):
         for run in range(restarts):
             start = _start(threat, x, streams.at(run), random=random_start or run > 0, spread=spread)
-            found, reached = ascent.climb(x, y, y, start, steps, share=0.05, rows=rows)
+            found, reached, _ = ascent.climb(x, y, y, start, steps, share=0.05, rows=rows)
             best = choose(reached > height, found, best)
             height = torch.maximum(reached, height)
     return x + best
@@ -157,12 +175,15 @@ def _stages(threat: Threat, steps: int, large_eps: bool) -> list[_Stage]:
 def _aims(loss: str, clean: Tensor, y: Tensor, targets: int) -> tuple[_Aimed, Tensor]:
     """What is climbed, and each example's targets (N, T) in falling order of clean logits; T = 1 without a target."""
     if loss in LOSSES:
-        return lambda logits, y, _: LOSSES[loss](logits, y), y.unsqueeze(1)
+        climbed = without_underflow(LOSSES[loss])
+        return lambda logits, y, _: climbed(logits, y), y.unsqueeze(1)
     if loss != "targeted":
         raise ValueError(f"unknown loss {loss!r}: use one of {', '.join(LOSSES)}, targeted")
     classes = clean.shape[1]
     others = clean.scatter(1, y.unsqueeze(1), -torch.inf)
-    return targeted_dlr if classes >= 4 else targeted_margin, others.topk(min(targets, classes - 1), dim=1).indices
+    ranked = others.topk(min(targets, classes - 1), dim=1)
+    aims = torch.where(ranked.values > -torch.inf, ranked.indices, ranked.indices[:, :1])  # no class that is masked
+    return targeted_dlr if classes >= 4 else targeted_margin, aims
 
 
 def _start(threat: Threat, x: Tensor, noise: Noise, *, random: bool, spread: float | None = None) -> Tensor:
@@ -183,13 +204,13 @@ def _through(
     target: Tensor,
     delta: Tensor,
     rows: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """One run through balls that shrink to the threat itself, the last and only one where a point counts as found."""
     for number, (ball, steps) in enumerate(stages):
         ascent = _Ascent(model, ball, aimed, seek=number == len(stages) - 1)
         share = None if number else 0.2
-        delta, height = ascent.climb(x, y, target, ball.project(x, delta), steps, share=share, rows=rows)
-    return delta, height
+        delta, height, blind = ascent.climb(x, y, target, ball.project(x, delta), steps, share=share, rows=rows)
+    return delta, height, blind
 
 
 @dataclass(frozen=True)
@@ -208,6 +229,7 @@ class _Walk:
     best_loss: Tensor  # infinite once the model is fooled, so that the first fooling point is never replaced
     rises: Tensor  # steps since the last checkpoint that raised the loss
     finite: Tensor  # steps before the first gradient or loss that was not finite
+    blind: Tensor  # bool, a gradient of zero at every point
 
     def back_to_best(self, where: Tensor) -> _Walk:
         return replace(
@@ -299,19 +321,24 @@ class _Ascent:
 
     def climb(
         self, x: Tensor, y: Tensor, target: Tensor, delta: Tensor, steps: int, *, share: float | None, rows: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The best delta and its loss, infinite where it fools. `rows`: the places of the examples in their batch."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The best delta, its loss, infinite where it fools, and whose gradient was zero at every point.
+
+        `rows`: the places of the examples in their batch.
+        """
         walk, left = self._begin(x, y, target, delta, steps), torch.arange(len(x), device=x.device)
         pace: _Pace = (
             _Thinning.begin(self.threat, walk, share) if self.threat.norm == "l1" else _Halving.begin(self.threat, walk)
         )
         best, height, finite = walk.best.clone(), walk.best_loss.clone(), walk.finite.clone()
+        blind = walk.blind.clone()
         last, checks = 0, {*checkpoints(self.threat, steps), steps}
         threat = self.threat
         for step in range(1, steps + 1):
             walk = self._visit(walk, pace.step(threat, walk, first=step == 1), step, final=step == steps)
             if step in checks:
                 best[left], height[left], finite[left] = walk.best, walk.best_loss, walk.finite
+                blind[left] = walk.blind
                 pace, back = pace.judged(walk, step - last)
                 walk, last = walk.back_to_best(back), step
                 if self.seek:
@@ -321,12 +348,12 @@ class _Ascent:
                     if len(left) == 0:
                         break
         require_finite(finite, steps + 1, rows)
-        return best, height
+        return best, height, blind
 
     def _begin(self, x: Tensor, y: Tensor, target: Tensor, delta: Tensor, steps: int) -> _Walk:
         zero, count = torch.zeros_like(x), torch.zeros_like(y)
         low = lowest(x)
-        walk = _Walk(x, y, target, delta, delta, zero, low, delta, zero, low, count, count + steps + 1)
+        walk = _Walk(x, y, target, delta, delta, zero, low, delta, zero, low, count, count + steps + 1, count == 0)
         return replace(self._visit(walk, delta, 0, final=False), rises=count)
 
     def _visit(self, walk: _Walk, delta: Tensor, step: int, *, final: bool) -> _Walk:
@@ -339,7 +366,8 @@ class _Ascent:
             grad, loss, logits = input_gradient(
                 self.model, point, walk.y, lambda logits, y: self.loss(logits, y, walk.target)
             )
-        sound = grad.flatten(1).abs().amax(1).isfinite() & loss.isfinite()
+        largest = grad.flatten(1).abs().amax(1)
+        sound = largest.isfinite() & loss.isfinite()
         height = torch.where(logits.argmax(1) != walk.y, torch.inf, loss) if self.seek else loss
         better = height > walk.best_loss
         return replace(
@@ -352,6 +380,7 @@ class _Ascent:
             best_grad=choose(better, grad, walk.best_grad),
             best_loss=torch.where(better, height, walk.best_loss),
             rises=walk.rises + (loss > walk.loss),
+            blind=walk.blind & (largest == 0),
             finite=torch.where(sound, walk.finite, walk.finite.clamp(max=step)),
         )
 

@@ -8,21 +8,24 @@ from __future__ import annotations
 import warnings
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from poise.robust.attacks.apgd import apgd
-from poise.robust.attacks.checks import masking, require_images, require_logits, suspicions
+from poise.robust.attacks.checks import RANDOMISED, check_inputs, masking, require_logits, suspicions
 from poise.robust.attacks.contract import AttackResult, attack_mode, scores
+from poise.robust.attacks.eot import AveragedModel
 from poise.robust.attacks.fab import fab
 from poise.robust.attacks.square import square
 from poise.robust.noise import Noise, Source, as_noise
 from poise.robust.threats import Threat
 
-__all__ = ["Stage", "UnionResult", "autoattack", "stages", "union_attack"]
+__all__ = ["Stage", "UnionResult", "Version", "autoattack", "rand_stages", "stages", "union_attack"]
+
+Version = Literal["standard", "rand"]
 
 
 @dataclass(frozen=True)
@@ -66,17 +69,31 @@ def stages(threat: Threat, num_classes: int, batch_size: int | None = None) -> t
     )
 
 
+def rand_stages(threat: Threat, num_classes: int, batch_size: int | None = None) -> tuple[Stage, ...]:
+    """The `rand` sequence, for randomised models: APGD on the cross entropy, then on the DLR loss, no other attack.
+
+    To be run on an `AveragedModel`. With two classes, where the DLR loss has no denominator, the margin is climbed.
+    Raises ValueError as `stages` does.
+    """
+    first, *_ = stages(threat, num_classes, batch_size)
+    loss = "dlr" if num_classes >= 3 else "margin"
+    return first, replace(first, name="apgd-dlr", options={**first.options, "loss": loss})
+
+
 def autoattack(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
     threat: Threat,
     *,
-    version: Literal["standard"] = "standard",
+    version: Version = "standard",
     noise: Source = None,
     batch_size: int = 256,
+    draws: int = 20,
 ) -> AttackResult:
     """Run `stages(threat, K)`, each from the original images of those examples that stand under all before it.
+
+    Version "rand" is for randomised models: it runs `rand_stages` on their mean prediction over so many `draws`.
 
     `adversarial` holds the point that fooled the model, or the image itself where none did. What should make one
     doubt the result (see `checks`) is a UserWarning; the signs before the attack are sought on the first batch.
@@ -92,10 +109,14 @@ def autoattack(
         ValueError: no examples, pixels outside [0, 1] or not a number, labels that are no class, another version.
         PoiseError: logits, or a gradient, that are not finite.
     """
-    if version != "standard":
-        raise ValueError(f"version {version!r} of AutoAttack is not known here: use 'standard'")
-    clean, num_classes = _prepare(model, x, y, batch_size)
-    return _sequence(model, x, y, clean, stages(threat, num_classes, batch_size), as_noise(noise, x), batch_size)
+    if version not in ("standard", "rand"):
+        raise ValueError(f"version {version!r} of AutoAttack is not known here: use 'standard' or 'rand'")
+    y = check_inputs(x, y, threat)
+    if version == "rand":
+        model = AveragedModel(model, draws)
+    clean, num_classes = _prepare(model, x, y, batch_size, randomised=version == "rand")
+    sequence = (rand_stages if version == "rand" else stages)(threat, num_classes, batch_size)
+    return _sequence(model, x, y, clean, sequence, as_noise(noise, x), batch_size)
 
 
 @dataclass(frozen=True)
@@ -135,6 +156,7 @@ def union_attack(
     """
     if not threats:
         raise ValueError("a union of no threats: name at least one")
+    y = check_inputs(x, y, *threats.values())
     standing, num_classes = _prepare(model, x, y, batch_size)
     streams, columns = as_noise(noise, x), []
     adversarial = x.clone()
@@ -147,14 +169,16 @@ def union_attack(
     return UnionResult(tuple(threats), adversarial, torch.stack(columns, dim=1))
 
 
-def _prepare(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> tuple[Tensor, int]:
-    """Refuse what is no input, warn of what hides gradients: (which examples are right, bool (N,); classes)."""
-    require_images(x)
+def _prepare(
+    model: nn.Module, x: Tensor, y: Tensor, batch_size: int, *, randomised: bool = False
+) -> tuple[Tensor, int]:
+    """Refuse logits that are none, warn of what hides gradients: (which examples are right, bool (N,); classes)."""
     with attack_mode(model):
         logits = torch.cat([scores(model, batch) for batch in torch.split(x, batch_size)])
     require_logits(logits, y)
-    for sign in suspicions(model, x[:batch_size], y[:batch_size]):
-        warnings.warn(sign, stacklevel=3)
+    for sign in suspicions(model, x[:batch_size], y[:batch_size], ("ce", "margin")):
+        if not (randomised and sign.startswith(RANDOMISED)):
+            warnings.warn(sign, stacklevel=3)
     return logits.argmax(1) == y, logits.shape[1]
 
 

@@ -10,6 +10,7 @@ Attack the bare model: under DistributedDataParallel pass `ddp.module`, since ev
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,11 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from poise.errors import PoiseError
+from poise.errors import PoiseError, UserError
 from poise.robust.attacks.losses import Loss
 from poise.robust.attacks.narrow import narrow_gradients
 
 __all__ = [
+    "NO_GRADIENT",
     "AttackResult",
     "BNMode",
     "at_once",
@@ -34,9 +36,14 @@ __all__ = [
     "lowest",
     "require_finite",
     "scores",
+    "warn_unmoved",
 ]
 
 BNMode = Literal["eval", "train"]
+NO_GRADIENT = (
+    "the model has no gradient for its input (it detaches, rounds, or computes under no_grad): only the square attack, "
+    "which needs none, can search its robustness"
+)
 
 
 @dataclass(frozen=True)
@@ -76,19 +83,26 @@ def attack_mode(model: nn.Module, bn_mode: BNMode = "eval") -> Iterator[None]:
 
 
 def input_gradient(model: nn.Module, point: Tensor, y: Tensor, loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
-    """One forward and one backward to the input: (gradient like point, losses (N,), logits (N, K)), all detached."""
+    """One forward and one backward to the input: (gradient like point, losses (N,), logits (N, K)), all detached.
+
+    Raises UserError for a model that has no gradient for its input. The model gets a copy, which it may change.
+    """
     point = point.detach().requires_grad_()
     with torch.enable_grad():
-        logits = model(point)
+        logits = model(point.clone())
         losses = loss(logits, y)
-        (gradient,) = torch.autograd.grad(losses.sum(), point)
+        if not losses.requires_grad:
+            raise UserError(NO_GRADIENT)
+        (gradient,) = torch.autograd.grad(losses.sum(), point, allow_unused=True)
+    if gradient is None:
+        raise UserError(NO_GRADIENT)
     return gradient, losses.detach(), logits.detach()
 
 
 @torch.no_grad()
 def scores(model: nn.Module, x: Tensor) -> Tensor:
-    """Logits (N, K) without a graph."""
-    logits: Tensor = model(x)
+    """Logits (N, K) without a graph. The model gets a copy of x, which it may change."""
+    logits: Tensor = model(x.clone())
     return logits
 
 
@@ -104,6 +118,16 @@ def require_finite(finite: Tensor, steps: int, rows: Tensor | None = None) -> No
         raise PoiseError(
             f"attack: the loss gradient of example {example} of the batch is not finite at step {step}: "
             "the model has diverged, or its precision is too low for this attack (use bf16 or fp32, not fp16)"
+        )
+
+
+def warn_unmoved(unmoved: Tensor) -> None:
+    """UserWarning if the loss of some examples had a gradient of exactly zero at every step; `unmoved` bool (N,)."""
+    if count := int(unmoved.sum()):
+        warnings.warn(
+            f"{count} of {len(unmoved)} examples withstood an attack that could not move: the loss that it climbs has "
+            "a gradient of exactly zero at every point tried. They may not be robust: climb another loss or use square",
+            stacklevel=3,
         )
 
 

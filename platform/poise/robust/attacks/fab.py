@@ -12,6 +12,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
+from poise.robust.attacks.checks import check_inputs, require_logits
 from poise.robust.attacks.contract import (
     AttackResult,
     at_once,
@@ -64,9 +65,12 @@ def fab(
     """
     if min(steps, restarts, 1 if targets is None else targets) < 1:
         raise ValueError(f"steps, restarts and targets are at least 1, not {steps}, {restarts} and {targets}")
+    y = check_inputs(x, y, threat)
     streams, half = as_noise(noise, x), Threat(threat.norm, threat.eps / 2)
     with attack_mode(model):
         logits = scores(model, x)
+        if logits.ndim == 2 and logits.shape[1] > 1:  # one class alone is refused by `_ranked`
+            require_logits(logits, y)
         adversarial, correct, ranked = x.clone(), logits.argmax(1) == y, _ranked(logits, y, targets)
         runs = list(product(range(ranked.shape[1]), range(restarts)))
         while runs and len(alive := correct.nonzero().flatten()):
@@ -127,7 +131,8 @@ def _ranked(logits: Tensor, y: Tensor, targets: int | None) -> Tensor:
     if classes < 2:
         raise ValueError("FAB needs a wrong class to aim at, the model has one class")
     count = classes - 1 if targets is None else min(targets, classes - 1)
-    return logits.scatter(1, y.unsqueeze(1), -torch.inf).topk(count, dim=1).indices
+    ranked = logits.scatter(1, y.unsqueeze(1), -torch.inf).topk(count, dim=1)
+    return torch.where(ranked.values > -torch.inf, ranked.indices, ranked.indices[:, :1])  # no class that is masked
 
 
 def _step(x: Tensor, point: Tensor, grad: Tensor, value: Tensor, norm: Norm) -> Tensor:

@@ -18,9 +18,11 @@ __all__ = [
     "divergence",
     "dlr",
     "kl_from",
+    "log_odds",
     "margin",
     "targeted_dlr",
     "targeted_margin",
+    "without_underflow",
 ]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -34,6 +36,23 @@ def wide(logits: Tensor) -> Tensor:
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """-log p_y."""
     return functional.cross_entropy(wide(logits), y, reduction="none")
+
+
+def log_odds(logits: Tensor, y: Tensor) -> Tensor:
+    """log((1 - p_y) / p_y) = logsumexp_{k != y} z_k - z_y.
+
+    It rises with the cross entropy, so that both have the same gradient direction and order points alike. The gradient
+    of the cross entropy vanishes where p_y rounds to one (in float32 from a margin of 17 on it loses z_y, from 104 on
+    everything); this one does not.
+    """
+    z = wide(logits)
+    others = z.scatter(1, y.unsqueeze(1), -torch.inf)
+    return others.logsumexp(1) - _of(z, y)
+
+
+def without_underflow(loss: Loss) -> Loss:
+    """What an attack climbs in place of `loss`: `log_odds` for the cross entropy, any other loss itself."""
+    return log_odds if loss is cross_entropy else loss
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
@@ -56,7 +75,7 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
     z = wide(logits)
     if z.shape[1] < 3:
         raise ValueError(f"the DLR loss needs at least 3 classes, the model has {z.shape[1]}: use the margin or CE")
-    top = z.topk(3, dim=1).values
+    top = _without_masked(z).topk(3, dim=1).values
     return (_best_other(z, y) - _of(z, y)) / (top[:, 0] - top[:, 2]).clamp(min=1e-12)
 
 
@@ -65,7 +84,7 @@ def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     z = wide(logits)
     if z.shape[1] < 4:
         raise ValueError(f"the targeted DLR loss needs at least 4 classes, the model has {z.shape[1]}: use the margin")
-    top = z.topk(4, dim=1).values
+    top = _without_masked(z).topk(4, dim=1).values
     return (_of(z, target) - _of(z, y)) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2).clamp(min=1e-12)
 
 
@@ -93,6 +112,13 @@ LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
 
 def _of(z: Tensor, labels: Tensor) -> Tensor:
     return z.gather(1, labels.unsqueeze(1)).squeeze(1)
+
+
+def _without_masked(z: Tensor) -> Tensor:
+    """Logits of -inf, which a model gives to classes that it masks, replaced by the lowest finite one of their row."""
+    masked = z == -torch.inf
+    lowest = z.detach().masked_fill(masked, torch.inf).amin(1, keepdim=True)
+    return torch.where(masked, lowest, z)
 
 
 def _best_other(z: Tensor, y: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from poise.robust.attacks.checks import check_inputs, require_logits
 from poise.robust.attacks.contract import (
     AttackResult,
     BNMode,
@@ -21,8 +22,9 @@ from poise.robust.attacks.contract import (
     lowest,
     require_finite,
     scores,
+    warn_unmoved,
 )
-from poise.robust.attacks.losses import Loss, cross_entropy
+from poise.robust.attacks.losses import Loss, cross_entropy, without_underflow
 from poise.robust.attacks.pgd import decaying_steps, training_step
 from poise.robust.noise import Noise, Source, as_noise
 from poise.robust.spec import Sparsity
@@ -64,11 +66,15 @@ def msd(
         PoiseError: a loss or its gradient was not finite.
     """
     sizes = _sizes(threats, steps, step_sizes, decaying_steps)
-    climb, streams = _Climb(threats, steps, sizes, sparsity, loss), as_noise(noise, x)
+    y = check_inputs(x, y, *threats.values())
+    climb, streams = _Climb(threats, steps, sizes, sparsity, without_underflow(loss)), as_noise(noise, x)
     balls = list(threats.values())
     with attack_mode(model, bn_mode):
         delta, height = torch.zeros_like(x), lowest(x)
-        height[scores(model, x).argmax(1) != y] = torch.inf
+        logits = scores(model, x)
+        require_logits(logits, y)
+        height[logits.argmax(1) != y] = torch.inf
+        unmoved = height < torch.inf
         for run in range(restarts):
             alive = (height < torch.inf).nonzero().flatten()
             if len(alive) == 0:
@@ -79,10 +85,13 @@ def msd(
                 ball = balls[(run - 1) % len(balls)].pick(alive)
                 start = ball.start_from(near, own.uniform(near[0].numel() + 1, x.dtype))
             found = climb.among(alive).run(model, near, y[alive], start, own, alive, seek=True)
+            unmoved[alive] &= found.blind
             better = found.height > height[alive]
             delta[alive] = torch.where(column(better, x), found.delta, delta[alive])
             height[alive] = torch.where(better, found.height, height[alive])
-    return AttackResult(x + delta, height < torch.inf)
+    correct = height < torch.inf
+    warn_unmoved(unmoved & correct)
+    return AttackResult(x + delta, correct)
 
 
 def msd_perturb(
@@ -104,7 +113,8 @@ def msd_perturb(
     and as many forwards per threat.
     """
     sizes = _sizes(threats, steps, step_sizes, lambda eps, steps: (training_step(eps, steps),) * steps)
-    climb, rows = _Climb(threats, steps, sizes, sparsity, loss), torch.arange(len(x))
+    y = check_inputs(x, y, *threats.values())
+    climb, rows = _Climb(threats, steps, sizes, sparsity, without_underflow(loss)), torch.arange(len(x))
     with attack_mode(model, bn_mode):
         start = torch.zeros_like(x)
         return x + climb.run(model, x, y, start, as_noise(noise, x), rows, seek=False).delta
@@ -131,6 +141,7 @@ class _Highest:
 
     def __init__(self, delta: Tensor, y: Tensor, seek: bool) -> None:
         self.y, self.seek, self.delta, self.height = y, seek, delta, lowest(delta)
+        self.blind = torch.ones_like(y, dtype=torch.bool)  # whose gradient was zero at every step
 
     def see(self, delta: Tensor, losses: Tensor, logits: Tensor) -> None:
         height = torch.where(logits.argmax(1) != self.y, torch.inf, losses) if self.seek else losses
@@ -161,7 +172,9 @@ class _Climb:
         highest, finite = _Highest(delta, y, seek), torch.full((len(x),), self.steps, device=x.device)
         for step in range(self.steps):
             grad, losses, logits = input_gradient(model, x + delta, y, self.loss)
-            finite = torch.where(grad.flatten(1).abs().amax(1).isfinite(), finite, finite.clamp(max=step))
+            largest = grad.flatten(1).abs().amax(1)
+            finite = torch.where(largest.isfinite(), finite, finite.clamp(max=step))
+            highest.blind &= largest == 0
             highest.see(delta, losses, logits)
             candidates = self._candidates(x, delta, grad, counts[:, step], step)
             reached = []

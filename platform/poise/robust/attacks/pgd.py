@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from poise.robust.attacks.checks import check_inputs, require_logits
 from poise.robust.attacks.contract import (
     AttackResult,
     BNMode,
@@ -17,8 +18,9 @@ from poise.robust.attacks.contract import (
     input_gradient,
     require_finite,
     scores,
+    warn_unmoved,
 )
-from poise.robust.attacks.losses import Loss, cross_entropy
+from poise.robust.attacks.losses import Loss, cross_entropy, without_underflow
 from poise.robust.noise import Noise, Source, as_noise
 from poise.robust.spec import Sparsity
 from poise.robust.threats import Threat
@@ -53,17 +55,24 @@ def pgd(
         step_size: length of every step in the threat's norm; None: steps that shrink, see `decaying_steps`.
         restarts: runs; those after the first start at random whatever `random_start` says.
         sparsity: for l1, coordinates per step: a count, or a range that each example draws from at each step.
-        loss: what is climbed, see `attacks.losses`.
+        loss: what is climbed, see `attacks.losses`; for the cross entropy, its log odds, which do not underflow.
         noise: see `noise.Source`.
         bn_mode: "train" lets BN use the statistics of the attacked batch (its buffers still stay untouched).
 
+    Warns where the loss of an example that stands had a gradient of zero throughout.
+
     Raises:
-        PoiseError: the loss gradient of an example was not finite.
+        ValueError: images, labels or a radius that make no sense, see `checks.check_inputs`.
+        PoiseError: the model has no gradient, or the loss gradient of an example was not finite.
     """
+    y = check_inputs(x, y, threat)
     sizes = decaying_steps(threat.eps, steps) if step_size is None else (step_size,) * steps
-    ascent, streams = _Ascent(threat, sizes, sparsity, loss), as_noise(noise, x)
+    ascent, streams = _Ascent(threat, sizes, sparsity, without_underflow(loss)), as_noise(noise, x)
     with attack_mode(model, bn_mode):
-        adversarial, correct = x.clone(), scores(model, x).argmax(1) == y
+        logits = scores(model, x)
+        require_logits(logits, y)
+        adversarial, correct = x.clone(), logits.argmax(1) == y
+        unmoved = correct.clone()
         for run in range(restarts):
             alive = correct.nonzero().flatten()
             if len(alive) == 0:
@@ -71,9 +80,11 @@ def pgd(
             among = replace(ascent, threat=threat.pick(alive))
             start = among.start(x[alive], streams.pick(alive).at(run), random=random_start or run > 0)
             watch = FirstFooling(x[alive], y[alive])
-            last = among.climb(model, x[alive], y[alive], start, watch)
+            last, blind = among.climb(model, x[alive], y[alive], start, watch)
+            unmoved[alive] &= blind
             watch(last, scores(model, last))
             adversarial[alive], correct[alive] = torch.where(column(watch.fooled, x), watch.point, last), ~watch.fooled
+    warn_unmoved(unmoved & correct)
     return AttackResult(adversarial, correct)
 
 
@@ -99,13 +110,14 @@ def perturb(
     the image plus spread * N(0, I), cut to the threat, whatever `random_start` says. With restarts > 1 each example
     keeps the run of highest final loss, which costs two forwards per further run.
     """
+    y = check_inputs(x, y, threat)
     size = training_step(threat.eps, steps) if step_size is None else step_size
-    ascent, streams = _Ascent(threat, (size,) * steps, sparsity, loss), as_noise(noise, x)
+    ascent, streams = _Ascent(threat, (size,) * steps, sparsity, without_underflow(loss)), as_noise(noise, x)
     with attack_mode(model, bn_mode):
-        best = ascent.climb(model, x, y, ascent.start(x, streams, random=random_start, spread=spread))
+        best, _ = ascent.climb(model, x, y, ascent.start(x, streams, random=random_start, spread=spread))
         for run in range(1, restarts):
-            other = ascent.climb(model, x, y, ascent.start(x, streams.at(run), random=True, spread=spread))
-            before, after = (loss(scores(model, point), y) for point in (best, other))
+            other, _ = ascent.climb(model, x, y, ascent.start(x, streams.at(run), random=True, spread=spread))
+            before, after = (ascent.loss(scores(model, point), y) for point in (best, other))
             best = torch.where(column(after > before, x), other, best)
     return best
 
@@ -169,17 +181,23 @@ class _Ascent:
         y: Tensor,
         start: _Start,
         watch: Callable[[Tensor, Tensor], None] | None = None,
-    ) -> Tensor:
-        """The last iterate; `watch` sees every earlier one together with its logits, which cost nothing extra."""
+    ) -> tuple[Tensor, Tensor]:
+        """The last iterate, and whose gradient was zero at every step, bool (N,).
+
+        `watch` sees every earlier iterate together with its logits, which cost nothing extra.
+        """
+        blind = torch.ones_like(y, dtype=torch.bool)
         steps = len(self.sizes)
         delta, finite = start.delta, torch.full((len(x),), steps, device=x.device)
         for step, size in enumerate(self.sizes):
             point = x + delta
             grad, _, logits = input_gradient(model, point, y, self.loss)
-            finite = torch.where(grad.flatten(1).abs().amax(1).isfinite(), finite, finite.clamp(max=step))
+            largest = grad.flatten(1).abs().amax(1)
+            finite = torch.where(largest.isfinite(), finite, finite.clamp(max=step))
+            blind = blind & (largest == 0)
             if watch is not None:
                 watch(point, logits)
             ascent = self.threat.steepest(grad, size, at=point, sparsity=start.counts[:, step])
             delta = self.threat.project(x, delta + ascent)
         require_finite(finite, steps)
-        return x + delta
+        return x + delta, blind

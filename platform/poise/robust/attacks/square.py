@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from poise.errors import PoiseError
+from poise.robust.attacks.checks import check_inputs, require_logits
 from poise.robust.attacks.contract import AttackResult, attack_mode, choose, scores
 from poise.robust.attacks.losses import margin
 from poise.robust.noise import Noise, Source, as_noise
@@ -51,15 +52,18 @@ def square(
         noise: see `noise.Source`.
 
     Raises:
-        ValueError: x has another shape.
+        ValueError: x has another shape, or see `checks.check_inputs`.
         PoiseError: the model's scores of an example were not numbers.
     """
+    y = check_inputs(x, y, threat)
     if x.ndim not in (2, 4):
         raise ValueError(f"square attacks images (N, C, H, W) or vectors (N, d), not the shape {tuple(x.shape)}")
     grid = tuple(x.shape[1:]) if x.ndim == 4 else (1, 1, x.shape[1])
     search, streams = _Search(model, threat, grid, x.shape[1:], queries, p_init), as_noise(noise, x)
     with attack_mode(model):
-        adversarial, correct = x.clone(), scores(model, x).argmax(1) == y
+        logits = scores(model, x)
+        require_logits(logits, y)
+        adversarial, correct = x.clone(), logits.argmax(1) == y
         for run in range(restarts if threat.eps > 0 else 0):
             alive = correct.nonzero().flatten()
             if len(alive) == 0:
@@ -149,7 +153,7 @@ class _Search:
 
     def judge(self, planes: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """(margins max_{k != y} z_k - z_y, whether the model is wrong), both (n,)."""
-        logits = self.model(planes.view(-1, *self.shape))
+        logits = scores(self.model, planes.view(-1, *self.shape))
         return margin(logits, y), logits.argmax(1) != y
 
     def window(self, step: int) -> tuple[int, int]:

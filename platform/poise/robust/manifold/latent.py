@@ -30,6 +30,11 @@ class Latent(Threat):
         if self.norm == "l1":
             raise ValueError("a latent ball is linf or l2, not l1")
 
+    @property
+    def in_box(self) -> bool:
+        """A code is no image."""
+        return False
+
     def confine(self, x: Tensor, delta: Tensor) -> Tensor:
         """Nothing behind the latent coordinates moves."""
         return torch.cat([delta[:, : self.width], torch.zeros_like(delta[:, self.width :])], dim=1)
