@@ -87,8 +87,8 @@ def test_draws_have_their_distributions(sweep):
     assert math.fsum(uniform) / n == pytest.approx(2, abs=5 * math.sqrt(4 / 12 / n))
     assert 1 <= min(uniform) < 1.02
     assert 2.98 < max(uniform) <= 3
-    logs = [math.log10(v["threats.l2.eps"]) for v in drawn(sweep, "{log_uniform: [0.001, 10]}", n)]
-    assert math.fsum(logs) / n == pytest.approx(-1, abs=5 * math.sqrt(16 / 12 / n))
+    logs = [math.log10(v["threats.l2.eps"]) for v in drawn(sweep, "{log_uniform: [0.0001, 1]}", n)]
+    assert math.fsum(logs) / n == pytest.approx(-2, abs=5 * math.sqrt(16 / 12 / n))
     choices = Counter(v["threats.l2.eps"] for v in drawn(sweep, "{choice: [1/2, 1, 2, 4]}", n))
     assert set(choices) == {"1/2", 1, 2, 4}
     assert all(abs(count - n / 4) < 5 * math.sqrt(n * 3 / 16) for count in choices.values())
