@@ -178,8 +178,9 @@ def test_clean_and_anywhere_are_what_the_run_itself_has_measured(store: str, fin
     (net,) = summary(finished)["classifiers"]
     told = summary(open_run(store, "net"))["accuracy"]["best"]
     assert net["clean"] == told["clean"]
-    assert net["accuracy"]["anywhere/linf"] == pytest.approx(told["robust/linf"], abs=2 / 60)
-    assert net["accuracy"]["anywhere/l2"] == pytest.approx(told["robust/l2"], abs=2 / 60)
+    two = 2 / 60 + 1e-9  # images; random starts have other noise
+    assert net["accuracy"]["anywhere/linf"] == pytest.approx(told["robust/linf"], abs=two)
+    assert net["accuracy"]["anywhere/l2"] == pytest.approx(told["robust/l2"], abs=two)
 
 
 def test_on_the_manifold_is_the_eigenspace_of_the_training_images_of_each_class(store: str, finished: Run) -> None:

@@ -328,3 +328,17 @@ def test_autoattack_rand_finds_what_noise_hides(linear: SimpleNamespace, recwarn
     result = autoattack(noisy, linear.x[:20], y[:20], Threat("linf", 0.08), version="rand", draws=8)
     assert not [each for each in recwarn if "randomised" in str(each.message)]
     assert result.correct.double().mean() < 0.3
+
+
+def test_a_model_that_has_diverged_is_no_traceback(linear: SimpleNamespace) -> None:
+    """Signs are sought before the first attack, which then names the example."""
+
+    class Diverged(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return linear.model(x) * torch.nan
+
+    suspicions(Diverged(), linear.x, linear.y)
+    with pytest.raises(PoiseError, match="example 0 is not finite"):
+        pgd(Diverged(), linear.x, linear.y, LINF, steps=1)
+    with pytest.raises(PoiseError, match="eps 8 is more than"):  # no traceback in a run either
+        perturb(linear.model, linear.x, linear.y, Threat("linf", 8), steps=1)

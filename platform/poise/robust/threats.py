@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from poise.errors import UserError
 from poise.robust.spec import NORMS, Norm, oversized
 
 __all__ = ["ORDERS", "Beside", "Threat", "project_l1_ball"]
@@ -39,9 +40,9 @@ class Threat:
         return True
 
     def check_eps(self, dimensions: int) -> None:
-        """Raise ValueError for a radius that is larger than the box of so many dimensions."""
+        """Raise UserError for a radius that is larger than the box of so many dimensions."""
         if self.in_box and (problem := oversized(self.norm, self.eps, dimensions)):
-            raise ValueError(problem)
+            raise UserError(problem)
 
     def project(self, x: Tensor, delta: Tensor) -> Tensor:
         """A feasible perturbation near `delta`; what is feasible already comes back unchanged.

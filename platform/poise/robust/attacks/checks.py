@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from poise.errors import PoiseError
+from poise.errors import PoiseError, UserError
 from poise.robust.attacks.contract import NO_GRADIENT, BNMode, attack_mode, scores
 from poise.robust.attacks.losses import LOSSES, without_underflow
 from poise.robust.threats import Threat
@@ -35,18 +35,18 @@ def check_inputs(x: Tensor, y: Tensor, *threats: Threat) -> Tensor:
     """Labels y as int64, once what an attack is given makes sense; costs one look at the images.
 
     Raises:
-        ValueError: no examples, images x that are not float32 or float64 or leave [0, 1], labels (N,) that are no
+        UserError: no examples, images x that are not float32 or float64 or leave [0, 1], labels (N,) that are no
             integers, a radius that is larger than the box. A threat that does not live in the box may have any image.
     """
     if not x.is_floating_point() or x.dtype not in (torch.float32, torch.float64):
         kind = str(x.dtype).removeprefix("torch.")
         cure = "x.float() / 255" if x.dtype == torch.uint8 else "x.float()"
-        raise ValueError(f"images are {kind}: attacks need float32 or float64 in [0, 1], write {cure}")
+        raise UserError(f"images are {kind}: attacks need float32 or float64 in [0, 1], write {cure}")
     if y.ndim != 1 or len(y) != len(x) or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         kind = str(y.dtype).removeprefix("torch.")
-        raise ValueError(f"labels are {kind} {tuple(y.shape)}: {len(x)} images need as many integers, ({len(x)},)")
+        raise UserError(f"labels are {kind} {tuple(y.shape)}: {len(x)} images need as many integers, ({len(x)},)")
     if len(x) == 0:
-        raise ValueError("no examples: there is nothing to attack")
+        raise UserError("no examples: there is nothing to attack")
     if all(threat.in_box for threat in threats):
         require_images(x)
     for threat in threats:
@@ -55,16 +55,16 @@ def check_inputs(x: Tensor, y: Tensor, *threats: Threat) -> Tensor:
 
 
 def require_images(x: Tensor) -> None:
-    """Raise ValueError, naming the first example, unless all of x (N, ...) are numbers from 0 to 1 and N > 0."""
+    """Raise UserError, naming the first example, unless all of x (N, ...) are numbers from 0 to 1 and N > 0."""
     if len(x) == 0:
-        raise ValueError("no examples: there is nothing to attack")
+        raise UserError("no examples: there is nothing to attack")
     low, high = x.flatten(1).aminmax(dim=1)
     bad = ~((low >= 0) & (high <= 1))
     if bool(bad.any()):
         index = int(bad.int().argmax())
         if bool(x[index].isnan().any()):
-            raise ValueError(f"example {index} has a pixel that is not a number")
-        raise ValueError(
+            raise UserError(f"example {index} has a pixel that is not a number")
+        raise UserError(
             f"example {index} has pixels from {float(low[index]):.4g} to {float(high[index]):.4g}: scale images to "
             "[0, 1] and let the model normalise them"
         )
@@ -74,15 +74,15 @@ def require_logits(logits: Tensor, y: Tensor) -> None:
     """Raise unless logits are finite, or -inf for some classes, (N, K), K >= 2, and labels y (N,) lie in 0..K-1.
 
     Raises:
-        ValueError: fewer than two classes, or a label beyond them.
+        UserError: fewer than two classes, or a label beyond them.
         PoiseError: the logits of an example are not finite.
     """
     if logits.ndim != 2 or logits.shape[1] < 2:
-        raise ValueError(f"expected logits (N, K) of at least two classes, the model gives {tuple(logits.shape)}")
+        raise UserError(f"expected logits (N, K) of at least two classes, the model gives {tuple(logits.shape)}")
     foreign = (y < 0) | (y >= logits.shape[1])
     if bool(foreign.any()):
         index = int(foreign.int().argmax())
-        raise ValueError(f"example {index} has label {int(y[index])}, but the model has {logits.shape[1]} classes")
+        raise UserError(f"example {index} has label {int(y[index])}, but the model has {logits.shape[1]} classes")
     finite = logits.amax(1).isfinite()  # -inf masks a class; NaN, +inf and a row of -inf do not pass
     if not bool(finite.all()):
         raise PoiseError(f"the model's output for example {int(finite.int().argmin())} is not finite: it has diverged")
@@ -103,7 +103,7 @@ def suspicions(
             logits = model(point.clone())
             blind = {name: _gradient_free(point, logits, y, name) for name in losses}
         first = logits.detach()
-        tolerance = _RANDOMISED * first[first.isfinite()].abs().max()
+        tolerance = _RANDOMISED * _scale(first)
         randomised = _differ(first, scores(model, x), tolerance)
         batched = None if randomised else batch_dependence(model, x, first)
     found = []
@@ -151,7 +151,7 @@ def batch_dependence(model: nn.Module, x: Tensor, batched: Tensor | None = None)
     if len(x) < 2:
         return None
     batched = scores(model, x) if batched is None else batched
-    tolerance = _BATCHED * batched[batched.isfinite()].abs().max()
+    tolerance = _BATCHED * _scale(batched)
     try:
         alone = scores(model, x[:1])
         same = not _differ(batched[:1], alone, tolerance)
@@ -165,6 +165,11 @@ def batch_dependence(model: nn.Module, x: Tensor, batched: Tensor | None = None)
         "without running statistics, or put into training mode by forward): the result depends on the batch size and "
         "on the other images"
     )
+
+
+def _scale(logits: Tensor) -> Tensor:
+    """The largest finite logit by its size."""
+    return logits.nan_to_num(nan=0, posinf=0, neginf=0).abs().max()
 
 
 def _differ(one: Tensor, other: Tensor, tolerance: Tensor) -> bool:
