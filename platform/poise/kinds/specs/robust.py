@@ -45,8 +45,8 @@ class RobustTrainSpec(RunSpec):
             raise mistake("threats", str(error)) from None
         sizes = known_sizes(self.data)
         for key, threats in (("threats", self.threats), ("evaluate.threats", self.evaluate.threats)):
-            for norm, threat in threats.items() if threats and sizes else ():
-                if problem := oversized(norm, float(threat.eps), math.prod(sizes.shape)):
+            for norm, threat in threats.items() if threats else ():
+                if problem := oversized(norm, float(threat.eps), sizes and math.prod(sizes.shape)):
                     raise mistake(f"{key}.{norm}.eps", problem)
         self.workers.check_shares("data.batch_size", self.data.batch_size)
         if self.monitors.robust_gap and self.data.validation == 0:
