@@ -263,6 +263,12 @@ def test_a_tau_that_regularises_nothing_is_refused(solve, tau):
         games.accepted(W, REF, REF, tau)
 
 
+def test_a_tau_that_would_take_minutes_is_refused_at_once():
+    with pytest.raises(ValueError, match=r"tau 1e-06 is less than 4e-05"):
+        regularised_nash(W, REF, 1e-6)
+    assert regularised_nash(np.full((3, 3), 0.5), REF, 1e-6) == pytest.approx(REF)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

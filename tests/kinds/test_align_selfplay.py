@@ -342,6 +342,7 @@ def test_what_cannot_work_is_said_before_it_runs(changes, path, message, folder,
         ({"prompts": 4}, "4 per iteration are more than the 3 questions"),
         ({"max_tokens": 1}, "an answer of [23] tokens, EOS included"),
         ({"oracle": {"name": "matrix", "matrix": [[0.5] * 5] * 5}}, "answers and the oracle ranks 5"),
+        ({"method": {**NASH_RS, "tau": 1e-6}}, "method.tau: tau 1e-06 is less than"),
     ],
 )
 def test_what_does_not_fit_the_questions_is_said(changes, message, folder, tmp_path):

@@ -32,6 +32,8 @@ __all__ = [
 Vector = NDArray[np.float64]
 
 _PATIENCE = 1_000_000
+_SMALLEST = 1e-4
+"""The smallest tau, in units of the largest |P - 1/2|: about 400,000 steps."""
 
 
 def preferences(P: ArrayLike) -> Vector:
@@ -120,11 +122,13 @@ def regularised_nash(P: ArrayLike, ref: ArrayLike, tau: float) -> Vector:
         (n,) or (Q, n), to about 1e-14.
 
     Raises:
-        ValueError: no preference matrix, reference or tau, or a tau below about 1e-5 L.
+        ValueError: no preference matrix, reference or tau, or a tau below 1e-4 L, which would take minutes.
     """
     matrix, anchor, largest = _regularised_game(P, ref, tau)
     if not largest:
         return anchor
+    if tau < _SMALLEST * largest:
+        raise ValueError(f"tau {tau:g} is less than {_SMALLEST * largest:g}, 1e-4 of the game's largest |P - 1/2|")
 
     def update(p: Vector) -> Vector:
         opponent = mirror_step(p, p @ matrix.T, anchor, tau, 1 / largest)

@@ -17,6 +17,7 @@ from torch import nn
 from poise.align.games import Vector, exploitability, nash_equilibrium, regularised_nash
 from poise.align.oracles import extended
 from poise.align.spec import NashRs
+from poise.errors import UserError
 from poise.kinds.language import shared_logprobs
 from poise.kinds.selfplay import Asked
 from poise.kinds.specs.align import AlignSelfplaySpec
@@ -59,7 +60,7 @@ class Standing:
         self.equilibrium = nash_equilibrium(self.game)
         policies = self._policies()
         tau = float(spec.method.tau) if isinstance(spec.method, NashRs) else None
-        self._goals = None if tau is None else regularised_nash(self.game, policies, tau)  # of all questions at once
+        self._goals = None if tau is None else self._regularised(policies, tau)
         self.start = self._measured(policies)
 
     def measure(self) -> Measured:
@@ -87,6 +88,13 @@ class Standing:
                 for row, question in enumerate(self.asked)
             ],
         }
+
+    def _regularised(self, policies: Vector, tau: float) -> Vector:
+        """The equilibria of all questions at once."""
+        try:
+            return regularised_nash(self.game, policies, tau)
+        except ValueError as error:
+            raise UserError(f"method.tau: {error}") from error
 
     def _measured(self, policies: Vector) -> Measured:
         def distance(goals: Vector) -> Vector:
