@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import shutil
 import subprocess
 import sys
 import threading
@@ -30,7 +29,7 @@ from poise.errors import DamagedError, PoiseError, UserError
 from poise.kinds.attacks import bind
 from poise.kinds.specs.evaluation import AUTOATTACK, RobustEvaluateSpec
 from poise.kinds.specs.robust import RobustTrainSpec
-from poise.kinds.trained import AVERAGED, open_trained
+from poise.kinds.trained import open_trained
 from poise.report.evaluation import falling
 from poise.report.page import load_record, render
 from poise.report.table import comparison
@@ -361,8 +360,9 @@ def test_all_weights_of_a_run_can_be_chosen(store, finished, weights):
 
 
 def test_a_run_without_an_average_has_no_averaged_weights(store):
-    shutil.copytree(Path(store, "small"), Path(store, "plain"))
-    Path(store, "plain", AVERAGED).unlink()
+    values = yaml.safe_load(open_run(store, "small").read("spec.yaml"))
+    values |= {"name": "plain", "averaging": None, "train": {**values["train"], "epochs": 1}}
+    finish(RobustTrainSpec.model_validate(values))
     refused(store, "has left no averaged weights", model={"run": "plain", "checkpoint": "averaged"})
 
 
@@ -460,10 +460,15 @@ def test_a_randomised_model_is_attacked_in_the_mean_of_its_draws(store, function
         {"attack": "autoattack", "threats": {"linf": "1/5"}, "version": "rand", "draws": 3},
     ]
     model = {"function": f"{functions}:Noisy"}
-    run = attacked(store, "noisy", model=model, data=DIGITS, attacks=attacks, examples=12)
+    run, same = (
+        attacked(store, name, model=model, data=DIGITS, attacks=attacks, examples=60, keep_adversarial=True)
+        for name in ("noisy", "noisy-again")
+    )
+    assert matrix(run) == matrix(same)  # what the model draws follows from the seed of the run
     stages, spec = told(run)["stages"][1:], spec_of("runs", "noisy", attacks=attacks)
     assert [stage["name"] for stage in stages] == ["pgd-linf", "aa-apgd-ce-linf", "aa-apgd-dlr-linf"]
-    assert stages[0]["gradients"] == 8 * stages[0]["attacked"]
+    assert 0 < stages[0]["gradients"] <= 8 * stages[0]["attacked"]  # some are wrong in the mean as they are
+    assert stages[0]["gradients"] % 8 == 0
     assert "draws 4" in stages[0]["attack"]
     assert "draws 3" in stages[2]["attack"]
     assert told(run)["warnings"] == []

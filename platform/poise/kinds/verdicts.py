@@ -26,6 +26,7 @@ from poise.errors import DamagedError, PoiseError, UserError
 from poise.kinds.attacks import BoundStage
 from poise.robust.attacks import AttackResult, attack_mode
 from poise.robust.noise import Noise
+from poise.spec.seeds import derive_seed
 from poise.store.runs import Run
 from poise.train.context import Context
 
@@ -122,7 +123,10 @@ class Court:
         device = self.context.device
         noise = Noise.of(self.seed, stage.name, examples, device)
         meter = Meter(self.model, device)
-        with attack_mode(meter):
+        devices = [device] if device.type == "cuda" else []
+        with attack_mode(meter), torch.random.fork_rng(devices):
+            # what a randomised model draws is the chunk's own, on any rank and after any kill
+            torch.manual_seed(derive_seed(self.seed, stage.name, int(examples[0])))
             try:
                 result = stage.attack(meter, x.to(device), y.to(device), noise)
             except ValueError as error:
