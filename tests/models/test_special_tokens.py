@@ -133,6 +133,20 @@ def test_a_tokenizer_without_an_end_takes_that_of_the_model(copy, tmp_path):
     assert open_tokenizer(tmp_path / "left").eos_token_id == 2
 
 
+@pytest.mark.parametrize("stated", [(), ("config.json",), ("generation_config.json",)])
+def test_what_no_file_states_is_the_same_for_training_and_samplers(stated, copy):
+    """The class of a config has an EOS of its own: 2 for Llama, and 50256 for GPT-2."""
+    for family in ("llama", "gpt2", "mistral"):
+        folder = copy(family)
+        change_json(folder / "tokenizer_config.json", eos_token=None)
+        for name in {"config.json", "generation_config.json"} - set(stated):
+            settings = json.loads((folder / name).read_text())
+            del settings["eos_token_id"]
+            (folder / name).write_text(json.dumps(settings))
+        of_sampler, of_training = read_folder(folder).special, reconcile(*open_folder(folder))
+        assert (of_sampler.eos, of_sampler.stop) == (of_training.eos, of_training.stop)
+
+
 def test_ends_beyond_the_embedding_are_never_said(copy):
     folder = copy("llama")
     change_json(folder / "generation_config.json", eos_token_id=[2, 50_256])

@@ -55,7 +55,7 @@ def run(spec: AlignSelfplaySpec, context: Context) -> None:
         warn(special.notes, context)
         asked = _asked(spec, tokenizer)
         _check_fit(folder, model, asked, spec.max_tokens)
-        probes = probe_sequences([(*question.tokens, *question.answer_tokens[0]) for question in asked[:8]])
+        probes = probe_sequences([(*question.tokens, *question.answer_tokens[0]) for question in asked[:4]])
         rehearse_export(model, tokenizer, probes, context)
         standing = Standing(spec, model, asked, special.stop, context)
         if isinstance(spec.method, NashRs):
@@ -81,7 +81,8 @@ def _check_fit(folder: Path, model: nn.Module, asked: Sequence[Asked], max_token
         stored.checked(model.state_dict())
     except PoiseError as error:
         reason = "self-play sends new weights to its sampler under the names of the folder, and this model has others"
-        raise UserError(f"{reason}: {error}") from error
+        cure = "open the model with transformers and save it again, or take one whose names stay the same"
+        raise UserError(f"{reason} ({error}): {cure}") from error
 
 
 def _task(spec: AlignSelfplaySpec, model: nn.Module, play: SelfPlay, standing: Standing) -> Task:

@@ -55,7 +55,7 @@ def run(spec: FinetuneSftSpec, context: Context) -> None:
     batches = TextBatches(data.train, spec.batch_size, spec.seed, context.rank, context.world_size, context.device)
     warnings = [*special.notes, *prepare_tuning(model, spec.tuning)]
     warn(warnings, context)
-    preview, probes = _preview(data, tokenizer), probe_sequences([(*e.prompt, *e.completion) for e in data.train[:8]])
+    preview, probes = _preview(data, tokenizer), probe_sequences([(*e.prompt, *e.completion) for e in data.train[:4]])
     rehearse_export(model, tokenizer, probes, context)
     model = add_adapters(model, spec.tuning, derive_seed(spec.seed, "lora")).to(context.device)
     held_out(model, data.validation[: context.world_size], context)  # tried before it is needed

@@ -10,14 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from poise.errors import PoiseError, UserError
 from poise.models.examine import examine_folder, has_tokenizer
-from poise.models.language import open_tokenizer
+from poise.models.language import open_config, open_tokenizer
 from poise.models.limits import NO_LIMITS, ModelLimits
 from poise.models.special_tokens import SpecialTokens, read_special_tokens
 
@@ -26,10 +25,9 @@ __all__ = ["ModelFolder", "check_newer", "read_folder"]
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """The config, the shape of every stored weight by name, the tokens and positions that there are."""
+    """The shape of every stored weight by name, and the tokens and positions that there are."""
 
     path: Path
-    config: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
     limits: ModelLimits
 
@@ -42,7 +40,7 @@ class ModelFolder:
     def special(self) -> SpecialTokens:
         """The special tokens; the tokenizer is read for them, where there is one."""
         tokenizer = open_tokenizer(self.path) if has_tokenizer(self.path) else None
-        return read_special_tokens(self.path, self.config, tokenizer, self.limits.vocabulary)
+        return read_special_tokens(self.path, open_config(self.path), tokenizer, self.limits.vocabulary)
 
     @property
     def stop(self) -> frozenset[int]:
@@ -86,7 +84,7 @@ def read_folder(path: Path) -> ModelFolder:
     facts = examine_folder(path, tokenizer=False)
     context = (facts.context or NO_LIMITS.context) - 1  # vLLM scores a sequence by asking for one token more
     limits = ModelLimits(facts.vocabulary or NO_LIMITS.vocabulary, context)
-    return ModelFolder(path, facts.config, facts.shapes, limits)
+    return ModelFolder(path, facts.shapes, limits)
 
 
 def check_newer(version: int, than: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ __all__ = [
     "export",
     "fetch_folder",
     "new_llama",
+    "open_config",
     "open_folder",
     "open_language_model",
     "open_model",
@@ -108,6 +109,17 @@ def open_model(folder: Path) -> nn.Module:
     opened: nn.Module = model.eval()
     _check_continues(opened, folder)
     return opened
+
+
+def open_config(folder: Path) -> Any:
+    """The config of a local folder, with the defaults of its class; UserError where transformers cannot open it."""
+    from transformers import AutoConfig
+
+    _quiet()
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers has no class for what is wrong with a folder
+        raise UserError(f"{folder}/config.json cannot be opened by transformers: {_in_one_line(error)}") from error
 
 
 def open_tokenizer(folder: Path) -> Tokenizer:

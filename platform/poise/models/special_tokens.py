@@ -15,7 +15,6 @@ Where a folder disagrees with itself, `notes` says how it is read, and an export
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,10 +45,8 @@ class SpecialTokens:
     notes: tuple[str, ...] = ()
 
 
-def read_special_tokens(
-    path: Path, config: Mapping[str, Any], tokenizer: Tokenizer | None, vocabulary: int | None
-) -> SpecialTokens:
-    """Those of a model folder with this config.json; its tokenizer where it has one.
+def read_special_tokens(path: Path, config: Any, tokenizer: Tokenizer | None, vocabulary: int) -> SpecialTokens:
+    """Those of a model folder, whose `config` is opened (what it does not state is the default of its class).
 
     Raises:
         UserError: EOS lies beyond the `vocabulary` rows of the embedding.
@@ -57,14 +54,15 @@ def read_special_tokens(
     generation = path / "generation_config.json"
     stated = read_json(generation).get("eos_token_id") if generation.is_file() else None
     eos = None if tokenizer is None else tokenizer.eos_token_id
-    return _agreed(stated if stated is not None else config.get("eos_token_id"), eos, vocabulary)
+    return _agreed(stated if stated is not None else config.eos_token_id, eos, vocabulary)
 
 
 def reconcile(model: nn.Module, tokenizer: Tokenizer) -> SpecialTokens:
     """Make an opened model and its tokenizer agree, in place, and return what they agree on.
 
     Afterwards the configs of the model name EOS first among the stop tokens, and the tokenizer has an EOS if there is
-    any stop token. BOS and padding of the configs become those of the tokenizer where it has them.
+    any stop token. BOS and padding of the configs become those of the tokenizer where it has them. Settings of sampling
+    that transformers opens and does not save are dropped.
 
     Raises:
         UserError: EOS lies beyond the rows of the embedding.
@@ -92,9 +90,9 @@ def _drop_unused_settings(generation: Any) -> list[str]:
 
     Returns what was dropped, as sentences.
     """
-    if generation.do_sample:
-        return []
     unused = [name for name in _SAMPLING if getattr(generation, name, None) is not None]
+    if generation.do_sample or not unused:
+        return []
     try:
         generation.validate(strict=True)
     except ValueError:
@@ -114,15 +112,15 @@ def added_tokens(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]
     return (), ()
 
 
-def _agreed(stated: Any, eos: int | None, vocabulary: int | None) -> SpecialTokens:
+def _agreed(stated: Any, eos: int | None, vocabulary: int) -> SpecialTokens:
     """From the stop tokens that a model states and the EOS of its tokenizer."""
     found: list[Any] = list(stated) if isinstance(stated, list | tuple) else [] if stated is None else [stated]
     ids = [token for token in found if isinstance(token, int)]
     if wrong := [token for token in found if not isinstance(token, int)]:
         raise UserError(f"eos_token_id of the model's configs holds {wrong[0]!r}, which is no token id")
-    within = [token for token in ids if vocabulary is None or 0 <= token < vocabulary]
+    within = [token for token in ids if 0 <= token < vocabulary]
     notes = [f"the stop token {token} is beyond the embedding and never said" for token in ids if token not in within]
-    if eos is not None and vocabulary is not None and eos >= vocabulary:
+    if eos is not None and eos >= vocabulary:
         raise UserError(f"the EOS of the tokenizer is token {eos}, and the model has embeddings of {vocabulary} tokens")
     if eos is None and within:
         notes.append(
