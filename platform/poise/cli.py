@@ -473,7 +473,7 @@ def _print_results(spec: RunSpec, stages: Sequence[RunSpec]) -> None:
 def _print_job(details: Any) -> None:
     click.echo(f"{details.submission_id}: {details.status.value}")
     if details.message:
-        click.echo(details.message)
+        click.echo(printable(details.message))
 
 
 def _finish_job(details: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import random
 import threading
 import time
@@ -208,6 +209,13 @@ def test_a_pipe_is_read_to_its_end(tmp_path):
     os.close(reading)
     assert outcome.exit_code == 0, outcome.exception
     assert "name: digits" in outcome.output
+
+
+def test_mistakes_reach_another_process_as_they_are(write):
+    with pytest.raises(SpecError) as caught:
+        load(write("kind: robust.train\nname: a/b\n"), KINDS)
+    sent = pickle.loads(pickle.dumps(caught.value))
+    assert (str(sent), sent.problems) == (str(caught.value), caught.value.problems)
 
 
 def test_mistakes_without_number_are_counted_and_not_all_shown(write):

@@ -39,6 +39,9 @@ class SpecError(UserError):
         more = [f"and {count - _SHOWN} more"] if count > _SHOWN else []
         super().__init__("\n".join([*map(str, self.problems[:_SHOWN]), *more, total]))
 
+    def __reduce__(self) -> tuple[type[SpecError], tuple[tuple[Problem, ...]]]:
+        return SpecError, (self.problems,)  # from one process to another as it is
+
 
 def dotted(path: Path) -> str:
     """`("space", "points", 2)` as `space.points[2]`."""
