@@ -283,14 +283,15 @@ def runs_list(store: str) -> None:
 @runs.command("show")
 @click.argument("run")
 def runs_show(run: str) -> None:
-    """Print a run: its state, checkpoints and results."""
+    """Print a run: its state, checkpoints, what it has read, and its results."""
     from rich.console import Console
 
     from poise.report.page import load_record
-    from poise.report.table import comparison, run_details
+    from poise.report.table import comparison, run_details, run_inputs
 
     opened = _open(run)
-    Console().print(run_details(opened), *comparison([load_record(opened)]))
+    read = run_inputs(opened)
+    Console().print(run_details(opened), *([read] if read else []), *comparison([load_record(opened)]))
 
 
 @runs.command("verify")

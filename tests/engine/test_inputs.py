@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+from poise.cli import cli
 from poise.data.spec import WorldSpec
 from poise.data.worlds import World, make_world
 from poise.engine.drive import drive
@@ -111,6 +114,8 @@ def test_training_goes_on_with_its_own_text_and_no_other(world, folder, tmp_path
     names = world.texts("pretrain")
     write_text(world, data, lambda answer: names[0][1])
     message = refused(sft(folder, data))
+    shown = CliRunner().invoke(cli, ["runs", "show", str(tmp_path / "runs" / "tuned")]).output
+    assert re.search(r"data\.path +train\.jsonl +[\d,]+ +[0-9a-f]{16}", shown)
     assert f"data.path: {data} has changed" in message
     assert "put back" in message
     assert "--set name=tuned-2" in message

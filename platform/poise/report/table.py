@@ -15,6 +15,7 @@ from poise.observe.terminal import printable
 from poise.report.blocks import Cell, Grid
 from poise.report.record import RunRecord, when
 from poise.report.sections import grouped
+from poise.store.inputs import read_inputs
 from poise.store.runs import Run, RunSummary
 
 __all__ = ["comparison", "run_details", "run_list"]
@@ -76,6 +77,23 @@ def run_list(runs: Sequence[RunSummary]) -> Table:
         steps = ("-" if step is None else f"{step:,}" for step in (run.last_checkpoint, run.best_step))
         words = (Text(printable(word)) for word in (run.name, run.kind, run.status))  # no markup of rich
         table.add_row(*words, *steps, when(run.updated or None))
+    return table
+
+
+def run_inputs(run: Run) -> Table | None:
+    """What a run has read besides its spec, a file a line; None where nothing is recorded."""
+    records = read_inputs(run)
+    if not records:
+        return None
+    table = Table(title="inputs", title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
+    table.add_column("named by")
+    table.add_column("file", overflow="fold")
+    table.add_column("bytes", justify="right", no_wrap=True)
+    table.add_column("sha256 or ETag", no_wrap=True)
+    for record in records.values():
+        size = "" if record.bytes is None else f"{record.bytes:,}"
+        name = record.file or f"run {record.place}"
+        table.add_row(record.where, Text(printable(name)), size, (record.sha256 or record.etag or "")[:16])
     return table
 
 
