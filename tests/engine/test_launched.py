@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +22,7 @@ from poise.kinds.selfplay import SelfPlay
 from poise.observe.progress import Display
 from poise.observe.sinks import NullSink
 from poise.spec import RunSpec, load
+from poise.store.runs import open_run
 
 SELFPLAY = {
     "kind": "align.selfplay",
@@ -117,6 +121,27 @@ def test_what_the_processes_can_share_is_the_same_experiment(spec_of):
     assert [trial.spec.workers.count for trial in shared.stages["d"].trials()] == [3, 3]
     assert [identity(stage) for stage in shared.stages.values()] == [identity(stage) for stage in spec.stages.values()]
     assert for_processes(spec, 1) is spec
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_stages_and_trials_of_two_processes_follow_each_other(tmp_path):
+    """Each run has a process group of its own, and none waits for addresses of the run before."""
+    stage = {**CLASSIFIER, "model": {"name": "cnn", "width": 4}, "evaluate": {"examples": 20}}
+    stage["data"] = {"name": "digits", "batch_size": 50, "limit": 200, "validation": 20}
+    sweep = {**SWEEP, "base": stage, "space": {"train.optimizer.lr": {"grid": [0.1, 0.05]}}}
+    tree = {"kind": "pipeline", "name": "two", "store": str(tmp_path / "runs"), "stages": {"a": stage, "b": sweep}}
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(tree))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    command = [*launch, "poise", "run", str(tmp_path / "spec.yaml"), "--engine", "local"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    runs = {name: open_run(tmp_path / "runs", name) for name in ("two-a", "two-b-0000", "two-b-0001", "two-b")}
+    assert {run.manifest().status for run in runs.values()} == {"finished"}
+    started = [event["workers"] for run in runs.values() for event in run.events() if event["event"] == "start"]
+    assert started == [2, 2, 2]
+    assert done.stderr.count("[two-b-0000] finished") == 1, "both processes speak"
 
 
 def test_self_play_drops_no_question_whatever_started_its_workers(spec_of):

@@ -21,6 +21,7 @@ from poise.cli import cli
 from poise.errors import UserError
 from poise.kinds import KINDS
 from poise.kinds.check import find_mistakes
+from poise.spec import load
 from poise.store.runs import open_run
 
 ROBUST = {
@@ -94,6 +95,23 @@ def test_a_folder_without_the_files_of_its_set(name, files, message):
         if file.endswith(".npz"):
             np.savez(Path("images", file), x_train=np.zeros(1))
     assert message in refused({**ROBUST, "data": {"name": name, "root": "images"}})
+
+
+def test_a_sweep_is_read_where_its_trials_can_be():
+    base = {key: value for key, value in ROBUST.items() if key != "name"}
+    sweep = {
+        "kind": "sweep",
+        "base": base,
+        "metric": "robust/union",
+        "mode": "max",
+        "space": {"seed": {"grid": [1, 2]}},
+    }
+    report = {"kind": "bounds.report", "runs": ["line-tried"]}
+    values = {"kind": "pipeline", "name": "line", "stages": {"tried": sweep, "report": report}}
+    assert find_mistakes(load(write(values), KINDS)) == []
+    vae = {"kind": "robust.vae", "data": {"name": "digits"}, "train": {"steps": 1}}
+    values["stages"]["tried"] = {**sweep, "base": vae, "metric": "elbo"}
+    assert "line-tried' is a sweep of robust.vae; what is read here is left by robust.train or" in refused(values)
 
 
 def test_every_mistake_is_said_at_once_with_its_line():

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,7 +40,7 @@ def run_local(spec: RunSpec, display: Display, sink: Sink) -> None:
     with ExitStack() as stack:
         if world_size > 1:
             _use_interface()
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            _join("nccl" if device.type == "cuda" else "gloo", spec.name)
             stack.callback(dist.destroy_process_group)
         if context.together(lambda: is_finished(context.run, spec)):
             return
@@ -51,6 +52,24 @@ def run_local(spec: RunSpec, display: Display, sink: Sink) -> None:
 
         context.together(claim_here)
         kinds.run(spec, context)
+
+
+@cache
+def _meeting_point() -> Any:
+    """Where the processes that torchrun has started leave their addresses for each other, once for this process."""
+    store, _, _ = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+    return store
+
+
+def _join(backend: str, name: str) -> None:
+    """Enter the process group of one run.
+
+    The stages of a pipeline and the trials of a sweep are many runs of one process. Each has a group, and its addresses
+    are left under its name: under one name for all, a process finds those of the run before, and waits for ever.
+    """
+    rank, world_size, _ = launched_rank()
+    store = dist.PrefixStore(name, _meeting_point())  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
 def _use_interface() -> None:

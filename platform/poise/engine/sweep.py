@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from poise.engine.session import claim, is_finished, located
 from poise.env import launched_rank
-from poise.errors import PoiseError, UserError
+from poise.errors import PoiseError
 from poise.kinds.specs.sweep import SweepSpec, Trial
 from poise.observe.progress import Display, Progress
 from poise.observe.rows import read_rows
@@ -134,6 +134,8 @@ def run_sweep(spec: SweepSpec, display: Display, sink: Sink, execute: Execute) -
     run, leads = located(spec), launched_rank()[0] == 0
     if is_concluded(run, spec):
         return
+    if not leads:
+        display = Display(io.StringIO())  # one process speaks for all
     with claim(run, spec) if leads else nullcontext():
         if leads:
             run.write("spec.yaml", dump(spec).encode())  # by what trials are judged may have changed
@@ -154,8 +156,6 @@ def in_turn(spec: SweepSpec, left: Sequence[Trial], tally: Tally, sink: Sink) ->
     """Without Ray: one trial after the other in this process."""
     from poise.engine.local import run_local
 
-    if spec.scheduler.name != "none":
-        raise UserError("trials that run one after the other cannot stop each other: use --engine ray, or no scheduler")
     for trial in left:
         try:
             run_local(trial.spec, tally.display, sink)

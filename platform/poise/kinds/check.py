@@ -41,12 +41,12 @@ def find_mistakes(spec: RunSpec, *, skip: Collection[str] = ()) -> list[Mistake]
     `skip` names runs that are not looked at, since they are finished: what they have read may be gone by now.
     """
     found: dict[Mistake, None] = {}
-    made: dict[str, str] = {}  # run -> kind, of the stages before
+    made: dict[str, str] = {}  # run -> kind of the stages before, such as "sweep of robust.train"
     for prefix, stage in _stages(spec):
         if stage.name not in skip:
             for mistake in _of_run(stage, made):
                 found[Mistake((*prefix, *mistake.path), mistake.message, mistake.absent)] = None
-        made[stage.name] = stage.kind
+        made[stage.name] = f"sweep of {stage.base.kind}" if isinstance(stage, SweepSpec) else stage.kind
     return list(found)
 
 
@@ -124,7 +124,8 @@ def _of_named_run(each: Input, spec: RunSpec, made: dict[str, str]) -> Iterator[
 
 
 def _of_kind(each: Input, kind: str) -> Iterator[Mistake]:
-    if each.kinds and kind not in each.kinds:
+    head, _, trials = kind.partition(" of ")  # a sweep stands for its trials
+    if each.kinds and (head not in each.kinds or (trials and trials not in each.kinds)):
         yield Mistake(
             each.path, f"run {each.place!r} is a {kind}; what is read here is left by {' or '.join(each.kinds)}"
         )
