@@ -15,7 +15,7 @@ import click
 
 from poise import __version__
 from poise.env import launched_rank
-from poise.errors import PoiseError, UserError
+from poise.errors import PoiseError, PreemptedError, UserError
 from poise.observe.terminal import printable
 
 if TYPE_CHECKING:
@@ -39,7 +39,10 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort) as error:
+        if isinstance(error.__cause__, PreemptedError):  # click makes an Abort of every interrupt
+            click.echo(f"poise: {error.__cause__}", err=True)
+            sys.exit(error.__cause__.exit_code)
         click.echo("poise: stopped; the same command goes on from the last commit", err=True)
         sys.exit(130)
     except BrokenPipeError:

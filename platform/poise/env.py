@@ -11,6 +11,7 @@ from poise.errors import UserError
 __all__ = [
     "CACHE",
     "COMMIT",
+    "GRACE_S",
     "LOOPBACK_ALONE",
     "PRIVATE_CLUSTER",
     "RAY_DEFAULTS",
@@ -20,6 +21,7 @@ __all__ = [
     "VLLM_ON_CPU",
     "VLLM_SETTINGS",
     "defaults",
+    "grace_s",
     "launched_rank",
 ]
 
@@ -31,6 +33,9 @@ CACHE = "POISE_CACHE"
 
 COMMIT = "POISE_COMMIT"
 """Set by `poise submit` for its job, as JSON: the commit of the code that was sent, which has no repository there."""
+
+GRACE_S = "POISE_GRACE_S"
+"""Seconds from a signal to end to the kill that follows: a step that takes longer is given up. 25 unless set."""
 
 LOOPBACK_ALONE = {
     # Made for the firewalls of other systems: Ray takes 127.0.0.1 for the address of this machine, and all that it
@@ -123,3 +128,11 @@ def _count(name: str, default: int) -> int:
     if not text.isdecimal():
         raise UserError(f"{name} is {text!r}, not a count: unset it, or start the processes with torchrun")
     return int(text)
+
+
+def grace_s() -> float:
+    """Seconds in which a process that was asked to end has to; less than the 30 that Slurm and Kubernetes leave."""
+    try:
+        return max(0.0, float(os.environ.get(GRACE_S) or 25))
+    except ValueError:
+        return 25.0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from poise.secrets import redact
 
-__all__ = ["DamagedError", "PoiseError", "RunBusyError", "StoreError", "UserError"]
+__all__ = ["DamagedError", "PoiseError", "PreemptedError", "RunBusyError", "StoreError", "UserError"]
 
 
 class PoiseError(Exception):
@@ -41,3 +41,13 @@ class RunBusyError(PoiseError):
     """Another driver holds this run."""
 
     exit_code = 3
+
+
+class PreemptedError(KeyboardInterrupt):
+    """This process was asked by a signal to end, and has committed what it had.
+
+    It is an interrupt, as Ctrl-C is: no failure of a run, and nothing that a sweep passes over.
+    """
+
+    exit_code = 75
+    """EX_TEMPFAIL of sysexits.h: "try again later", which schedulers take for a request to be queued again."""

@@ -21,12 +21,13 @@ __all__ = ["BoardState", "open_board"]
 @dataclass
 class BoardState:
     """What is on the board: gangs started so far, the newest progress, every evaluation so far, the error that ends
-    the run."""
+    the run. `stop` is by which signal the driver was asked to end, None while it was not."""
 
     attempts: int = 0
     progress: Progress | None = None
     evaluations: list[Progress] = field(default_factory=list)
-    error: Exception | None = None
+    error: BaseException | None = None
+    stop: str | None = None
     group: PlacementGroup | None = None
     """What the newest gang has set aside for itself."""
 
@@ -49,8 +50,12 @@ class _Board:
         else:
             self.state.progress = progress
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         self.state.error = self.state.error or error
+
+    def stop(self, reason: str) -> None:
+        """The driver was asked to end: the workers commit what they have, and end."""
+        self.state.stop = self.state.stop or reason
 
     def engine(self, index: int, start: Callable[[], Any], anew: bool) -> tuple[Any, bool]:
         """Engine `index`, and whether an earlier worker has left it; `anew`: that one is of no use."""

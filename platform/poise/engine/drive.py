@@ -25,6 +25,7 @@ from poise.observe.sinks import Sink
 from poise.report.record import when
 from poise.spec import RunSpec, SamplerSpec
 from poise.store.inputs import check_inputs
+from poise.train.preemption import PROCESS
 
 __all__ = ["Engine", "drive", "prepare_ray", "stages_of"]
 
@@ -51,7 +52,7 @@ def drive(spec: RunSpec, engine: Engine, address: str | None, display: Display, 
         return
     for stage in left:
         _check_engine(engine, stage)
-    with _opened(engine, address, left, display) as run_one:
+    with PROCESS.handled(), _opened(engine, address, left, display) as run_one, PROCESS.handled():  # Ray takes SIGTERM
         if isinstance(spec, PipelineSpec):
             with claim(located(spec), spec) if launched_rank()[0] == 0 else nullcontext():
                 for stage in left:

@@ -28,11 +28,12 @@ from poise.engine.errand import Errand, run_errand
 from poise.engine.network import cluster_address, refusal
 from poise.engine.session import absolute_store, claim, is_finished, located
 from poise.engine.trainer import ProcessGroup, Trainer
-from poise.errors import PoiseError, UserError
+from poise.errors import PoiseError, PreemptedError, UserError
 from poise.observe.export import export
 from poise.observe.progress import Display
 from poise.observe.sinks import Sink, series_of
 from poise.spec import RunSpec, SamplerSpec, WorkersSpec
+from poise.train.preemption import PROCESS
 
 __all__ = ["check_resources", "cluster", "run_gang"]
 
@@ -110,7 +111,7 @@ def run_gang(
         display.note(f"[{spec.name}] starting {spec.workers.count} workers")
         board = open_board()
         errand = Errand(spec.kind, spec.model_dump_json(), absolute_store(spec), lease.token, os.getcwd(), board)
-        with _watched(board, spec, display, sink, on_group or _nobody):
+        with _watched(board, spec, display, sink, on_group or _nobody), PROCESS.deferred():
             _fit(_trainer(spec, errand, scratch, private), board)
 
 
@@ -266,5 +267,15 @@ def _watch(board: Any, spec: RunSpec, display: Display, sink: Sink, on_group: On
             display.show(shown)
             export(sink, spec.name, shown.metrics)
             sink.set("poise_epoch", shown.epoch, run=spec.name)
+        if PROCESS.reason is not None:
+            _pass_on(PROCESS.reason, board, state)
         if ending:
             return
+
+
+def _pass_on(reason: str, board: Any, state: BoardState) -> None:
+    """Tell the workers that this driver was asked to end; once they have committed, it does."""
+    if state.stop is None:
+        board.stop.remote(reason)
+    if isinstance(state.error, PreemptedError) and PROCESS.is_deferred:
+        PROCESS.end_now()

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from poise.errors import PoiseError
+from poise.errors import PoiseError, PreemptedError
 from poise.kinds.specs.pipeline import PipelineSpec
 from poise.kinds.specs.sweep import SweepSpec
 from poise.observe.environment import environment
@@ -75,10 +75,10 @@ def claim(run: Run, spec: RunSpec) -> Iterator[Lease]:
         run.write("environment.json", json.dumps(environment(), indent=1).encode())
         try:
             yield lease
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             with suppress(PoiseError):
                 lease.check()
-                run.append_events([event("interrupted")])
+                run.append_events([event("preempted" if isinstance(error, PreemptedError) else "interrupted")])
             raise
         except Exception as error:
             with suppress(PoiseError):  # a full disk, or a lost lease, must not hide what went wrong first

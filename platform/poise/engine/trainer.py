@@ -6,7 +6,9 @@ starts actors for data sets that it never reads and for machines that nobody can
 
 from __future__ import annotations
 
+import signal
 import socket
+import threading
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -18,6 +20,7 @@ from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from poise.engine.network import Rank, join_process_group, listen, use_interface
+from poise.train.preemption import PROCESS
 
 __all__ = ["ProcessGroup", "Trainer"]
 
@@ -101,6 +104,13 @@ def _join(backend: str, address: str, port: int) -> None:
         node_rank=context.get_node_rank(),
     )
     join_process_group(backend, address, port, place, _TIMEOUT, _meeting.pop() if place.rank == 0 else None)
+
+
+def _take_signals() -> None:
+    """A worker whose machine is taken away commits its step first. Ray calls this in the main thread."""
+    ending = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is threading.main_thread() and callable(ending):
+        PROCESS.install(ending)
 
 
 def _leave() -> None:

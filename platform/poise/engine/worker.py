@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import ray
 import ray.train
@@ -15,15 +19,18 @@ from poise import kinds
 from poise.engine.errand import Errand
 from poise.engine.metrics import RaySink
 from poise.engine.pool import SamplerPool
-from poise.errors import PoiseError, RunBusyError
+from poise.errors import PoiseError, PreemptedError, RunBusyError
 from poise.observe.events import event
 from poise.observe.progress import Progress
 from poise.spec import SamplerSpec
 from poise.store.lease import Lease
 from poise.store.runs import Run, open_run
 from poise.train.context import Context
+from poise.train.preemption import PROCESS
 
 __all__ = ["work"]
+
+_LOOK_EVERY_S = 1.0
 
 
 def work(errand: Errand) -> None:
@@ -41,10 +48,36 @@ def work(errand: Errand) -> None:
     spec = kinds.KINDS[errand.kind].model_validate_json(errand.spec_json)
     torch.set_num_threads(spec.workers.cpus)
     try:
-        kinds.run(spec, _context(errand, open_run(errand.store, spec.name), rank, attempt))
+        with _told_to_stop(errand.board) if rank == 0 else nullcontext():
+            kinds.run(spec, _context(errand, open_run(errand.store, spec.name), rank, attempt))
+    except PreemptedError as error:
+        if ray.get(errand.board.read.remote()).stop is not None:
+            ray.get(errand.board.fail.remote(error))
+        raise PoiseError(str(error)) from None  # a worker that was taken away itself: Ray starts another gang
     except PoiseError as error:
         ray.get(errand.board.fail.remote(error))
         raise
+
+
+@contextmanager
+def _told_to_stop(board: Any) -> Iterator[None]:
+    """Look on the board, for as long as the block lasts, whether the driver was asked to end."""
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(_LOOK_EVERY_S):
+            if reason := ray.get(board.read.remote()).stop:
+                PROCESS.request(reason)
+                if not PROCESS.is_deferred:  # nothing goes on that would commit more
+                    board.fail.remote(PROCESS.error("stopped at the last commit"))
+                return
+
+    thread = threading.Thread(target=look, name="told to stop", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def _context(errand: Errand, run: Run, rank: int, attempt: int) -> Context:

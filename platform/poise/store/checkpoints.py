@@ -173,6 +173,11 @@ class Checkpoints:
                 removed.append(commit.step)
         return removed
 
+    def remove(self, step: int) -> None:
+        """Remove the commit of `step`, if there is one."""
+        if commit := _commit(step, self._key(step), self._entries(self._key(step))):
+            self._remove(commit)
+
     def sweep(self, older_than_s: float) -> list[str]:
         """Remove half-written uploads and what was set aside as damaged, if last touched longer ago than this (s).
 

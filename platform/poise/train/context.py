@@ -21,6 +21,7 @@ from poise.observe.progress import Progress
 from poise.observe.sinks import NullSink, Sink
 from poise.spec import SamplerSpec
 from poise.store.runs import Run
+from poise.train.preemption import PROCESS, StopRequest
 
 __all__ = ["Context"]
 
@@ -43,6 +44,7 @@ class Context:
 
     `report` receives progress on rank 0; `guard` raises when another driver has taken the run over; `attempt` counts
     restarts from 0. `sampler(spec, folder)` opens the sampler of the language model in a local folder; one rank does.
+    `stop` says whether this process was asked to end.
     """
 
     run: Run
@@ -54,6 +56,7 @@ class Context:
     sampler: Callable[[SamplerSpec, Path], AbstractContextManager[Sampler]] = _no_sampler
     guard: Callable[[], None] = _free
     sink: Sink = field(default_factory=NullSink)
+    stop: StopRequest = PROCESS
 
     @property
     def leads(self) -> bool:

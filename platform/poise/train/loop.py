@@ -4,6 +4,7 @@
         for each of its batches:  data -> the task's step (attack, loss) -> backward
         clip, schedule, optimizer, statistics
         watch? -> alarm: end at the newest checkpoint    evaluate? -> new best?    log?    commit?
+        asked to end? -> commit, and end
 
 A step is a pure function of the committed state and of its number: batches, augmentation and attack noise are drawn
 from (seed, step, rank). So a run that was killed anywhere and goes on from its last commit ends in the same bits.
@@ -31,9 +32,20 @@ from poise.store.checkpoints import Commit
 from poise.train.context import Context
 from poise.train.optim import build_optimizer
 from poise.train.parallel import average_statistics, batch_statistics, distribute
+from poise.train.preemption import StopVote
 from poise.train.schedule import factor
 from poise.train.spec import TrainSpec
-from poise.train.state import Best, TrainState, capture_rng, load_state, restore_rng, save_state, seed_rng
+from poise.train.state import (
+    Best,
+    TrainState,
+    capture_rng,
+    load_state,
+    load_window,
+    restore_rng,
+    save_state,
+    save_window,
+    seed_rng,
+)
 from poise.train.task import Task, TaskState, Turn
 from poise.train.telemetry import Telemetry
 
@@ -66,7 +78,7 @@ def fit(task: Task, spec: TrainSpec, context: Context) -> Fitted:
     """Train `task` to the end of `spec`, from the newest sound checkpoint of the run if there is one.
 
     Raises PoiseError when the loss is not finite, StoreError when the store fails, RunBusyError when another driver has
-    taken over. What was committed by then stays committed.
+    taken over, PreemptedError when a signal asked for the end. What was committed by then stays committed.
     """
     return _Loop(task, spec, context).run()
 
@@ -85,6 +97,9 @@ class _Loop:
         self.rows, self.window = Rows(), _Window()
         self.sum_lr = 0.0
         self.stopped: Stopped | None = None
+        self.vote = StopVote(context)
+        self.committed_step: int | None = None
+        self.provisional_step: int | None = None
         self.telemetry = Telemetry(
             context,
             steps=self.total,
@@ -100,10 +115,13 @@ class _Loop:
         self.statistics = batch_statistics(self.task.model)
         self.model = distribute(self.task.model, self.context)
         self.telemetry.begin(self.state.step)
+        self.vote.begin(self.state.step)
         self.task.model.train()
-        while self.state.step < self.total and not self.stopped:
-            self._step()
-            self._after_step()
+        with self.context.stop.deferred():
+            while self.state.step < self.total and not self.stopped:
+                self._step()
+                self._after_step()
+                self._end_if_asked()
         best, last = self.state.best, self.state.step
         return Fitted(last, best.step if best else last, self._epoch(), self.stopped, self.state.task)
 
@@ -170,6 +188,18 @@ class _Loop:
         if commit:
             self._commit()
 
+    def _end_if_asked(self) -> None:
+        """Commit this step and raise PreemptedError if any rank was asked to end.
+
+        The window of metrics is part of that commit, and no row is made of it: rows fall on the steps that they would
+        have fallen on. The next commit takes its place.
+        """
+        if self.stopped or not self.vote.ask(self.state.step):
+            return
+        if self.committed_step != self.state.step:
+            self._commit(provisional=True)
+        raise self.context.stop.error(f"{self.context.run.name}: stopped and committed at step {self.state.step}")
+
     def _watch(self) -> str | None:
         """Look at the training itself; the alarm that ends it, if there is one."""
         if self.task.watch is None:
@@ -222,14 +252,16 @@ class _Loop:
         self.rows.add(self.state.step, self._epoch(), "train", metrics)
         self.telemetry.publish(self.state.step, metrics)
 
-    def _commit(self) -> None:
+    def _commit(self, *, provisional: bool = False) -> None:
         """Every rank stops here; rank 0 commits; no rank goes on before it is done."""
         with self.timers("report"):
             rngs = self.context.gather(capture_rng(self.context.device))
-            self.context.together(lambda: self._write(rngs))
+            windows = self.context.gather(self.window.tensors())
+            self.context.together(lambda: self._write(rngs, windows, provisional))
             self.rows.clear()
+        self.committed_step = self.state.step
 
-    def _write(self, rngs: list[dict[str, Tensor]]) -> None:
+    def _write(self, rngs: list[dict[str, Tensor]], windows: list[dict[str, Tensor]], provisional: bool) -> None:
         """Rows first, then the checkpoint whose commit makes them count: a torn attempt writes the same rows again."""
         run, state = self.context.run, self.state
         started = time.perf_counter()
@@ -244,13 +276,17 @@ class _Loop:
         )
         with tempfile.TemporaryDirectory(prefix="poise-") as scratch:
             save_state(state, rngs, Path(scratch))
+            save_window(windows, Path(scratch))
             run.checkpoints.commit(
                 state.step,
                 Path(scratch),
-                info=self._info(),
+                info={**self._info(), "provisional": provisional},
                 appended=run.results.appended(),
                 guard=self.context.guard,
             )
+        if self.provisional_step is not None:
+            run.checkpoints.remove(self.provisional_step)
+        self.provisional_step = state.step if provisional else None
         run.checkpoints.prune(self.spec.checkpoint.keep, {state.best.step} if state.best else set())
         seconds = time.perf_counter() - started
         run.append_events([event("commit", step=state.step, seconds=round(seconds, 3), **self._attempt())])
@@ -283,6 +319,7 @@ class _Loop:
             if not self.context.leads:
                 self.context.run.checkpoints.fetch(commit, folder)
             load_state(self.state, folder, self.context.device)
+            self.window.fill(load_window(folder, self.context.rank, self.context.world_size, self.context.device))
             if not restore_rng(folder, self.context.rank, self.context.device):
                 seed_rng(self.task.seed, self.context.rank, self.state.step)
         return True
@@ -294,6 +331,9 @@ class _Loop:
             self.context.sink.inc("poise_damaged_checkpoints_total", run=run.name)
             run.append_events([event("damaged", what=str(damage))])
         run.append_events([event(why, step=commit.step if commit else 0, pids=pids, **self._attempt())])
+        self.committed_step = self.provisional_step = None
+        if commit is not None and run.checkpoints.info(commit).get("provisional"):
+            self.provisional_step = commit.step
         return commit
 
     def _epoch(self) -> float:
@@ -311,6 +351,14 @@ class _Window:
 
     def add(self, name: str, value: Tensor) -> None:
         self.values.setdefault(name, []).append(value)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The values by name, (steps,) each, on the CPU."""
+        return {name: torch.stack(values).cpu() for name, values in self.values.items()}
+
+    def fill(self, tensors: dict[str, Tensor]) -> None:
+        """Go on from what `tensors` gave."""
+        self.values = {name: list(values.unbind()) for name, values in tensors.items()}
 
     def take(self, context: Context) -> dict[str, float]:
         """The means over the window and over all ranks."""

@@ -23,13 +23,25 @@ from poise.errors import UserError
 from poise.spec.seeds import derive_seed
 from poise.train.task import TaskState
 
-__all__ = ["Best", "TrainState", "capture_rng", "load_state", "load_weights", "restore_rng", "save_state", "seed_rng"]
+__all__ = [
+    "Best",
+    "TrainState",
+    "capture_rng",
+    "load_state",
+    "load_weights",
+    "load_window",
+    "restore_rng",
+    "save_state",
+    "save_window",
+    "seed_rng",
+]
 
-MODEL, OPTIMIZER, TASK, RNG, REST = (
+MODEL, OPTIMIZER, TASK, RNG, WINDOW, REST = (
     "model.safetensors",
     "optimizer.safetensors",
     "task.safetensors",
     "rng.safetensors",
+    "window.safetensors",
     "state.json",
 )
 
@@ -75,6 +87,23 @@ def save_state(state: TrainState, rngs: list[dict[str, Tensor]], folder: Path) -
     save_file(_plain(state.task), folder / TASK)
     save_file({f"{rank}/{name}": value for rank, rng in enumerate(rngs) for name, value in rng.items()}, folder / RNG)
     (folder / REST).write_text(json.dumps(rest, indent=1))
+
+
+def save_window(windows: list[dict[str, Tensor]], folder: Path) -> None:
+    """Write the metrics of every rank, (steps,) each, that no row has yet; nothing where there are none."""
+    if any(windows):
+        named = {f"{rank}/{name}": value for rank, window in enumerate(windows) for name, value in window.items()}
+        save_file(_plain(named), folder / WINDOW)
+
+
+def load_window(folder: Path, rank: int, world_size: int, device: torch.device) -> dict[str, Tensor]:
+    """What `rank` had in its window; nothing when the checkpoint comes from another number of ranks."""
+    if not (folder / WINDOW).is_file():
+        return {}
+    named = load_file(folder / WINDOW, str(device))
+    if len({name.split("/", 1)[0] for name in named}) != world_size:
+        return {}
+    return {name.split("/", 1)[1]: value for name, value in named.items() if name.startswith(f"{rank}/")}
 
 
 def load_state(state: TrainState, folder: Path, device: torch.device) -> None:
