@@ -317,6 +317,7 @@ def runs_verify(run: str) -> None:
 @click.argument("run")
 @click.option(
     "--older-than",
+    type=click.FloatRange(0),
     default=3600.0,
     show_default=True,
     metavar="SECONDS",
@@ -328,10 +329,28 @@ def runs_sweep(run: str, older_than: float) -> None:
     Half-written uploads and checkpoints that were set aside as damaged go; nothing that is committed is touched.
     """
     opened = _open(run)
-    removed = [*opened.checkpoints.sweep(older_than), *opened.storage.sweep(older_than)]
+    with opened.lease():  # nobody writes meanwhile, so that nothing under way is taken for an orphan
+        removed = [*opened.checkpoints.sweep(older_than), *opened.storage.sweep(older_than, f"{opened.name}/")]
     for name in removed:
         click.echo(f"removed {name}")
     click.echo(f"{len(removed)} orphans removed")
+
+
+@runs.command("rm")
+@click.argument("names", nargs=-1, required=True, metavar="RUN...")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def runs_rm(names: Sequence[str], yes: bool) -> None:
+    """Remove runs with all that they have committed.
+
+    A run that is alive is refused. What is removed cannot be had again.
+    """
+    opened = [_open(name) for name in names]
+    for run in opened:
+        commits = len(run.checkpoints.commits())
+        if not yes:
+            click.confirm(f"remove {run.url}, {run.summary().status}, with {commits} checkpoints?", abort=True)
+        run.remove()
+        click.echo(f"removed {run.url}")
 
 
 @cli.group("cluster")

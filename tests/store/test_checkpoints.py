@@ -283,6 +283,52 @@ def test_pruning_does_not_count_what_lacks_bytes(checkpoints: Checkpoints, tmp_p
         checkpoints.prune(0)
 
 
+def test_a_commit_takes_as_many_requests_however_many_were_made(s3_store: str, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(open_storage(s3_store), PREFIX)
+    requests: list[str] = []
+    client = checkpoints.storage._client  # type: ignore[attr-defined]
+    client.meta.events.register("before-send.s3", lambda request, **_: requests.append(request.method))
+    counts = []
+    for step in range(1, 31):
+        requests.clear()
+        checkpoints.commit(step, payload(tmp_path / "saved", step), info={})
+        checkpoints.prune(20)
+        counts.append(len(requests))
+    assert set(counts[:20]) == {counts[0]}  # nothing is removed yet
+    assert set(counts[20:]) == {counts[0] + 3}  # one checkpoint is, each time
+    assert counts[0] < 15
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "manifest.json", "COMMITTED", "ranks/0.json"])
+def test_a_folder_in_the_place_of_a_file_is_stepped_over_and_set_aside(tmp_path: Path, name: str) -> None:
+    checkpoints = Checkpoints(FolderStorage(tmp_path / "store"), PREFIX)
+    for step in (10, 20):
+        checkpoints.commit(step, payload(tmp_path / "saved", step), info={})
+    place = tmp_path / "store" / PREFIX / "step-00000020" / name
+    place.unlink()
+    place.mkdir()
+    (place / "kept").write_text("whoever put it there may want it")
+    step, damages = newest(checkpoints, tmp_path)
+    assert step == 10
+    assert name in damages[0]
+    checkpoints.commit(20, payload(tmp_path / "saved", 20), info={})
+    assert newest(checkpoints, tmp_path) == (20, [])
+    kept = list((tmp_path / "store").rglob("kept"))
+    assert len(kept) == (name != "COMMITTED")  # without it all of this was an upload that was not finished
+
+
+@pytest.mark.parametrize("place", ["step-00000020", ""])
+def test_a_file_in_the_place_of_a_folder_is_set_aside(tmp_path: Path, place: str) -> None:
+    checkpoints = Checkpoints(FolderStorage(tmp_path / "store"), PREFIX)
+    path = tmp_path / "store" / PREFIX / place
+    path.parent.mkdir(parents=True)
+    path.write_text("whoever put it there may want it")
+    assert newest(checkpoints, tmp_path)[0] is None
+    checkpoints.commit(20, payload(tmp_path / "saved", 20), info={})
+    assert newest(checkpoints, tmp_path) == (20, [])
+    assert [path.read_text() for path in (tmp_path / "store").rglob(".poise-displaced-*")]
+
+
 def test_sweeping_takes_old_orphans_only(checkpoints: Checkpoints, tmp_path: Path) -> None:
     damage(checkpoints.storage, 20, "COMMITTED", lambda data: None)
     assert checkpoints.sweep(3600) == []
@@ -343,8 +389,8 @@ class Mortal(Storage):
     def download(self, key: str, path: Path) -> None:
         self.storage.download(key, path)
 
-    def sweep(self, older_than_s: float) -> Sequence[str]:
-        return self.storage.sweep(older_than_s)
+    def sweep(self, older_than_s: float, prefix: str = "") -> Sequence[str]:
+        return self.storage.sweep(older_than_s, prefix)
 
     def check_exclusion(self) -> None:
         self.storage.check_exclusion()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -158,6 +160,42 @@ def test_a_driver_elsewhere_is_respected_until_its_lease_expires(storage: Storag
         with Lease(storage, "digits") as second:
             assert not Lease.holds(storage, "digits", lease.token)
             second.check()
+
+
+def test_a_lease_from_a_wrong_clock_is_watched_and_taken_over_if_nobody_renews_it(storage: Storage) -> None:
+    elsewhere = {"host": "node-7", "space": "another boot", "pid": 1, "started": 1}
+    with Lease(storage, "digits", renew_s=3600):
+        change_lock(storage, **elsewhere, renewed=time.time() + 10**6, expires_s=0.3)
+        assert not Lease.is_held(storage, "digits")
+        with Lease(storage, "digits", renew_s=0.05) as second:
+            second.check()
+
+
+def test_a_driver_whose_clock_is_wrong_is_respected_while_it_renews(storage: Storage) -> None:
+    elsewhere = {"host": "node-7", "space": "another boot", "pid": 1, "started": 1}
+    with Lease(storage, "digits", renew_s=3600):
+        change_lock(storage, **elsewhere, renewed=time.time() + 10**6, expires_s=30)
+        over = threading.Event()
+
+        def renew() -> None:
+            for later in itertools.count():
+                if over.wait(0.05):
+                    return
+                change_lock(storage, renewed=time.time() + 10**6 + later)
+
+        thread = threading.Thread(target=renew)
+        thread.start()
+        with pytest.raises(RunBusyError, match=r"process 1 on node-7 .* try again in 30 s"):
+            Lease(storage, "digits", renew_s=0.1).__enter__()
+        over.set()
+        thread.join()
+
+
+def test_who_waits_is_told_how_long(storage: Storage) -> None:
+    with Lease(storage, "digits", renew_s=3600):
+        change_lock(storage, host="node-7", space="another boot", pid=1, started=1, renewed=time.time() - 20)
+        with pytest.raises(RunBusyError, match=r"try again in (9|10) s"):
+            Lease(storage, "digits").__enter__()
 
 
 def test_a_lease_is_renewed_while_it_is_held(storage: Storage) -> None:

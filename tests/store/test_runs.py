@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from poise.errors import DamagedError, UserError
+from poise.errors import DamagedError, RunBusyError, UserError
 from poise.store.runs import Run, list_runs, open_run
 from poise.store.storage import Storage
 
@@ -58,7 +58,8 @@ def test_the_layout_is_the_documented_one(tmp_path: Path) -> None:
     assert run.files("metrics/") == ["metrics/train.parquet"]
 
 
-def test_a_run_keeps_its_spec(run: Run) -> None:
+def test_a_run_keeps_its_spec(run: Run, tmp_path: Path) -> None:
+    commit(run, 10, tmp_path)
     assert run.read("spec.yaml").decode() == SPEC
     assert run.claim_spec(SPEC, "b" * 64) is False  # the same text
     assert run.claim_spec("# a remark\n" + SPEC, "a" * 64) is False  # the same meaning
@@ -67,7 +68,7 @@ def test_a_run_keeps_its_spec(run: Run) -> None:
     message = str(caught.value)
     assert "-seed: 1\n+seed: 2" in message
     assert "choose another name" in message
-    assert f"delete {run.url}" in message
+    assert f"poise runs rm {run.url}" in message
     assert run.read("spec.yaml").decode() == SPEC
 
 
@@ -75,9 +76,88 @@ def test_a_spec_claimed_before_a_crash_is_still_compared(storage: Storage) -> No
     run = Run(storage, "digits")
     run.claim_spec(SPEC, "a" * 64)  # and the driver died before `start`
     assert run.claim_spec(SPEC, "a" * 64) is False
+    run.write("samples/shard-00000.parquet", b"samples")
     with pytest.raises(UserError, match="another spec"):
         run.claim_spec(SPEC + "x: 1\n", "a" * 64)
     assert run.summary().status == "interrupted"
+
+
+def test_a_run_that_has_committed_nothing_gives_way_to_the_next_spec(run: Run) -> None:
+    run.write("metrics/rows-00000010.parquet", b"rows that no checkpoint followed")
+    run.storage.write(run.key("checkpoints/step-00000010/model.bin"), b"half a checkpoint")
+    run.append_events([{"event": "failed", "why": "no such folder"}])
+    run.finish("failed", error="no such folder")
+    mended = SPEC.replace("seed: 1", "seed: 2")
+    assert run.claim_spec(mended, "b" * 64) is True
+    assert run.read("spec.yaml").decode() == mended
+    assert run.manifest() is None
+    assert run.files() == ["events.jsonl", "records.jsonl", "spec.yaml"]
+    assert run.events() == [{"event": "failed", "why": "no such folder"}]
+    assert run.verify() == []
+    run.start("robust.train", "b" * 64)
+    run.finish("finished")
+    with pytest.raises(UserError, match="another spec"):  # it has ended well, though it left nothing
+        run.claim_spec(SPEC, "a" * 64)
+
+
+def test_a_run_is_removed_unless_it_is_alive(run: Run, tmp_path: Path) -> None:
+    other = Run(run.storage, "digits-2")
+    other.claim_spec(SPEC, "a" * 64)
+    commit(run, 10, tmp_path)
+    with run.lease(), pytest.raises(RunBusyError, match="held by process"):
+        run.remove()
+    assert run.checkpoints.commits()
+    run.remove()
+    assert not run.exists()
+    assert Run.names(run.storage) == ["digits-2"]
+    assert run.files() == []
+    assert run.storage.folders() == ["digits-2"]
+    with run.lease():
+        assert run.claim_spec(SPEC, "b" * 64) is True
+
+
+def test_the_commands_that_remove_and_sweep_leave_a_run_under_way_alone(tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from poise.cli import cli
+
+    run = open_run(tmp_path / "runs", "digits")
+    run.claim_spec(SPEC, "a" * 64)
+    run.storage.write(run.key("checkpoints/step-00000010/model.bin"), b"a commit under way")
+    elsewhere = tmp_path / "runs" / "other" / ".poise-tmp-upload"
+    elsewhere.parent.mkdir()
+    elsewhere.write_bytes(b"under way in another run")
+    invoke = CliRunner().invoke
+    with run.lease():
+        for command in (["sweep", run.url, "--older-than", "0"], ["rm", run.url, "--yes"]):
+            refused = invoke(cli, ["runs", *command])
+            assert isinstance(refused.exception, RunBusyError)
+    assert run.files("checkpoints/") == ["checkpoints/step-00000010/model.bin"]
+    swept = invoke(cli, ["runs", "sweep", run.url, "--older-than", "0"])
+    assert "1 orphans removed" in swept.output
+    assert elsewhere.exists()
+    assert invoke(cli, ["runs", "sweep", run.url, "--older-than", "-1"]).exit_code != 0
+    asked = invoke(cli, ["runs", "rm", run.url], input="n\n")
+    assert f"remove {run.url}, interrupted, with 0 checkpoints?" in asked.output
+    assert run.exists()
+    assert f"removed {run.url}" in invoke(cli, ["runs", "rm", run.url], input="y\n").output
+    assert not run.exists()
+
+
+def test_the_end_of_a_run_takes_no_more_requests_for_more_results(s3_store: str) -> None:
+    requests: list[str] = []
+    counts = []
+    for number in (3, 40):
+        run = open_run(s3_store, f"digits-{number}")
+        run.claim_spec(SPEC, "a" * 64)
+        run.start("robust.train", "a" * 64)
+        run.write_files({f"samples/shard-{index:05}.parquet": b"%d" % index for index in range(number)})
+        client = run.storage._client  # type: ignore[attr-defined]
+        client.meta.events.register("before-send.s3", lambda request, **_: requests.append(request.method))
+        requests.clear()
+        assert len(run.finish("finished").files) == number + 1
+        counts.append(len(requests))
+    assert counts[0] == counts[1] < 20
 
 
 def test_the_manifest_tells_how_the_run_went(run: Run, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ model, questions -> train.loop [sampler -> oracle -> advantage -> loss] -> polic
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -33,6 +32,7 @@ from poise.models.sampling import Decoding, Request, Sample, Sampler
 from poise.models.special_tokens import reconcile
 from poise.observe.rows import Rows
 from poise.spec.seeds import derive_seed
+from poise.store.storage import scratch_folder
 from poise.train.context import Context
 from poise.train.loop import Fitted, fit
 from poise.train.task import Task
@@ -46,7 +46,7 @@ __all__ = ["run"]
 def run(spec: AlignSelfplaySpec, context: Context) -> None:
     """Play, and measure the policy before, meanwhile and after."""
     with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="poise-")))
+        scratch = stack.enter_context(scratch_folder())
         folder = fetch_folder(spec.model, spec.store, scratch / "model")
         sampler = _sampler(spec, folder, context, stack)
         model, tokenizer = open_folder(folder)

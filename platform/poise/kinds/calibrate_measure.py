@@ -8,11 +8,9 @@ Everything after the samples is a pure function of them: measuring again draws n
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -31,6 +29,7 @@ from poise.models.sampling import Decoding, Request, Sample
 from poise.models.special_tokens import SpecialTokens
 from poise.observe.rows import Rows
 from poise.spec.seeds import derive_seed
+from poise.store.storage import scratch_folder
 from poise.train.context import Context
 
 if TYPE_CHECKING:
@@ -48,8 +47,8 @@ def _measure(spec: CalibrateMeasureSpec, context: Context) -> None:
     questions = load_questions(spec.questions, spec.seed)
     if not questions:
         raise UserError("questions: there is none to ask")
-    with tempfile.TemporaryDirectory(prefix="poise-") as scratch:
-        folder = fetch_folder(spec.model, spec.store, Path(scratch) / "model")
+    with scratch_folder() as scratch:
+        folder = fetch_folder(spec.model, spec.store, scratch / "model")
         tokenizer, stored = open_tokenizer(folder), read_folder(folder)
         special, requests = stored.special, _requests(spec, questions, tokenizer)
         stored.check_room((request.prompt for request in requests), spec.decoding.max_tokens)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from poise.errors import PoiseError, UserError
 from poise.models.language import MODEL_FOLDER, export, open_folder
 from poise.observe.events import event
+from poise.store.storage import scratch_folder
 from poise.train.context import Context
 
 if TYPE_CHECKING:
@@ -64,10 +64,10 @@ def keep_model(
         PoiseError: what was written answers otherwise. Nothing is kept then but the checkpoints.
     """
     context.guard()
-    with tempfile.TemporaryDirectory(prefix="poise-") as scratch:
-        _write(model, tokenizer, Path(scratch))
-        _check(Path(scratch), probes, expected, context.device)
-        files = sorted(path for path in Path(scratch).rglob("*") if path.is_file())
+    with scratch_folder() as scratch:
+        _write(model, tokenizer, scratch)
+        _check(scratch, probes, expected, context.device)
+        files = sorted(path for path in scratch.rglob("*") if path.is_file())
         names = [path.relative_to(scratch).as_posix() for path in files]
         for path, name in zip(files, names, strict=True):
             context.run.storage.upload(path, context.run.key(f"{MODEL_FOLDER}/{name}"))
@@ -76,10 +76,10 @@ def keep_model(
 
 def _rehearse(model: nn.Module, tokenizer: Tokenizer, probes: Sequence[Sequence[int]]) -> None:
     expected = next_token_probabilities(model, probes)
-    with tempfile.TemporaryDirectory(prefix="poise-") as scratch:
+    with scratch_folder() as scratch:
         try:
-            _write(model, tokenizer, Path(scratch))
-            _check(Path(scratch), probes, expected, next(model.parameters()).device)
+            _write(model, tokenizer, scratch)
+            _check(scratch, probes, expected, next(model.parameters()).device)
         except PoiseError as error:
             raise UserError(f"the model could not be exported at the end of this run: {error}") from error
 

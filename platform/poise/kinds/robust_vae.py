@@ -6,10 +6,8 @@ data -> encoder -> noise -> decoder -> train.loop -> ELBO of the test split
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 import yaml
@@ -26,6 +24,7 @@ from poise.robust.noise import Noise
 from poise.spec.seeds import derive_seed
 from poise.store.inputs import check_inputs
 from poise.store.runs import open_run
+from poise.store.storage import scratch_folder
 from poise.train.context import Context
 from poise.train.loop import Fitted, fit
 from poise.train.restore import restore
@@ -67,9 +66,9 @@ def open_vae(store: str, name: str, device: torch.device) -> tuple[ConditionalVa
     check_inputs(run, spec)
     data = load(spec.data, spec.seed)
     model = _model(spec, data).to(device)
-    with tempfile.TemporaryDirectory(prefix="poise-") as scratch:
+    with scratch_folder() as scratch:
         step = summary["best_step" if summary["selected"] == "best" else "step"]
-        load_weights(model, run.checkpoints.fetch(run.checkpoints.at(step), Path(scratch) / "checkpoint"), device)
+        load_weights(model, run.checkpoints.fetch(run.checkpoints.at(step), scratch / "checkpoint"), device)
     return model.eval(), data
 
 

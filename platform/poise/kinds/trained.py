@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from poise.models.plans import Shape
 from poise.spec.seeds import derive_seed
 from poise.store.inputs import check_inputs
 from poise.store.runs import Run, open_run
+from poise.store.storage import scratch_folder
 from poise.train.state import load_weights
 
 __all__ = [
@@ -122,8 +121,8 @@ def _load(model: nn.Module, run: Run, weights: str | None, device: torch.device)
     if selected == "averaged":
         model.load_state_dict(_averaged(run))
     else:
-        with tempfile.TemporaryDirectory(prefix="poise-") as scratch:
-            folder = run.checkpoints.fetch(run.checkpoints.at(step), Path(scratch) / "checkpoint")
+        with scratch_folder() as scratch:
+            folder = run.checkpoints.fetch(run.checkpoints.at(step), scratch / "checkpoint")
             load_weights(model, folder, device)
     return selected, step
 

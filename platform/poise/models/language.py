@@ -6,7 +6,6 @@ model.safetensors (shared tensors once), tokenizer.json and tokenizer_config.jso
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from poise.models.scoring import position_logits
 from poise.models.spec import LanguageModelSpec
 from poise.models.special_tokens import reconcile
 from poise.store.runs import open_run
-from poise.store.storage import open_storage
+from poise.store.storage import open_storage, scratch_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -57,8 +56,8 @@ def open_language_model(
         if tokenizer is None:
             raise ValueError("a new model needs a tokenizer")
         return new_llama(spec, tokenizer, seed), tokenizer
-    with tempfile.TemporaryDirectory(prefix="poise-") as scratch:
-        return open_folder(fetch_folder(spec, store, Path(scratch) / "model"))
+    with scratch_folder() as scratch:
+        return open_folder(fetch_folder(spec, store, scratch / "model"))
 
 
 def open_folder(folder: Path) -> tuple[nn.Module, Tokenizer]:

@@ -63,6 +63,7 @@ class Checkpoints:
     def __init__(self, storage: Storage, prefix: str) -> None:
         self.storage = storage
         self.prefix = check_key(prefix)
+        self._whole: dict[str, list[Entry]] = {}
 
     def commit(
         self,
@@ -160,17 +161,25 @@ class Checkpoints:
     def prune(self, keep: int, protect: Collection[int] = ()) -> list[int]:
         """Remove what is older than the `keep` newest commits that have all their bytes, but for steps in `protect`.
 
-        Returns the steps removed. A commit that lacks bytes does not count, so nothing goes on its account.
+        Returns the steps removed. A commit that lacks bytes does not count, so nothing goes on its account. One that
+        was found whole is compared again only if the list of its objects has changed, so that the number of requests
+        does not depend on `keep`.
         """
         if keep < 1:
             raise UserError(f"at least 1 checkpoint has to be kept, not {keep}")
-        whole, removed = 0, []
-        for commit in reversed(self.commits()):
+        whole, removed, known = 0, [], self._whole
+        self._whole = {}
+        for step, key, entries in reversed(self._steps()):
+            commit = _commit(step, key, entries)
+            if commit is None:
+                continue
             if whole < keep:
-                whole += not self._compare(commit, None)
-            elif commit.step not in protect:
+                if known.get(key) == entries or not self._compare(commit, None):
+                    self._whole[key] = entries
+                    whole += 1
+            elif step not in protect:
                 self._remove(commit)
-                removed.append(commit.step)
+                removed.append(step)
         return removed
 
     def remove(self, step: int) -> None:
@@ -202,14 +211,18 @@ class Checkpoints:
     def _sizes(self, key: str) -> dict[str, int]:
         return {entry.key.removeprefix(f"{key}/"): entry.size for entry in self._entries(key)}
 
-    def _folders(self) -> list[tuple[str, Commit | None]]:
-        """The folder of every step, by step, with its commit if it has one."""
+    def _steps(self) -> list[tuple[int, str, list[Entry]]]:
+        """Step, key and objects of the folder of every step, by step."""
         folders: dict[str, list[Entry]] = {}
         for entry in self.storage.list(f"{self.prefix}/step-"):
             name = entry.key.removeprefix(f"{self.prefix}/").partition("/")[0]
             folders.setdefault(name, []).append(entry)
         steps = {int(match[1]): folders[name] for name in folders if (match := _STEP.fullmatch(name))}
-        return [(self._key(step), _commit(step, self._key(step), steps[step])) for step in sorted(steps)]
+        return [(step, self._key(step), steps[step]) for step in sorted(steps)]
+
+    def _folders(self) -> list[tuple[str, Commit | None]]:
+        """The folder of every step, by step, with its commit if it has one."""
+        return [(key, _commit(step, key, entries)) for step, key, entries in self._steps()]
 
     def _damaged(self) -> set[str]:
         place = f"{self.prefix}/damaged/"
@@ -252,6 +265,8 @@ class Checkpoints:
             vouched = self.storage.read(f"{commit.key}/{_COMMITTED}")
         except FileNotFoundError:
             return Damage(commit.name, _MANIFEST, "missing")
+        except DamagedError as error:
+            return Damage(commit.name, _MANIFEST, str(error))
         if hashlib.sha256(data).hexdigest().encode() != vouched:
             return Damage(commit.name, _MANIFEST, f"sha256 differs from {_COMMITTED}")
         try:

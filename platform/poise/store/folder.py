@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import hashlib
 import os
 import shutil
@@ -14,12 +14,15 @@ from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
+from poise.store.folder_lock import CONTENDER, alone_in
 from poise.store.storage import RESERVED, Entry, Storage, check_key, explained
 
 __all__ = ["FolderStorage", "staged"]
 
 _TEMPORARY = f"{RESERVED}tmp-"
-_LOCK = f"{RESERVED}lock"
+_DISPLACED = f"{RESERVED}displaced-"
+_UNSUPPORTED = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
+"""What file systems answer to a call that they do not have."""
 
 
 class FolderStorage(Storage):
@@ -38,14 +41,12 @@ class FolderStorage(Storage):
 
     def create(self, key: str, data: bytes) -> bool:
         path = self._path(key)
-        if path.exists():
+        if path.is_file():
             return False
-        with explained(str(path)), _new_file(path.parent) as (temporary, file):
+        with explained(str(path)), self._new_file(path) as (temporary, file):
             file.write(data)
             _sync(file)
-            try:
-                os.link(temporary, path)  # unlike a rename, it fails when the name is taken
-            except FileExistsError:
+            if not _link(temporary, path):
                 return False
             _sync_folder(path.parent)
         return True
@@ -53,10 +54,13 @@ class FolderStorage(Storage):
     def swap(self, key: str, data: bytes, expected: bytes) -> bool:
         path = self._path(key)
         try:
-            with explained(str(path)), _locked(path.parent):
+            with explained(str(path)):
                 if self.read(key) != expected:
                     return False
-                self.write(key, data)
+                with alone_in(path.parent):
+                    if self.read(key) != expected:
+                        return False
+                    self.write(key, data)
         except FileNotFoundError:
             return False
         return True
@@ -64,7 +68,7 @@ class FolderStorage(Storage):
     def append(self, key: str, data: bytes) -> None:
         path = self._path(key)
         with explained(str(path)):
-            _make_folder(path.parent)
+            self._make_way(path)
             with path.open("ab") as file:
                 file.write(data)
                 _sync(file)
@@ -93,7 +97,7 @@ class FolderStorage(Storage):
     def move(self, key: str, to: str) -> None:
         source, target = self._path(key), self._path(to)
         with explained(str(target)):
-            _make_folder(target.parent)
+            self._make_way(target)
             os.replace(source, target)
             _sync_folder(target.parent)
         self._remove_empty(source.parent)
@@ -106,20 +110,23 @@ class FolderStorage(Storage):
         with explained(str(path)), self._open(key) as source, staged(path) as file:
             shutil.copyfileobj(source, file, 1 << 20)
 
-    def sweep(self, older_than_s: float) -> Sequence[str]:
+    def sweep(self, older_than_s: float, prefix: str = "") -> Sequence[str]:
         before = time.time() - older_than_s
+        found = (self.root / _folder_of(prefix)).rglob(f"{RESERVED}*")
+        removed = []
         with explained(self.url):
-            stale = [path for path in self.root.rglob(f"{_TEMPORARY}*") if path.stat().st_mtime < before]
-            for path in stale:
-                path.unlink(missing_ok=True)
-                self._remove_empty(path.parent)
-        return sorted(path.relative_to(self.root).as_posix() for path in stale)
+            for path in sorted(found):
+                if path.name.startswith((_TEMPORARY, _DISPLACED, CONTENDER)) and path.lstat().st_mtime < before:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                    self._remove_empty(path.parent)
+                    removed.append(path.relative_to(self.root).as_posix())
+        return removed
 
     def check_exclusion(self) -> None:
         pass  # links and renames of a file system exclude each other
 
     def sha256(self, key: str) -> str:
-        with explained(self.url), self._open(key) as file:
+        with explained(f"{self.url}/{key}"), self._open(key) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def _path(self, key: str) -> Path:
@@ -133,11 +140,31 @@ class FolderStorage(Storage):
 
     def _publish(self, key: str, fill: Callable[[BinaryIO], object]) -> None:
         path = self._path(key)
-        with explained(str(path)), _new_file(path.parent) as (temporary, file):
+        with explained(str(path)), self._new_file(path) as (temporary, file):
             fill(file)
             _sync(file)
             os.replace(temporary, path)
             _sync_folder(path.parent)
+
+    @contextmanager
+    def _new_file(self, path: Path) -> Iterator[tuple[Path, BinaryIO]]:
+        """A new hidden file beside `path`, where nothing stands in the way of an object of that name."""
+        self._make_way(path)
+        with _new_file(path.parent) as temporary_and_file:
+            yield temporary_and_file
+
+    def _make_way(self, path: Path) -> None:
+        """Make the folder of `path`. A folder in the place of an object, or a file in that of a folder, is set aside.
+
+        It keeps what it holds, under a hidden name beside the place that it had.
+        """
+        folders = [folder for folder in path.parents if folder != self.root and self.root in folder.parents]
+        for place in reversed(folders):
+            if place.exists() and not place.is_dir():
+                _displace(place)
+        _make_folder(path.parent)
+        if path.is_dir():
+            _displace(path)
 
     def _remove_empty(self, folder: Path) -> None:
         """Remove folders that hold nothing any more, as S3 has none either."""
@@ -177,13 +204,25 @@ def _open_new(path: Path) -> BinaryIO:
             return path.open("xb")
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    if not folder.is_dir():
-        raise FileNotFoundError(folder)
-    with (folder / _LOCK).open("ab") as file:  # opened for writing, without which NFS grants no exclusive lock
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _displace(path: Path) -> None:
+    with suppress(FileNotFoundError):
+        os.rename(path, path.parent / f"{_DISPLACED}{uuid.uuid4().hex}-{path.name}"[:250])
+
+
+def _link(temporary: Path, path: Path) -> bool:
+    """Give a whole file its name unless that is taken; whether this call did it."""
+    try:
+        os.link(temporary, path)  # unlike a rename, it fails when the name is taken
+    except FileExistsError:
+        return temporary.stat().st_nlink > 1  # NFS may repeat a link whose answer was lost
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        with alone_in(path.parent):  # a file system without hard links
+            if path.exists():
+                return False
+            os.replace(temporary, path)
+    return True
 
 
 def _make_folder(folder: Path) -> None:
@@ -202,6 +241,9 @@ def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:  # not every file system can sync a folder
+            raise
     finally:
         os.close(descriptor)
 

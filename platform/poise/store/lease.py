@@ -7,25 +7,24 @@ they do not, a holder may lose its lease, which it notices, but two never hold i
 
 from __future__ import annotations
 
-import os
+import math
 import socket
 import threading
 import time
 import uuid
 from contextlib import suppress
+from dataclasses import asdict
 from datetime import datetime
-from pathlib import Path
 from types import TracebackType
 
 from pydantic import ValidationError
 
 from poise.errors import RunBusyError, StoreError
 from poise.spec import Section
+from poise.store.process import ProcessId
 from poise.store.storage import Storage
 
 __all__ = ["Lease"]
-
-_PROC = Path("/proc")
 
 
 class _Holder(Section):
@@ -35,9 +34,8 @@ class _Holder(Section):
     host: str
     pid: int
     started: int | None
-    """When the process started, in clock ticks since boot: tells it from a later one of the same number."""
     space: str
-    """The boot and process namespace that give `pid` its meaning; a container shares neither host nor numbers."""
+    """With `pid`, which process it is: see `ProcessId`."""
     since: float
     renewed: float
     expires_s: float
@@ -47,9 +45,17 @@ class _Holder(Section):
 
     def is_alive(self) -> bool:
         """Whether it has to be respected: it holds on, renewed in time, and its process is not known to be gone."""
-        if not self.token or time.time() > self.renewed + self.expires_s:
+        if not self.token or self.remaining_s() < 0 or self.is_implausible():
             return False
-        return self.space != _space() or not self.space or _started(self.pid) == self.started
+        return not ProcessId(self.pid, self.started, self.space).is_gone()
+
+    def remaining_s(self) -> float:
+        """Seconds until it expires unless it is renewed."""
+        return self.renewed + self.expires_s - time.time()
+
+    def is_implausible(self) -> bool:
+        """Whether it was renewed later than now: the clock there was wrong, or the clock here is."""
+        return self.renewed > time.time() + self.expires_s
 
 
 class Lease:
@@ -75,9 +81,7 @@ class Lease:
         mine = _Holder(
             token=self.token,
             host=socket.gethostname(),
-            pid=os.getpid(),
-            started=_started(os.getpid()),
-            space=_space(),
+            **asdict(ProcessId.current()),
             since=now,
             renewed=now,
             expires_s=self.expires_s,
@@ -116,9 +120,21 @@ class Lease:
         if self.storage.create(_key(self.prefix), mine.encoded()):
             return True
         seen, holder = _read(self.storage, self.prefix)
-        if holder is not None and holder.is_alive():
+        if holder is not None and (holder.is_alive() or self._is_renewed(holder, seen)):
             return False
         return self.storage.swap(_key(self.prefix), mine.encoded(), seen)
+
+    def _is_renewed(self, holder: _Holder, seen: bytes) -> bool:
+        """Whether a holder whose clock cannot be trusted renews its lease: it is watched for as long as one lasts."""
+        gone = ProcessId(holder.pid, holder.started, holder.space).is_gone()
+        if not holder.token or not holder.is_implausible() or gone:
+            return False
+        until = time.monotonic() + holder.expires_s
+        while time.monotonic() < until:
+            time.sleep(min(1.0, self.renew_s))
+            if _read(self.storage, self.prefix)[0] != seen:
+                return True
+        return False
 
     def _update(self, **changes: str | float) -> bool:
         """Change what LOCK says of this lease; False if it was lost."""
@@ -141,9 +157,10 @@ class Lease:
         if holder is None or not holder.token:
             return f"run {name!r} was changing hands at this moment: try again."
         since = datetime.fromtimestamp(holder.since).astimezone().isoformat(sep=" ", timespec="seconds")
+        wait_s = math.ceil(min(max(holder.remaining_s(), 0), holder.expires_s))
         return (
             f"run {name!r} is held by process {holder.pid} on {holder.host} since {since}: wait for it to end, "
-            f"stop it, or choose another name. If that machine is gone, try again in {holder.expires_s:.0f} s."
+            f"stop it, or choose another name. If that machine is gone, try again in {wait_s} s."
         )
 
 
@@ -160,21 +177,3 @@ def _read(storage: Storage, prefix: str) -> tuple[bytes, _Holder | None]:
         return b"", None
     except ValidationError:
         return data, None
-
-
-def _started(pid: int) -> int | None:
-    """When a process of this machine started, in clock ticks since boot; None if it is gone or a zombie."""
-    try:
-        state, *fields = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if state in "ZX" else int(fields[18])
-
-
-def _space() -> str:
-    """Names the boot and the process namespace of this process; empty where there is no /proc to tell."""
-    try:
-        boot = (_PROC / "sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink(_PROC / 'self/ns/pid')}"
-    except OSError:
-        return ""

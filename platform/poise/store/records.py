@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from poise.errors import DamagedError
 from poise.spec import Section
 from poise.store.storage import sha256_of
 
@@ -66,6 +67,8 @@ def _problem(name: str, record: FileRecord, size: int | None, sha256: Callable[[
         return "sha256 differs" if sha256 is not None and sha256(name) != record.sha256 else None
     except FileNotFoundError:
         return "missing"
+    except DamagedError as error:
+        return str(error)
 
 
 def listed(problems: Iterable[Damage]) -> str:

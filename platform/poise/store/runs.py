@@ -137,9 +137,10 @@ class Run:
         return Lease(self.storage, self.name, renew_s=renew_s, expires_s=expires_s)
 
     def claim_spec(self, text: str, sha256: str) -> bool:
-        """Give the run its spec: whether it is new. A run that has another spec already is a `UserError` with the diff.
+        """Give the run its spec: whether it is new. Only who holds the lease does.
 
-        `text` is the resolved spec in YAML and `sha256` its hash, which decides where both are known.
+        `text` is the resolved spec in YAML and `sha256` its hash, which decides where both are known. A run that has
+        another spec already gives way if it has committed nothing, and is a `UserError` with the diff otherwise.
         """
         if self.storage.create(self.key(_SPEC), text.encode()):
             self.results.record_missing(_SPEC, text.encode())
@@ -155,12 +156,33 @@ class Run:
         if stored == text or same:
             self.results.record_missing(_SPEC, stored.encode())  # a driver may have died before it did
             return False
+        if not self.has_committed():
+            self._give_way(text)
+            return True
         changes = difflib.unified_diff(stored.splitlines(), text.splitlines(), "stored", "given", n=1, lineterm="")
         raise UserError(
             f"run {self.name!r} in {self.storage.url} was started with another spec:\n"
             + "\n".join(changes)
-            + f"\nchoose another name for the run, or delete {self.url} if it is not wanted any more"
+            + f"\nchoose another name for the run, or remove it with: poise runs rm {self.url}"
         )
+
+    def has_committed(self) -> bool:
+        """Whether anything of this run counts: a checkpoint, samples, results, or that it has ended well."""
+        folders = ("artifacts/", "samples/")
+        known = self.manifest()
+        if known is not None and known.status in ("finished", "stopped"):
+            return True
+        return bool(self.checkpoints.commits()) or any(self.files(folder) for folder in folders)
+
+    def remove(self) -> None:
+        """Remove all of this run, or raise `RunBusyError` while a driver holds it. What is removed is lost."""
+        with self.lease() as lease:
+            lock, spec = self.key("LOCK"), self.key(_SPEC)
+            rest = [entry.key for entry in self.storage.list(f"{self.name}/") if entry.key not in (lock, spec)]
+            self.storage.delete(rest)
+            self.storage.sweep(0, f"{self.name}/")
+            lease.check()
+            self.storage.delete([spec, lock])  # the spec last: until then the run exists, and can be removed again
 
     def start(self, kind: str, spec_sha256: str) -> RunManifest:
         """Record that the run is running, for the first time or again."""
@@ -249,6 +271,13 @@ class Run:
             if run.exists():
                 found.append(run.name)
         return found
+
+    def _give_way(self, text: str) -> None:
+        """Become a new run with this spec, of which only the events tell what was before."""
+        kept = {self.key(name) for name in (EVENTS, _SPEC, "LOCK")}
+        self.storage.delete([entry.key for entry in self.storage.list(f"{self.name}/") if entry.key not in kept])
+        self.results = ResultFiles(self.storage, self.name)
+        self.write(_SPEC, text.encode())
 
     def _vouched(self) -> set[str]:
         """The paths of results that have to be there: the manifest of a run that has ended, or a commit, says so."""

@@ -151,10 +151,12 @@ class S3Storage(Storage):
                 "drivers could write one run at the same time: use one that honours them, or keep runs in a folder"
             )
 
-    def sweep(self, older_than_s: float) -> Sequence[str]:
+    def sweep(self, older_than_s: float, prefix: str = "") -> Sequence[str]:
         before = time.time() - older_than_s
         with self._calls() as client:
-            pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket, Prefix=self._root)
+            pages = client.get_paginator("list_multipart_uploads").paginate(
+                Bucket=self.bucket, Prefix=self._root + prefix
+            )
             found = [item for page in pages for item in page.get("Uploads", ())]
             stale = [item for item in found if item["Initiated"].timestamp() < before]
             for item in stale:

@@ -16,13 +16,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from poise.errors import StoreError, UserError
+from poise.errors import DamagedError, PoiseError, StoreError, UserError
 
-__all__ = ["RESERVED", "Entry", "Storage", "check_key", "explained", "open_storage", "sha256_of"]
+__all__ = ["RESERVED", "Entry", "Storage", "check_key", "explained", "open_storage", "scratch_folder", "sha256_of"]
 
 RESERVED = ".poise-"
 """Names that begin so belong to the store itself (temporary and lock files): never listed, refused as keys."""
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_UNREADABLE = (errno.EIO, errno.EBADMSG, errno.EUCLEAN)
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|s3:", re.IGNORECASE)
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _FORMS = "write a folder, such as runs, or s3://bucket/prefix"
@@ -97,8 +99,11 @@ class Storage(ABC):
         """Copy an object to a local file (its folder is made), which is either complete or not there."""
 
     @abstractmethod
-    def sweep(self, older_than_s: float) -> Sequence[str]:
-        """Remove what writers that died left behind if older than this many seconds; names what was removed."""
+    def sweep(self, older_than_s: float, prefix: str = "") -> Sequence[str]:
+        """Remove what writers that died left behind if older than this many seconds; names what was removed.
+
+        Only below `prefix`, the path of a folder with a slash at its end: writers elsewhere may be alive.
+        """
 
     @abstractmethod
     def check_exclusion(self) -> None:
@@ -106,10 +111,31 @@ class Storage(ABC):
 
     def sha256(self, key: str) -> str:
         """The hexadecimal SHA-256 of an object as it is stored now."""
-        with tempfile.TemporaryDirectory(prefix="poise-") as folder:
-            path = Path(folder, "object")
+        with scratch_folder() as folder:
+            path = folder / "object"
             self.download(key, path)
             return sha256_of(path)
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A temporary folder on this machine; `StoreError` that names TMPDIR when its disk is full."""
+    place = "the folder of temporary files"
+    try:
+        place = tempfile.gettempdir()
+        with tempfile.TemporaryDirectory(prefix="poise-") as folder:
+            yield Path(folder)
+    except PoiseError:
+        raise
+    except Exception as error:
+        code = getattr(error, "errno", None)
+        unusable = isinstance(error, FileNotFoundError) and "temporary directory" in str(error)
+        if not (unusable or code in _FULL or "No space left" in str(error)):  # safetensors raises no OSError
+            raise
+        raise StoreError(
+            f"{place}: no space left for what is prepared there before it is stored ({error}): set TMPDIR to a folder "
+            "on a disk with room, and run again; nothing that was committed is lost"
+        ) from error
 
 
 def sha256_of(path: Path) -> str:
@@ -177,11 +203,13 @@ def explained(where: str) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except OSError as error:
+        if error.errno in _UNREADABLE:
+            raise DamagedError(f"{where}: the disk cannot read it ({error.strerror})") from error
         raise StoreError(f"{where}: {_remedy(error)}") from error
 
 
 def _remedy(error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in _FULL:
         return "no space left: free space and run again; nothing that was committed is lost"
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return f"access refused ({error.strerror}): mend its permissions, or name another folder"

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from poise.observe.events import event
 from poise.observe.rows import Rows
 from poise.spec.seeds import derive_seed
 from poise.store.checkpoints import Commit
+from poise.store.storage import scratch_folder
 from poise.train.context import Context
 from poise.train.optim import build_optimizer
 from poise.train.parallel import average_statistics, batch_statistics, distribute
@@ -274,12 +274,12 @@ class _Loop:
                 f"metrics/timing-{state.step:08d}.parquet": timing.to_parquet(),
             }
         )
-        with tempfile.TemporaryDirectory(prefix="poise-") as scratch:
-            save_state(state, rngs, Path(scratch))
-            save_window(windows, Path(scratch))
+        with scratch_folder() as scratch:
+            save_state(state, rngs, scratch)
+            save_window(windows, scratch)
             run.checkpoints.commit(
                 state.step,
-                Path(scratch),
+                scratch,
                 info={**self._info(), "provisional": provisional},
                 appended=run.results.appended(),
                 guard=self.context.guard,
@@ -310,8 +310,8 @@ class _Loop:
 
     def _load(self, why: str) -> bool:
         """Make the newest sound checkpoint the state, and say so in an event `why`; False where there is none."""
-        with tempfile.TemporaryDirectory(prefix="poise-") as scratch:
-            folder = Path(scratch) / "checkpoint"
+        with scratch_folder() as scratch:
+            folder = scratch / "checkpoint"
             pids = self.context.gather(os.getpid())
             commit = self.context.together(lambda: self._find(folder, why, pids))
             if commit is None:

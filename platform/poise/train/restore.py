@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 from torch import nn
 
 from poise.errors import DamagedError
 from poise.observe.events import event
+from poise.store.storage import scratch_folder
 from poise.train.context import Context
 from poise.train.state import load_weights
 
@@ -18,8 +16,8 @@ __all__ = ["restore"]
 def restore(model: nn.Module, step: int, context: Context) -> bool:
     """Load the weights that were committed at `step`; False, and said in the events, when they are damaged."""
     checkpoints = context.run.checkpoints
-    with tempfile.TemporaryDirectory(prefix="poise-") as scratch:
-        folder, damage = Path(scratch) / "checkpoint", None
+    with scratch_folder() as scratch:
+        folder, damage = scratch / "checkpoint", None
         try:
             checkpoints.fetch(checkpoints.at(step), folder)
         except DamagedError as error:
