@@ -70,7 +70,7 @@ def keep_model(
         files = sorted(path for path in scratch.rglob("*") if path.is_file())
         names = [path.relative_to(scratch).as_posix() for path in files]
         for path, name in zip(files, names, strict=True):
-            context.run.storage.upload(path, context.run.key(f"{MODEL_FOLDER}/{name}"))
+            context.run.upload(path, f"{MODEL_FOLDER}/{name}")
     context.run.append_events([event("model", files=names)])
 
 

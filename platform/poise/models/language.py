@@ -148,7 +148,7 @@ def fetch_folder(spec: LanguageModelSpec, store: str, into: Path) -> Path:
     if spec.run is not None:
         run = open_run(store, spec.run, must_exist=True)
         for path in run.committed_files(f"{MODEL_FOLDER}/"):
-            run.download(path, into / Path(path).name)
+            run.download(path, into / path.removeprefix(f"{MODEL_FOLDER}/"))
         return _examined(into, f"run {spec.run!r} has left no model in {run.url}/{MODEL_FOLDER}/")
     if spec.folder is None:
         raise UserError("model: a new model is in no folder; name a `run` or a `folder`")
