@@ -278,4 +278,4 @@ def _pass_on(reason: str, board: Any, state: BoardState) -> None:
     if state.stop is None:
         board.stop.remote(reason)
     if isinstance(state.error, PreemptedError) and PROCESS.is_deferred:
-        PROCESS.end_now()
+        PROCESS.end_now(state.error)

@@ -94,6 +94,7 @@ def _meeting_place() -> tuple[str, int]:
 
 def _join(backend: str, address: str, port: int) -> None:
     """Enter the group through the interface of this process's node."""
+    _take_signals()
     context = ray.train.get_context()
     use_interface(ray.util.get_node_ip_address())
     place = Rank(

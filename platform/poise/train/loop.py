@@ -289,7 +289,8 @@ class _Loop:
         self.provisional_step = state.step if provisional else None
         run.checkpoints.prune(self.spec.checkpoint.keep, {state.best.step} if state.best else set())
         seconds = time.perf_counter() - started
-        run.append_events([event("commit", step=state.step, seconds=round(seconds, 3), **self._attempt())])
+        facts = {"step": state.step, "seconds": round(seconds, 3), **self._attempt()}
+        run.append_events([event("commit", **facts, **({"provisional": True} if provisional else {}))])
         self.telemetry.committed(state.step, seconds)
 
     def _write_rows(self, step: int) -> None:

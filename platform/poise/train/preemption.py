@@ -35,7 +35,8 @@ class StopRequest:
     def __init__(self) -> None:
         self.reason: str | None = None
         self._deferred = 0
-        self._raised = False
+        self._error: PreemptedError | None = None
+        self._error_is_due = False
         self._timer: threading.Timer | None = None
 
     def request(self, reason: str) -> None:
@@ -49,15 +50,16 @@ class StopRequest:
 
     def error(self, what: str) -> PreemptedError:
         """The error that ends a process that was asked to; from here on, signals no longer disturb its end."""
-        self._raised = True
-        return PreemptedError(f"{what} after {self.reason}; the same command goes on from there")
+        self._error = self._error or PreemptedError(f"{what} after {self.reason}; the same command goes on from there")
+        return self._error
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
         """While the block lasts a signal only sets `reason`; a second one, or one not looked at, raises."""
         self._deferred += 1
         try:
-            yield
+            with self._named():
+                yield
         finally:
             self._deferred -= 1
         if self.reason is not None and not self._deferred:
@@ -75,36 +77,49 @@ class StopRequest:
             return
         before = self.install(otherwise)
         try:
-            yield
+            with self._named():
+                yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
             if self._timer is not None:
                 self._timer.cancel()
-            self.reason, self._raised = None, False
+            self.reason, self._error = None, None
 
     def install(self, otherwise: Callable[[int, FrameType | None], Any] | None = None) -> dict[int, Any]:
         """Take the signals for good; the handlers that were there before."""
-        self.reason, self._raised = None, False
+        self.reason, self._error = None, None
         before: dict[int, Any] = {number: signal.getsignal(number) for number in _SIGNALS}
         taken = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
 
         def handle(number: int, frame: FrameType | None) -> None:
-            if not self._raised:
+            if self._error is None or self._error_is_due:
                 self._take(number, frame, otherwise)
 
         for number in taken:
             signal.signal(number, handle)
         return taken
 
-    def end_now(self) -> None:
-        """Raise `PreemptedError` in the main thread, called from another one: there is nothing to wait for any more."""
-        os.kill(os.getpid(), signal.SIGTERM)
+    def end_now(self, error: PreemptedError) -> None:
+        """Raise `error` in the main thread, called from another one: there is nothing to wait for any more."""
+        if self._error is None:
+            self._error, self._error_is_due = error, True
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Ray turns whatever a handler raises while it waits into a plain KeyboardInterrupt: say what it was."""
+        try:
+            yield
+        except KeyboardInterrupt as interrupt:
+            if self._error is None or interrupt is self._error:
+                raise
+            raise self._error from None
 
     def _take(
         self, number: int, frame: FrameType | None, otherwise: Callable[[int, FrameType | None], Any] | None
     ) -> None:
-        first = self.reason is None
+        first, self._error_is_due = self.reason is None, False
         self.reason = self.reason or signal.Signals(number).name
         if self._deferred and first:
             self._timer = threading.Timer(env.grace_s(), os.kill, (os.getpid(), number))
