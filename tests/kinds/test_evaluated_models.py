@@ -236,6 +236,11 @@ def test_a_module_that_is_not_there_is_named():
         ({"attacks": [{"attack": "apgd", "threat": L2, "targets": 3}]}, "targets", "has no targets"),
         ({"reverify": {"run": "a"}}, "model", "a has chosen that"),
         ({"attacks": [{"attack": "fgsm", "threat": {"norm": "linf", "eps": 8}}]}, "eps", "eps 8 is more than"),
+        (
+            {"attacks": [{"attack": "pgd", "threat": LINF, "step_size": 2}]},
+            "step_size",
+            "step_size 2 is more than the linf distance of any two images",
+        ),
         ({"attacks": [{"attack": "msd", "threats": {"linf": 8, "l2": 1}}]}, "threats.linf", "grey levels is 8/255"),
         (
             {"data": {"name": "digits"}, "attacks": [{"attack": "pgd", "threat": {"norm": "l2", "eps": 128}}]},

@@ -85,6 +85,8 @@ def test_options_are_those_of_an_attack() -> None:
         ({"linf": {"eps": 0.1, "restarts": 0}}, "greater than or equal to 1"),
         ({"linf": {"eps": 0.1, "random_start": "yes"}}, "boolean"),
         ({"linf": {"eps": 0.1, "sparsity": 3}}, "l1 alone"),
+        ({"linf": {"eps": 8}}, "eps 8 is more than the linf distance of any two images, 1"),
+        ({"linf": {"eps": "8/255", "step_size": 2}}, "step_size 2 is more .* 2/255"),
         ({"linf": {"eps": 0.1, "attack": "fgsm"}}, "'pgd' or 'apgd'"),
         ({"linf": {"eps": 0.1, "attack": "apgd", "step_size": 0.1}}, "apgd chooses its own steps: remove step_size"),
         ({"l1": {"eps": 0.1, "sparsity": [20, 5]}}, "1 <= low <= high"),

@@ -44,10 +44,10 @@ def _pair(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def oversized(norm: Norm, eps: float, dimensions: int | None) -> str | None:
+def oversized(norm: Norm, eps: float, dimensions: int | None, key: str = "eps") -> str | None:
     """Why a ball of this radius cannot be meant, or None: no two images of so many values in [0, 1] are as far apart.
 
-    Without `dimensions`, only what no image could be as large for.
+    Without `dimensions`, only what no image could be as large for. The length may be another one than a radius: `key`.
     """
     if norm == "linf":
         limit = 1.0
@@ -58,7 +58,7 @@ def oversized(norm: Norm, eps: float, dimensions: int | None) -> str | None:
     if eps <= limit * (1 + 1e-9):
         return None
     return (
-        f"eps {eps:g} is more than the {norm} distance of any two images, {limit:.4g}: pixels are in [0, 1], so that "
+        f"{key} {eps:g} is more than the {norm} distance of any two images, {limit:.4g}: pixels are in [0, 1], so that "
         f"{eps:g} of 255 grey levels is {eps:g}/255"
     )
 
@@ -125,6 +125,9 @@ class Threats(Section):
         for norm, threat in self.items():
             if problem := oversized(norm, float(threat.eps), None):
                 raise mistake(f"{norm}.eps", problem)
+            size = 0.0 if threat.step_size is None else float(threat.step_size)
+            if problem := oversized(norm, size, None, "step_size"):
+                raise mistake(f"{norm}.step_size", problem)
             if threat.sparsity is not None and norm != "l1":
                 raise ValueError(f"sparsity belongs to l1 alone: remove it from {norm}")
         return self

@@ -199,6 +199,9 @@ class PgdStage(_OneBall):
     def _sparsity_of_l1(self) -> PgdStage:
         if self.sparsity is not None and self.threat.norm != "l1":
             raise mistake("sparsity", f"sparsity belongs to l1 alone: remove it from {self.threat.norm}")
+        size = 0.0 if self.step_size is None else float(self.step_size)
+        if problem := oversized(self.threat.norm, size, None, "step_size"):
+            raise mistake("step_size", problem)
         return self
 
     def spent(self) -> tuple[int, int]:
