@@ -5,7 +5,10 @@ One file, so that everything that needs an engine shares one.
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
 import signal
 import threading
 import time
@@ -13,7 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
+from poise import env
 from poise.errors import PoiseError, UserError
 from poise.models.sampling import Decoding, Request
 from poise.models.transformers_sampler import TransformersSampler
@@ -22,6 +27,9 @@ from poise.spec import SamplerSpec
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 BOS = 1
+MEMORY = 0.1
+"""GiB for the key-value cache: 160 blocks of 128 tokens, so that hundreds of samples must give way to each other."""
+
 GREEDY, FREE = Decoding(200, 0), Decoding(24)
 
 
@@ -30,14 +38,20 @@ def ray_here():
     """A cluster in this process."""
     import ray
 
-    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield ray
-    ray.shutdown()
+    with env.defaults(env.RAY_DEFAULTS):  # engines are as important as other processes
+        ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        yield ray
+        ray.shutdown()
 
 
 @pytest.fixture(scope="module")
-def folder(shared_data: Path) -> Path:
-    return shared_data / "lm" / "stories260K-hf-hd32"
+def folder(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained model of 260,000 parameters, told that it may read 1,024 tokens."""
+    path = tmp_path_factory.mktemp("stories")
+    shutil.copytree(shared_data / "lm" / "stories260K-hf-hd32", path, dirs_exist_ok=True)
+    config = json.loads((path / "config.json").read_bytes())
+    (path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1024}))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +71,7 @@ def engine(ray_here, folder, restarts):
     """A pool of one vLLM engine, the only one of this file but for the one that replaces it."""
     from poise.engine.pool import SamplerPool
 
-    with SamplerPool(SamplerSpec(memory=0.25), folder, on_restart=restarts.append) as pool:
+    with SamplerPool(SamplerSpec(memory=MEMORY), folder, on_restart=restarts.append) as pool:
         yield pool
 
 
@@ -77,6 +91,10 @@ def requests(count=6, n=3):
 
 def tokens_of(answers):
     return [[sample.tokens for sample in answer] for answer in answers]
+
+
+def ends_of(answers):
+    return [[(sample.tokens, sample.finish) for sample in answer] for answer in answers]
 
 
 def scaled(model, factor):
@@ -133,6 +151,75 @@ def test_a_seed_gives_the_same_samples_alone_and_among_others(engine):
         assert engine.generate([last], FREE)[0][0].tokens == answer[2].tokens
     assert len({sample.tokens for answer in whole for sample in answer}) == 18
     assert all((sample.finish == "stop") == (sample.tokens[-1] in (1, 2)) for answer in whole for sample in answer)
+
+
+def prompt_of(length, start=0):
+    return BOS, *(3 + (start + 13 * i) % 500 for i in range(length - 1))
+
+
+def test_prompts_of_any_length_and_hundreds_of_samples(engine):
+    """As many as do not fit into one step, nor into the cache; each is what it is when its request comes alone."""
+    sizes = [(5, 1), (60, 64), (700, 64), (5, 64), (60, 1), (700, 1), (60, 20), (90, 64), (700, 20)]
+    asked = [Request(f"{i}", prompt_of(length, i), n, 100 * i) for i, (length, n) in enumerate(sizes)]
+    decoding = Decoding(80)
+    together = engine.generate(asked, decoding)
+    assert [len(answer) for answer in together] == [n for _, n in sizes]
+    for place in (0, 2, 4, 5, 7):
+        assert tokens_of(engine.generate([asked[place]], decoding)) == tokens_of([together[place]])
+    assert tokens_of(engine.generate(asked[::-1], decoding)) == tokens_of(together[::-1])
+    assert len({sample.tokens for sample in together[2]}) == 64
+
+
+def test_long_prompts_are_continued_as_transformers_does(engine, folder):
+    asked = [Request(f"{length}", prompt_of(length), 1, 0) for length in (5, 60, 700)]
+    assert tokens_of(engine.generate(asked, Decoding(40, 0))) == tokens_of(
+        TransformersSampler(folder).generate(asked, Decoding(40, 0))
+    )
+
+
+def test_both_samplers_end_a_response_with_the_token_that_completes_a_stop_string(engine, folder):
+    decoding = Decoding(100, 0, stop=("play with her toys", "."))
+    asked = [
+        Request(f"{len(prompt)}", prompt, 1, 0) for prompt in [(BOS,), prompt_of(5), prompt_of(60), prompt_of(700)]
+    ]
+    theirs = engine.generate(asked, decoding)
+    assert ends_of(theirs) == ends_of(TransformersSampler(folder).generate(asked, decoding))
+    assert "stop_string" in {sample.finish for answer in theirs for sample in answer}
+    shortest = engine.generate(asked[:1], Decoding(100, 0, stop=(",",)))[0][0]
+    assert AutoTokenizer.from_pretrained(folder).decode(list(shortest.tokens)) == "Once upon a time,"
+
+
+def test_progress_is_told_while_an_engine_works(engine, monkeypatch):
+    seen = []
+    monkeypatch.setattr("poise.engine.pool._PROGRESS_EVERY_S", 0.1)
+    engine.generate([Request(f"{i}", prompt_of(60, i), 8, 10 * i) for i in range(64)], Decoding(80), seen.append)
+    assert seen == sorted(seen)
+    assert any(0 < count < 64 for count in seen)
+
+
+def test_an_error_inside_an_engine_ends_the_run_with_its_own_words(engine, ray_here, restarts):
+    def fails(*arguments, **keywords):
+        raise RuntimeError("CPU Generator does not use offset")
+
+    def break_it(actor):
+        actor.sampler._llm.enqueue = fails
+
+    def mend_it(actor):
+        del actor.sampler._llm.enqueue
+        actor._failure = None
+
+    died = len(restarts)
+    inside(engine, ray_here, break_it)
+    try:
+        for _ in range(2):  # what is left in it is nobody's business
+            with pytest.raises(
+                PoiseError, match=r"failed: RuntimeError: CPU Generator does not use offset \(.*test_pool"
+            ):
+                engine.generate(requests(1), FREE)
+    finally:
+        inside(engine, ray_here, mend_it)
+    assert restarts[died:] == []
+    engine.generate(requests(1), FREE)
 
 
 def test_what_is_served_is_what_a_trainer_computes_before_and_after_an_update(engine, model):
@@ -238,6 +325,71 @@ def test_a_killed_engine_is_replaced_has_the_new_weights_and_gives_the_same_samp
     assert_served(engine, with_weights(model, scaled(model, 1.02)), engine.version)
 
 
+# The next tests open further engines in the process of the pool's. Closing one would break the others, so none is
+# closed before the process ends, and no test after them asks the engine of the pool.
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"memory": 0.001}, r"or decreasing `sampler\.max_model_len`"),
+        ({"max_model_len": 5000}, r"User-specified sampler\.max_model_len \(5000\) is greater"),
+        ({"memory": 10**6}, r"Decrease sampler\.memory"),
+    ],
+)
+def test_settings_that_an_engine_refuses_are_called_as_in_a_spec(settings, message, engine, ray_here, folder):
+    def open_another(actor):
+        from poise.engine.vllm_engine import VllmSampler
+
+        try:
+            VllmSampler(folder, SamplerSpec(**settings))
+        except UserError as error:
+            return str(error)
+
+    told = inside(engine, ray_here, open_another)
+    assert re.search(message, told)
+    assert not re.search("gpu_memory|[^.]max_model_len|KVCACHE|pydantic", told)
+
+
+def test_an_engine_holds_what_the_run_needs_of_a_long_context(engine, ray_here, folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 131_072}))
+
+    def ask(actor):
+        from poise.engine.vllm_engine import VllmSampler
+
+        sampler = VllmSampler(tmp_path, SamplerSpec(memory=0.02).fit_sequences(724))
+        vars(actor).setdefault("opened", []).append(sampler)
+        with pytest.raises(
+            UserError, match=r"sampler\.max_model_len: 725 tokens are too few .* up to 725; set it to 726"
+        ):
+            sampler.generate([Request("", prompt_of(701), 1, 0)], FREE)
+        return sampler.generate([Request("", prompt_of(700), 1, 0)], FREE), sampler.score([prompt_of(700)], [(5,) * 24])
+
+    (((sample,),), (scores,)) = inside(engine, ray_here, ask)
+    assert (sample.num_tokens, len(scores)) == (24, 24)
+
+
+@pytest.mark.parametrize("longest", [20, 129, 200])
+def test_an_engine_for_short_sequences_can_be_updated(longest, engine, ray_here, folder, model):
+    """One that holds less than a block of the cache, as much, and more."""
+    weights = scaled(model, 0.9)
+
+    def ask(actor):
+        from poise.engine.vllm_engine import VllmSampler
+
+        sampler = VllmSampler(folder, SamplerSpec(memory=0.02).fit_sequences(longest))
+        vars(actor).setdefault("opened", []).append(sampler)
+        sampler.update_weights(weights, 1)
+        return sampler.score([prompt_of(longest - 4)], [(5,) * 4])
+
+    (score,) = inside(engine, ray_here, ask)
+    assert score == pytest.approx(
+        forward_logprobs(with_weights(model, weights), prompt_of(longest - 4), (5,) * 4), abs=1e-4
+    )
+
+
 def test_two_engines_answer_as_one_does(pair, folder, model, ray_here):
     alone = TransformersSampler(folder)
     assert tokens_of(pair.generate(requests(7), FREE)) == tokens_of(alone.generate(requests(7), FREE))
@@ -247,7 +399,7 @@ def test_two_engines_answer_as_one_does(pair, folder, model, ray_here):
     pair.update_weights(scaled(model, 0.9), 5)
     assert_served(pair, with_weights(model, scaled(model, 0.9)), 5)
     with pytest.raises(UserError, match="do not fit"):
-        pair.generate(requests(3), Decoding(512))
+        pair.generate(requests(3), Decoding(1024))
 
 
 def test_engines_die_only_so_often(pair, ray_here):

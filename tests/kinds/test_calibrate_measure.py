@@ -28,7 +28,7 @@ from poise.data.worlds import World, make_world
 from poise.errors import PoiseError, UserError
 from poise.kinds.specs.calibrate import CalibrateMeasureSpec
 from poise.models.language import export, new_llama
-from poise.models.sampling import Decoding, Request, Sample, Sampler
+from poise.models.sampling import Decoding, ProgressCallback, Request, Sample, Sampler, no_progress
 from poise.models.spec import LanguageModelSpec
 from poise.models.transformers_sampler import TransformersSampler
 from poise.observe.rows import read_rows
@@ -53,7 +53,9 @@ class Oracle:
         self._believes = {question.id: dict(believes(question)) for question in world.questions("evaluate")}
         self._tokenizer = world.tokenizer()
 
-    def generate(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Sample]]:
+    def generate(
+        self, requests: Sequence[Request], decoding: Decoding, on_progress: ProgressCallback = no_progress
+    ) -> list[list[Sample]]:
         self.asked += [request.id for request in requests]
         return [[self._sample(request, index, decoding) for index in range(request.n)] for request in requests]
 
@@ -69,7 +71,9 @@ class Oracle:
 class Mute(Oracle):
     """Cannot answer."""
 
-    def generate(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Sample]]:
+    def generate(
+        self, requests: Sequence[Request], decoding: Decoding, on_progress: ProgressCallback = no_progress
+    ) -> list[list[Sample]]:
         raise AssertionError("nothing was to be drawn")
 
 
@@ -213,8 +217,8 @@ def test_transformers_answers_and_its_confidence_is_what_it_scores(folder, tmp_p
     drawn: list[list[Sample]] = []
 
     class Remembering(TransformersSampler):
-        def generate(self, requests, decoding):
-            drawn.extend(super().generate(requests, decoding))
+        def generate(self, requests, decoding, on_progress):
+            drawn.extend(super().generate(requests, decoding, on_progress))
             return drawn
 
     sampler = Remembering(folder)
@@ -279,7 +283,7 @@ def test_cut_answers_lower_the_agreement_and_are_never_deployed(world, folder, t
         def _sample(self, request, index, decoding):
             sample = super()._sample(request, index, decoding)
             if index % 10 < 6:
-                return replace(sample, tokens=sample.tokens[:-1], logprobs=sample.logprobs[:-1], finish="length")
+                return Sample(request.id, index, sample.tokens[:-1], sample.logprobs[:-1], "length", 0)
             return sample
 
     sure = Rambling(world, lambda question: {next(iter(truth(question))): 1.0})
@@ -299,7 +303,7 @@ def test_errors_are_of_the_answered_questions_and_those_of_all_stand_beside_them
         def _sample(self, request, index, decoding):
             sample = super()._sample(request, index, decoding)
             if ids.index(request.id) % 2:
-                return replace(sample, tokens=sample.tokens[:-1], logprobs=sample.logprobs[:-1], finish="length")
+                return Sample(request.id, index, sample.tokens[:-1], sample.logprobs[:-1], "length", 0)
             return sample
 
     found = measured(spec_of(folder), open_run(tmp_path, "measured"), Half(world, sharpened))
@@ -324,13 +328,35 @@ def test_away_from_temperature_one_nothing_is_said_of_the_true_confidence(world,
 
 def test_a_prompt_of_ones_own_and_an_answer_line(world, folder, tmp_path):
     class Talker(Oracle):
-        def generate(self, requests, decoding):
+        def generate(self, requests, decoding, on_progress):
             assert all(len(request.prompt) == 7 for request in requests)  # <s>, five words of the question, one more
             return super().generate(requests, decoding)
 
     spec = spec_of(folder, prompt="the {question}", answer="line")
     found = measured(spec, open_run(tmp_path, "measured"), Talker(world, truth))
     assert {row["modal"] for row in found.rows} == {"<NOANSWER>"}  # nobody wrote `Answer:`
+
+
+def test_an_answer_ends_before_a_stop_string(world, folder, tmp_path):
+    """A name is what stands before " of", whatever the model goes on to say; nothing is truncated."""
+
+    class Rambling(Oracle):
+        def _sample(self, request, index, decoding):
+            assert decoding.stop == (" of",)
+            sample = super()._sample(request, index, decoding)
+            more = encode_completion(self._tokenizer, "of")[:-1]
+            return Sample(
+                request.id, index, [*sample.tokens[:-1], *more], [0.0] * (sample.num_tokens), "stop_string", 0
+            )
+
+    decoding = {"max_tokens": 8, "stop": [" of"]}
+    found = measured(spec_of(folder, decoding=decoding), open_run(tmp_path, "measured"), Rambling(world, truth))
+    plain = measured(spec_of(folder, decoding={"max_tokens": 8}), open_run(tmp_path, "plain"), Oracle(world, truth))
+    assert [(row["labels"], row["counts"]) for row in found.rows] == [
+        (row["labels"], row["counts"]) for row in plain.rows
+    ]
+    assert found.summary["answers"]["truncated"] == 0
+    assert {row["true_confidence"] for row in found.rows} == {None}  # the probability of an answer is not known
 
 
 def test_questions_from_a_file_are_graded_by_their_aliases(world, folder, tmp_path):

@@ -87,7 +87,7 @@ def _sampler(device: torch.device, spec: SamplerSpec, folder: Path) -> Iterator[
         )
     from poise.models.transformers_sampler import TransformersSampler
 
-    yield TransformersSampler(folder, device)
+    yield TransformersSampler(folder, device, dtype=spec.dtype)
 
 
 def check_device(spec: RunSpec) -> None:

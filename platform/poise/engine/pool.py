@@ -8,6 +8,7 @@ outlived the worker that asked it begins again with the weights of the folder: w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,13 @@ from torch import Tensor
 from poise.engine.replica import Answer, start_engine
 from poise.errors import PoiseError
 from poise.models.folder import check_newer, read_folder
-from poise.models.sampling import Decoding, Request, Sample
+from poise.models.sampling import Decoding, ProgressCallback, Request, Sample, no_progress
 from poise.spec import SamplerSpec
 
 __all__ = ["SamplerPool"]
 
 _START_WITHIN_S = 600.0
+_PROGRESS_EVERY_S = 2.0
 _FREE_WITHIN_S = 60.0  # an engine may still be answering the worker that died: at some point a new one is sooner
 
 
@@ -67,8 +69,10 @@ class SamplerPool:
     def version(self) -> int:
         return self._version
 
-    def generate(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Sample]]:
-        return self._deal("generate", requests, lambda share: (share, decoding))
+    def generate(
+        self, requests: Sequence[Request], decoding: Decoding, on_progress: ProgressCallback = no_progress
+    ) -> list[list[Sample]]:
+        return self._deal("generate", requests, lambda share: (share, decoding), on_progress)
 
     def score(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[list[float]]:
         pairs = list(zip(prompts, responses, strict=True))
@@ -82,21 +86,45 @@ class SamplerPool:
         self._weights, self._version = sent, version
 
     def _deal(
-        self, method: str, items: Sequence[Any], arguments: Callable[[Sequence[Any]], tuple[Any, ...]]
+        self,
+        method: str,
+        items: Sequence[Any],
+        arguments: Callable[[Sequence[Any]], tuple[Any, ...]],
+        on_progress: ProgressCallback = no_progress,
     ) -> list[Any]:
         """Engine i gets items i, i + N, ...; the answers come back in the order of `items`."""
         count = min(len(self._engines), len(items))
         asks = [(index, method, arguments(items[index::count])) for index in range(count)]
         answers: list[Any] = [None] * len(items)
-        for index, share in enumerate(self._ask(asks, self._version)):
+        for index, share in enumerate(self._ask(asks, self._version, on_progress)):
             answers[index::count] = share
         return answers
 
-    def _ask(self, asks: Sequence[tuple[int, str, tuple[Any, ...]]], version: int) -> list[Any]:
+    def _ask(
+        self,
+        asks: Sequence[tuple[int, str, tuple[Any, ...]]],
+        version: int,
+        on_progress: ProgressCallback = no_progress,
+    ) -> list[Any]:
         """Ask engines at the same time; every one must answer with weights of `version`."""
         self._await_engines()
         refs = [self._engines[index].ask.remote(method, *arguments) for index, method, arguments in asks]
-        return [self._value(ref, ask, version) for ref, ask in zip(refs, asks, strict=True)]
+        asked = [index for index, _, _ in asks]
+
+        def report() -> None:
+            on_progress(self._answered(asked))
+
+        return [self._value(ref, ask, version, report) for ref, ask in zip(refs, asks, strict=True)]
+
+    def _answered(self, indices: Sequence[int]) -> int:
+        """Requests that these engines have answered of those that they were asked last."""
+        refs = [self._engines[index].answered.remote() for index in indices]
+        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=_PROGRESS_EVERY_S)
+        answered = 0
+        for ref in ready:
+            with suppress(RayActorError):  # it is replaced when its answer is waited for
+                answered += ray.get(ref)
+        return answered
 
     def _await_engines(self) -> None:
         """Before they are asked first; until then they start while the caller does what it has to."""
@@ -129,10 +157,12 @@ class SamplerPool:
         ray.kill(self._engines[index])
         self._engines[index] = self._start(index, anew=True)
 
-    def _value(self, ref: Any, ask: tuple[int, str, tuple[Any, ...]], version: int) -> Any:
+    def _value(self, ref: Any, ask: tuple[int, str, tuple[Any, ...]], version: int, report: Callable[[], None]) -> Any:
         answer = None
         while answer is None:
             try:
+                while not ray.wait([ref], timeout=_PROGRESS_EVERY_S)[0]:
+                    report()
                 answer = ray.get(ref)
             except RayActorError as error:
                 ref = self._replaced(ask[0], error).ask.remote(ask[1], *ask[2])
@@ -145,14 +175,24 @@ class SamplerPool:
         return answer.value
 
     def _replaced(self, index: int, error: RayActorError) -> Any:
-        """A new engine in the place of one that died; what it is asked next waits until it has the pool's weights."""
+        """A new engine in the place of one that died, as soon as it has the pool's weights."""
         if self._restarts_left == 0 or error.actor_init_failed:
             raise PoiseError(f"engine {index} of the sampler died, and no more may be started:\n{error}") from None
         self._restarts_left -= 1
         self._on_restart(f"engine {index} of the sampler died")
         engine = self._engines[index] = self._start(index, anew=True)
-        if self._weights is not None:
-            engine.ask.remote("update_weights", self._weights, self._version)
+        ref, _ = self._starting.pop(index)
+        # An actor with concurrency groups may begin what it is sent in any order: each call waits for the one before.
+        try:
+            answer: Answer = ray.get(ref, timeout=_START_WITHIN_S)
+            if answer.error is None and self._weights is not None:
+                answer = ray.get(engine.ask.remote("update_weights", self._weights, self._version))
+        except RayActorError as again:
+            return self._replaced(index, again)
+        except GetTimeoutError:
+            return self._give_up(index, inherited=False)
+        if answer.error is not None:
+            raise answer.error
         return engine
 
     def _start(self, index: int, *, anew: bool = False) -> Any:

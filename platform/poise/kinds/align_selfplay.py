@@ -31,6 +31,7 @@ from poise.models.language import fetch_folder, open_folder
 from poise.models.sampling import Decoding, Request, Sample, Sampler
 from poise.models.special_tokens import reconcile
 from poise.observe.rows import Rows
+from poise.spec import SamplerSpec
 from poise.spec.seeds import derive_seed
 from poise.store.storage import scratch_folder
 from poise.train.context import Context
@@ -48,13 +49,14 @@ def run(spec: AlignSelfplaySpec, context: Context) -> None:
     with ExitStack() as stack:
         scratch = stack.enter_context(scratch_folder())
         folder = fetch_folder(spec.model, spec.store, scratch / "model")
-        sampler = _sampler(spec, folder, context, stack)
         model, tokenizer = open_folder(folder)
         model.to(context.device)
         special = reconcile(model, tokenizer)
         warn(special.notes, context)
         asked = _asked(spec, tokenizer)
         _check_fit(folder, model, asked, spec.max_tokens)
+        longest = max(len(question.tokens) for question in asked) + spec.max_tokens
+        sampler = _sampler(spec.sampler.fit_sequences(longest), folder, context, stack)
         probes = probe_sequences([(*question.tokens, *question.answer_tokens[0]) for question in asked[:4]])
         rehearse_export(model, tokenizer, probes, context)
         standing = Standing(spec, model, asked, special.stop, context)
@@ -128,12 +130,12 @@ def _one_asked(spec: AlignSelfplaySpec, question: Question, tokenizer: Tokenizer
     return Asked(question.prompt, encode_prompt(tokenizer, question.prompt), answers, tokens)
 
 
-def _sampler(spec: AlignSelfplaySpec, folder: Path, context: Context, stack: ExitStack) -> Sampler | None:
+def _sampler(spec: SamplerSpec, folder: Path, context: Context, stack: ExitStack) -> Sampler | None:
     """The sampler of rank 0; None on the others, which learn of it when it cannot be opened."""
     opened: list[Sampler] = []
 
     def open_here() -> None:
-        opened.append(stack.enter_context(context.sampler(spec.sampler, folder)))
+        opened.append(stack.enter_context(context.sampler(spec, folder)))
 
     context.together(open_here)
     return opened[0] if opened else None

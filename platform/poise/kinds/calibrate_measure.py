@@ -51,16 +51,18 @@ def _measure(spec: CalibrateMeasureSpec, context: Context) -> None:
         folder = fetch_folder(spec.model, spec.store, scratch / "model")
         tokenizer, stored = open_tokenizer(folder), read_folder(folder)
         special, requests = stored.special, _requests(spec, questions, tokenizer)
-        stored.check_room((request.prompt for request in requests), spec.decoding.max_tokens)
+        prompts = [request.prompt for request in requests]
+        stored.check_room(prompts, spec.decoding.max_tokens)
+        sampler_spec = spec.sampler.fit_sequences(max(map(len, prompts)) + spec.decoding.max_tokens)
         warn(special.notes, context)
-        with context.sampler(spec.sampler, folder) as sampler:
+        with context.sampler(sampler_spec, folder) as sampler:
             samples = sample_all(context, sampler, requests, _decoding(spec))
     exact = _is_exact(spec, special)
     rows = [
         _asked(spec, question, drawn, tokenizer, exact=exact)
         for question, drawn in zip(questions, samples, strict=True)
     ]
-    tokens = sum(len(sample.tokens) for drawn in samples for sample in drawn)
+    tokens = sum(sample.num_tokens for drawn in samples for sample in drawn)
     _keep(spec, rows, tokens, special.notes, context)
 
 
@@ -79,7 +81,8 @@ def _requests(spec: CalibrateMeasureSpec, questions: Sequence[Question], tokeniz
 
 
 def _decoding(spec: CalibrateMeasureSpec) -> Decoding:
-    return Decoding(spec.decoding.max_tokens, float(spec.decoding.temperature), float(spec.decoding.top_p))
+    decoding = spec.decoding
+    return Decoding(decoding.max_tokens, float(decoding.temperature), float(decoding.top_p), tuple(decoding.stop))
 
 
 def _is_exact(spec: CalibrateMeasureSpec, special: SpecialTokens) -> bool:
@@ -91,14 +94,18 @@ def _is_exact(spec: CalibrateMeasureSpec, special: SpecialTokens) -> bool:
 def _asked(
     spec: CalibrateMeasureSpec, question: Question, samples: Sequence[Sample], tokenizer: Tokenizer, *, exact: bool
 ) -> Asked:
-    texts = [_text(sample, tokenizer) for sample in samples]
+    texts = [_text(sample, tokenizer, spec.decoding.stop) for sample in samples]
     return asked(question, samples, texts, spec.answer, exact=exact)
 
 
-def _text(sample: Sample, tokenizer: Tokenizer) -> str:
-    """What was said before the stop token."""
+def _text(sample: Sample, tokenizer: Tokenizer, stop: Sequence[str]) -> str:
+    """What was said before the stop token or the stop string."""
     said = sample.tokens[:-1] if sample.finish == "stop" else sample.tokens
-    return str(tokenizer.decode(list(said), skip_special_tokens=True))
+    text = str(tokenizer.decode(list(said), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    if sample.finish != "stop_string":
+        return text
+    # A string that is not found begins with the space that some tokenizers drop at the start: nothing was said before.
+    return text[: min((text.index(string) for string in stop if string in text), default=0)]
 
 
 def _keep(

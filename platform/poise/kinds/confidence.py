@@ -91,7 +91,7 @@ def asked(question: Question, samples: Sequence[Sample], texts: Sequence[str], r
     is known, and that of the modal class is the sum over the different responses in it: all there are in a world,
     where a name is written in one way.
     """
-    said = [extract(t, finished=s.finish != "length", rule=rule) for t, s in zip(texts, samples, strict=True)]
+    said = [extract(t, finished=not s.is_truncated, rule=rule) for t, s in zip(texts, samples, strict=True)]
     answers = [answer for answer in said if answer not in MARKERS]
     classes = cluster(question.prompt, answers)
     counts, silent = classes.counts, len(said) - len(answers)

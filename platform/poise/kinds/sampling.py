@@ -9,15 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from poise.errors import DamagedError, UserError
-from poise.models.sampling import Decoding, Request, Sample, Sampler
+from poise.models.sampling import Decoding, ProgressCallback, Request, Sample, Sampler
 from poise.observe.progress import Progress
 from poise.store.runs import Run
 from poise.train.context import Context
@@ -44,26 +46,37 @@ def sample_all(
     A shard that the run has is read. UserError when it answers other requests, DamagedError when it cannot be read.
     """
     answers: list[list[Sample]] = []
+
+    def report(before: int, answered: int) -> None:
+        context.report(_progress(context.run.name, before + answered, len(requests)))
+
     for number, start in enumerate(range(0, len(requests), shard_size)):
         share = requests[start : start + shard_size]
         known = _read(context.run, number, share, decoding)
-        answers += known if known is not None else _draw(context, sampler, number, share, decoding)
-        context.report(_progress(context.run.name, answers, len(requests)))
+        if known is None:
+            known = _draw(context, sampler, number, share, decoding, partial(report, start))
+        answers += known
+        report(start, len(share))
     return answers
 
 
-def _progress(run: str, answers: Sequence[Sequence[Sample]], total: int) -> Progress:
-    return Progress(run, "sample", len(answers) / total, 1.0, len(answers), total, unit="requests")
+def _progress(run: str, answered: int, total: int) -> Progress:
+    return Progress(run, "sample", answered / total, 1.0, answered, total, unit="requests")
 
 
 def _draw(
-    context: Context, sampler: Sampler, number: int, requests: Sequence[Request], decoding: Decoding
+    context: Context,
+    sampler: Sampler,
+    number: int,
+    requests: Sequence[Request],
+    decoding: Decoding,
+    on_progress: ProgressCallback,
 ) -> list[list[Sample]]:
     started = time.monotonic()
-    answers = sampler.generate(requests, decoding)
+    answers = sampler.generate(requests, decoding, on_progress)
     seconds = time.monotonic() - started
     samples = [sample for answer in answers for sample in answer]
-    tokens = sum(len(sample.tokens) for sample in samples)
+    tokens = sum(sample.num_tokens for sample in samples)
     cost = {"seconds": round(seconds, 3), "samples": len(samples), "tokens": tokens}
     cost["prompt_tokens"] = sum(len(request.prompt) for request in requests)
     context.guard()
@@ -88,16 +101,35 @@ def _read(run: Run, number: int, requests: Sequence[Request], decoding: Decoding
         raise UserError(
             f"{path} answers other prompts, seeds or decoding than are asked for now; choose another name for the run"
         )
-    rows = iter(table.to_pylist())
-    return [[_sample(next(rows)) for _ in range(request.n)] for request in requests]
+    samples = iter(_decoded(table))
+    return [[next(samples) for _ in range(request.n)] for request in requests]
 
 
-def _sample(row: dict[str, Any]) -> Sample:
-    return Sample(**{**row, "tokens": tuple(row["tokens"]), "logprobs": tuple(row["logprobs"])})
+def _decoded(table: pa.Table) -> Iterator[Sample]:
+    """The sample of each row; no token becomes a Python object."""
+    for batch in table.to_batches():
+        columns = {name: batch.column(name) for name in ("request", "index", "finish", "version")}
+        plain = zip(*(column.to_pylist() for column in columns.values()), strict=True)
+        tokens, logprobs = batch.column("tokens"), batch.column("logprobs")
+        for row, (request, index, finish, version) in enumerate(plain):
+            drawn = tokens[row].values.to_numpy(), logprobs[row].values.to_numpy()
+            yield Sample(request, index, *drawn, finish, version)
 
 
 def _encoded(samples: Sequence[Sample], told: dict[str, Any]) -> bytes:
-    table = pa.Table.from_pylist([asdict(sample) for sample in samples], schema=_SCHEMA)
+    """A Parquet file with a row per sample. The tokens of all are one buffer, and so are their log-probabilities."""
+    ends = np.cumsum([0, *(sample.num_tokens for sample in samples)], dtype=np.int32)
+    tokens = np.frombuffer(b"".join(sample.token_bytes for sample in samples), dtype=np.int32)
+    logprobs = np.frombuffer(b"".join(sample.logprob_bytes for sample in samples), dtype=np.float64)
+    columns = {
+        "request": [sample.request for sample in samples],
+        "index": [sample.index for sample in samples],
+        "tokens": pa.ListArray.from_arrays(ends, tokens),
+        "logprobs": pa.ListArray.from_arrays(ends, logprobs),
+        "finish": [sample.finish for sample in samples],
+        "version": [sample.version for sample in samples],
+    }
+    table = pa.table(columns, schema=_SCHEMA)
     sink = pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata({"poise": json.dumps(told)}), sink, compression="zstd")
     return bytes(sink.getvalue())

@@ -130,6 +130,9 @@ class DecodingSpec(Section):
     top_p: Annotated[Real, Field(gt=0, le=1)] = Field(
         Real(1), description="draw only among the likeliest tokens that have this probability together"
     )
+    stop: list[Annotated[str, Field(min_length=1, max_length=100)]] = Field(
+        [], max_length=16, description="a response also ends where its text contains one of these strings"
+    )
 
 
 _MODEL_FILES = r"[^/]*\.(json|safetensors|model|jinja|tiktoken)|vocab\.txt|merges\.txt"

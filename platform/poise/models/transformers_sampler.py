@@ -1,4 +1,4 @@
-"""The sampler for machines without vLLM: transformers, in this process, in float32.
+"""The sampler for machines without vLLM: transformers, in this process, in float32 unless told otherwise.
 
 Invariant: a sample is drawn by inverting the distribution function at numbers of its own generator, seeded by the
 request's seed plus the sample's index. Which samples share a batch changes only the rounding of the model's logits.
@@ -7,6 +7,7 @@ Legend: B samples, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -15,9 +16,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from poise.errors import UserError
+from poise.models.examine import has_tokenizer
 from poise.models.folder import check_newer, read_folder
-from poise.models.language import open_model
-from poise.models.sampling import Decoding, Request, Sample
+from poise.models.language import open_model, open_tokenizer
+from poise.models.sampling import Decoding, Finish, ProgressCallback, Request, Sample, StopStrings, no_progress
 
 __all__ = ["TransformersSampler"]
 
@@ -25,11 +28,20 @@ __all__ = ["TransformersSampler"]
 class TransformersSampler:
     """The language model of a local folder; `poise.models.sampling.Sampler` says what it does."""
 
-    def __init__(self, folder: Path, device: torch.device | str = "cpu", *, batch_size: int = 64) -> None:
-        """UserError when the folder holds no language model."""
+    def __init__(
+        self,
+        folder: Path,
+        device: torch.device | str = "cpu",
+        *,
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        batch_size: int = 64,
+    ) -> None:
+        """UserError when the folder holds no language model. With dtype auto, the model computes in float32."""
         self._folder = read_folder(folder)
         self._stop = self._folder.stop
-        self._model = open_model(folder).to(device)
+        self._tokenizer = open_tokenizer(folder) if has_tokenizer(folder) else None  # the folder may be gone later
+        precision = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+        self._model = open_model(folder).to(device, precision)
         self._device = torch.device(device)
         self._batch_size = batch_size
         self._version = 0
@@ -39,14 +51,21 @@ class TransformersSampler:
         return self._version
 
     @torch.inference_mode()
-    def generate(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Sample]]:
+    def generate(
+        self, requests: Sequence[Request], decoding: Decoding, on_progress: ProgressCallback = no_progress
+    ) -> list[list[Sample]]:
         self._folder.check_room((request.prompt for request in requests), decoding.max_tokens)
-        rows = [(request, index) for request in requests for index in range(request.n)]
-        drawn: dict[tuple[Request, int], Sample] = {}
-        for batch in _alike([len(request.prompt) for request, _ in rows], self._batch_size):
-            chosen = [rows[place] for place in batch]
-            drawn |= dict(zip(chosen, self._draw(chosen, decoding), strict=True))
-        return [[drawn[request, index] for index in range(request.n)] for request in requests]
+        rows = [(place, index) for place, request in enumerate(requests) for index in range(request.n)]
+        answers: list[list[Sample]] = [[] for _ in requests]
+        missing = Counter(place for place, _ in rows)
+        for batch in _alike([len(requests[place].prompt) for place, _ in rows], self._batch_size):
+            chosen = [rows[row] for row in batch]
+            samples = self._draw([(requests[place], index) for place, index in chosen], decoding)
+            for (place, _), sample in zip(chosen, samples, strict=True):
+                answers[place].append(sample)
+                missing[place] -= 1
+            on_progress(sum(not count for count in missing.values()))
+        return answers
 
     @torch.inference_mode()
     def score(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -80,8 +99,7 @@ class TransformersSampler:
         """The samples of rows whose prompts are equally long."""
         noise_BT = torch.stack([_uniform(request.seed + index, decoding.max_tokens) for request, index in rows])
         ids = torch.tensor([request.prompt for request, _ in rows], device=self._device)
-        stop = torch.tensor(sorted(self._stop), device=self._device)
-        ended = torch.zeros(len(rows), dtype=torch.bool, device=self._device)
+        ends = [self._end(request, decoding) for request, _ in rows]
         tokens, logprobs, cache = [], [], None
         for position in range(decoding.max_tokens):
             output = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -89,18 +107,40 @@ class TransformersSampler:
             ids = _choose(logits_B1V[:, 0], decoding, noise_BT[:, position].to(self._device))[:, None]
             tokens.append(ids)
             logprobs.append(_logprobs(logits_B1V, ids))
-            ended |= torch.isin(ids[:, 0], stop)
-            if ended.all():
+            for end, token in zip(ends, ids[:, 0].tolist(), strict=True):
+                end.read(token)
+            if all(end.finish != "length" for end in ends):
                 break
-        drawn = zip(rows, torch.cat(tokens, 1).tolist(), torch.cat(logprobs, 1).tolist(), strict=True)
-        for (request, index), row, row_logprobs in drawn:
-            yield self._sample(request, index, row, row_logprobs)
+        drawn = zip(rows, ends, torch.cat(tokens, 1).tolist(), torch.cat(logprobs, 1).tolist(), strict=True)
+        for (request, index), end, row, row_logprobs in drawn:
+            length = end.length
+            yield Sample(request.id, index, row[:length], row_logprobs[:length], end.finish, self._version)
 
-    def _sample(self, request: Request, index: int, tokens: list[int], logprobs: list[float]) -> Sample:
-        """The row up to its first stop token."""
-        end = next((place + 1 for place, token in enumerate(tokens) if token in self._stop), None)
-        finish: Literal["stop", "length"] = "length" if end is None else "stop"
-        return Sample(request.id, index, tuple(tokens[:end]), tuple(logprobs[:end]), finish, self._version)
+    def _end(self, request: Request, decoding: Decoding) -> _End:
+        if not decoding.stop:
+            return _End(self._stop, None)
+        if self._tokenizer is None:
+            raise UserError(f"{self._folder.path}: stop strings need a tokenizer, and this folder has none")
+        return _End(self._stop, StopStrings(self._tokenizer, request.prompt, decoding.stop))
+
+
+class _End:
+    """Where one response ends: it reads the tokens that are drawn, also those after the end, which do not count."""
+
+    def __init__(self, stop: frozenset[int], strings: StopStrings | None) -> None:
+        self._stop = stop
+        self._strings = strings
+        self.length = 0
+        self.finish: Finish = "length"
+
+    def read(self, token: int) -> None:
+        if self.finish != "length":
+            return
+        self.length += 1
+        if token in self._stop:
+            self.finish = "stop"
+        elif self._strings is not None and self._strings.completed_by(token):
+            self.finish = "stop_string"
 
 
 def _alike(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from poise.errors import UserError
 from poise.secrets import is_secret_variable
 from poise.spec.base import Section, mistake
 from poise.spec.metrics import MetricSource
@@ -65,8 +66,36 @@ class SamplerSpec(Section):
     cpus: int = Field(1, ge=1, le=1024, description="CPU cores of each engine")
     gpus: int = Field(0, ge=0, le=64, description="GPUs of each engine: 0 samples on the CPU")
     memory: Annotated[Real, Field(gt=0)] = Field(
-        Real(1), description="GiB for the key-value cache of each engine on a CPU"
+        Real(1), description="GiB for the key-value cache of each vLLM engine on a CPU"
     )
+    gpu_memory_utilization: Annotated[Real, Field(gt=0, le=1)] = Field(
+        Real("0.9"), description="share of a GPU's memory for the weights and the key-value cache of a vLLM engine"
+    )
+    max_model_len: int | None = Field(
+        None,
+        ge=2,
+        description="longest sequence of a vLLM engine, prompt and response together, in tokens (default: what the run "
+        "needs)",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="precision of the model in an engine; auto: float32 on a CPU, on a GPU what vLLM takes"
+    )
+
+    def fit_sequences(self, longest: int) -> SamplerSpec:
+        """This spec with engines that hold sequences of `longest` tokens, prompt and response together.
+
+        Raises:
+            UserError: `max_model_len` is given and smaller.
+        """
+        needed = longest + 1  # a sequence is scored by asking for one token after it
+        if self.max_model_len is None:
+            return self.model_copy(update={"max_model_len": needed})
+        if self.max_model_len < needed:
+            raise UserError(
+                f"sampler.max_model_len: {self.max_model_len} tokens are too few for prompts and responses of up to "
+                f"{longest}; set it to {needed} or more, or leave it out"
+            )
+        return self
 
 
 class RunSpec(Section):
