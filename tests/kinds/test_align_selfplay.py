@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ from poise.models.sampling import Sample
 from poise.models.spec import LanguageModelSpec
 from poise.models.transformers_sampler import TransformersSampler
 from poise.observe.rows import read_rows
+from poise.observe.sinks import NullSink
 from poise.report.align import SECTION
 from poise.report.record import load_record
 from poise.store.runs import open_run
@@ -96,6 +98,22 @@ def play(spec, of=TransformersSampler):
     run = open_run(spec.store, spec.name)
     align_selfplay.run(spec, Context(run, sampler=lambda section, where: sampler(section, where, of)))
     return run
+
+
+def test_a_response_counts_once_however_many_steps_learn_from_it(folder, tmp_path):
+    shown, counts = [], Counter()
+
+    class Sink(NullSink):
+        def inc(self, name, value=1.0, **labels):
+            counts[name] += value
+
+    opened = {"sampler": lambda section, where: sampler(section, where)}
+    run = open_run(tmp_path, "play")
+    align_selfplay.run(spec_of(folder, tmp_path), Context(run, sink=Sink(), report=shown.append, **opened))
+    assert counts["poise_steps_total"] == 4 * MPO["inner_steps"]
+    assert counts["poise_examples_total"] == 4 * 3 * 8  # iterations, prompts, rollouts
+    last = [progress for progress in shown if progress.stage == "train"][-1]
+    assert last.examples_per_s > 0
 
 
 def tensors(run, step: int, scratch: Path) -> dict[str, torch.Tensor]:

@@ -94,7 +94,8 @@ def _task(spec: AlignSelfplaySpec, model: nn.Module, play: SelfPlay, standing: S
         step=play.step,
         state=magnet_of(model),
         batches_per_epoch=spec.method.inner_steps * spec.train.accumulate,
-        examples_per_batch=spec.prompts * spec.rollouts // spec.train.accumulate,
+        # A response counts once, not in each of the inner steps that learn from it.
+        examples_per_batch=spec.prompts * spec.rollouts / (spec.train.accumulate * spec.method.inner_steps),
         seed=spec.seed,
         evaluate=lambda: standing.measure().summary(),
         monitor="-exploitability",

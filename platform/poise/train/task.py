@@ -54,7 +54,8 @@ class Task:
     `batch(i)` is the i-th batch of this rank, counted from 0 over the whole run: random access is what makes a resume
     exact. `step` is called under autocast with the (possibly distributed) model. `evaluate` is called by every rank and
     returns the same numbers on each; `monitor` names the one that picks the best checkpoint: the larger the better,
-    or the smaller with a `-` before the name. `unit` is what an example is called. `after(state, step)` is called when
+    or the smaller with a `-` before the name. `unit` is what an example is called; of those that
+    several batches learn from, `examples_per_batch` counts each once. `after(state, step)` is called when
     the optimizer has taken its `step`-th step, and returns the next state: for what follows the weights, as averages
     do. `watch(state)` is called before each `evaluate`, by every rank, and finds the same on each. `repeats`: steps in
     a row that learn from the same batches.
@@ -64,7 +65,7 @@ class Task:
     batch: Callable[[int], Any]
     step: Callable[[nn.Module, Any, TaskState, Turn], StepOutput]
     batches_per_epoch: int
-    examples_per_batch: int
+    examples_per_batch: float
     seed: int = 0
     state: TaskState = field(default_factory=dict)
     evaluate: Callable[[], dict[str, float]] | None = None

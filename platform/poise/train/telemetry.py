@@ -19,7 +19,7 @@ class Telemetry:
     """Timers, rates and exports of one attempt at a run. Rank 0 publishes; every rank measures."""
 
     def __init__(
-        self, context: Context, *, steps: int, steps_per_epoch: int, examples_per_step: int, unit: str
+        self, context: Context, *, steps: int, steps_per_epoch: int, examples_per_step: float, unit: str
     ) -> None:
         self.timers = PhaseTimers()
         self._context, self._steps = context, steps
