@@ -29,6 +29,7 @@ from poise.robust.attacks.checks import suspicions
 from poise.robust.attacks.losses import LOSSES, dlr, log_odds, targeted_dlr
 from poise.robust.evaluate import evaluate
 from poise.robust.noise import Noise
+from poise.robust.objectives.fast import gradient_cosines
 from poise.robust.threats import Threat
 
 LINF = Threat("linf", 0.05)
@@ -342,3 +343,14 @@ def test_a_model_that_has_diverged_is_no_traceback(linear: SimpleNamespace) -> N
         pgd(Diverged(), linear.x, linear.y, LINF, steps=1)
     with pytest.raises(PoiseError, match="eps 8 is more than"):  # no traceback in a run either
         perturb(linear.model, linear.x, linear.y, Threat("linf", 8), steps=1)
+
+
+def test_gradients_of_a_confident_model_have_an_angle() -> None:
+    """On a linear model of two classes they never turn; the cross entropy has no gradient at these margins."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[300.0, -200.0, 100.0, 400.0], [0.0, 0.0, 0.0, 0.0]]))
+    x, y = torch.full((2, 1, 2, 2), 0.8), torch.zeros(2, dtype=torch.long)
+    cosines, angled = gradient_cosines(model, x, x - 0.1, y)
+    assert angled.all()
+    torch.testing.assert_close(cosines.detach(), torch.ones(2))

@@ -316,3 +316,29 @@ def test_the_ends_of_the_range_are_handled(name: str, case: str) -> None:
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
     if case == "eps 0" and name not in {"mart", "gradalign"}:
         torch.testing.assert_close(out.loss, nn.functional.cross_entropy(model(x), y))
+
+
+class _InPlace(nn.Module):
+    """Shifts its input in place, hidden from autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(36, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x.sub_(0.5)
+        return self.linear(x.flatten(1))
+
+
+@pytest.mark.parametrize("natural", [False, True])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_images_of_the_caller_stay_as_they_are_whatever_the_model_does(name: str, natural: bool) -> None:
+    norms, options = NORMS[: WANTED.get(name, 3)], OPTIONS[name]
+    if natural:  # RAMP's other epochs
+        options = Ramp() if name == "ramp" else options
+    x = torch.rand(6, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+    known = x.clone()
+    play = Play(_attacks(*norms), options, initial_state(options, norms), draw=0.9, epoch=0 if natural else 1)
+    OBJECTIVES[name](_InPlace(), x, torch.arange(6) % 5, play)
+    assert torch.equal(x, known)

@@ -60,7 +60,7 @@ def _start(play: Play) -> dict[str, Any]:
 
 def _trained(model: nn.Module, x: Tensor, point: Tensor, y: Tensor, play: Play, losses: Any) -> Outcome:
     """The mean of `losses` and, of the attacked branch, the usual metrics; "clean" is the accuracy at x."""
-    clean, attacked = model(x), model(point)
+    clean, attacked = model(x.clone()), model(point)  # a model may change its input, which is the caller's here
     each = losses(clean, attacked, y, float(play.options.beta))
     correct = (attacked.detach().argmax(1) == y).unsqueeze(0)
     own = cross_entropy(attacked, y).unsqueeze(0)

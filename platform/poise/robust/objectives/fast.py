@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from poise.robust.attacks import cross_entropy
+from poise.robust.attacks.losses import log_odds
 from poise.robust.noise import as_noise
 from poise.robust.objectives.norms import single
 from poise.robust.objectives.play import Outcome, Play
@@ -51,7 +51,8 @@ def gradient_cosines(model: nn.Module, x: Tensor, other: Tensor, y: Tensor) -> t
 
 def _input_gradients(model: nn.Module, point: Tensor, y: Tensor) -> Tensor:
     point = point.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(cross_entropy(model(point), y).sum(), point, create_graph=True)
+    losses = log_odds(model(point.clone()), y)  # the angle is that of the cross entropy, which may underflow
+    (gradient,) = torch.autograd.grad(losses.sum(), point, create_graph=True)
     return gradient.flatten(1)
 
 

@@ -34,7 +34,7 @@ def ramp(model: nn.Module, x: Tensor, y: Tensor, play: Play) -> Outcome:
 
 
 def _natural(model: nn.Module, x: Tensor, y: Tensor, play: Play) -> Outcome:
-    losses, correct = _judged(model(x), y)
+    losses, correct = _judged(model(x.clone()), y)
     out = outcome(play, losses.mean(), losses.unsqueeze(0), correct.unsqueeze(0), ("clean",), losses.new_ones(1))
     return Outcome(out.loss, {"loss/clean": out.metrics["loss/clean"], "clean": out.metrics["robust/clean"]}, out.state)
 
