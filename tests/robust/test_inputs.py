@@ -19,6 +19,7 @@ from poise.robust.attacks import (
     autoattack,
     cross_entropy,
     fab,
+    kl_from,
     msd,
     msd_perturb,
     perturb,
@@ -354,3 +355,19 @@ def test_gradients_of_a_confident_model_have_an_angle() -> None:
     cosines, angled = gradient_cosines(model, x, x - 0.1, y)
     assert angled.all()
     torch.testing.assert_close(cosines.detach(), torch.ones(2))
+
+
+@pytest.mark.parametrize("attack", [perturb, apgd_perturb])
+def test_the_divergence_of_trades_does_not_underflow_on_a_confident_model(
+    attack: Attack, linear: SimpleNamespace
+) -> None:
+    """Of a linear model with 10,000 times its logits the points change as many answers as of the model itself."""
+    x, threat, changed = linear.x, Threat("linf", 0.05), []
+    for scale in (1.0, 1e4):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        model.load_state_dict({"1.weight": scale * linear.model.weight, "1.bias": scale * linear.model.bias})
+        clean = model(x)
+        points = attack(model, x, linear.y, threat, steps=10, loss=kl_from(clean), spread=0.001)
+        changed.append(int((model(points).argmax(1) != clean.argmax(1)).sum()))
+    assert changed[0] > 20
+    assert changed[1] >= changed[0] - 3

@@ -91,10 +91,17 @@ def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
 def kl_from(reference: Tensor) -> Loss:
     """KL(p || q) of the reference's p, from logits (N, K) at the clean images, and q at the attacked ones (TRADES).
 
-    Its gradient is exactly zero at the clean image itself: start elsewhere.
+    Its gradient is exactly zero at the clean image itself: start elsewhere. Where p rounds to one in a class, the
+    divergence is -log q of that class, whose gradient underflows as well: there it is climbed as its `log_odds`.
     """
     reference = reference.detach()
-    return lambda logits, y: divergence(reference, logits)
+    confidence, predicted = wide(reference).softmax(1).max(1)
+    certain = confidence == 1
+
+    def loss(logits: Tensor, y: Tensor) -> Tensor:
+        return torch.where(certain, log_odds(logits, predicted), divergence(reference, logits))
+
+    return loss
 
 
 def divergence(reference: Tensor, logits: Tensor) -> Tensor:
