@@ -143,7 +143,7 @@ def test_a_scratch_folder_without_room_is_found_before_the_first_step(family_fol
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("poise.kinds.exported.export", full)
-    with pytest.raises(UserError, match=r"cannot save it into .*: .*No space left on device"):
+    with pytest.raises(UserError, match=r"cannot save it into .*: .*No space left on device; set TMPDIR"):
         finish(spec_of(family_folder("llama"), tmp_path))
 
 

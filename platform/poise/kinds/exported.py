@@ -88,8 +88,9 @@ def _write(model: nn.Module, tokenizer: Tokenizer, folder: Path) -> None:
     try:
         export(model, tokenizer, folder)
     except Exception as error:  # transformers has no class for what it cannot write
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise PoiseError(f"transformers cannot save it into {folder.parent}: {reason}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        cure = "; set TMPDIR to a folder with room for the model" if "No space left" in reason else ""
+        raise PoiseError(f"transformers cannot save it into {folder.parent}: {reason}{cure}") from error
 
 
 def _check(folder: Path, probes: Sequence[Sequence[int]], expected: Tensor, device: torch.device) -> None:
