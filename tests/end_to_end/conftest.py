@@ -22,6 +22,7 @@ import yaml
 from safetensors.torch import load_file
 
 from poise.observe.rows import read_rows
+from poise.store.lease import Lease
 from poise.store.runs import Run, open_run
 
 ROOT = Path(__file__).parents[2]
@@ -282,5 +283,21 @@ def assert_same(tmp_path: Path) -> Callable[[Run, Run], None]:
         assert mine["rows"] == theirs["rows"]
         assert mine["summary"] == theirs["summary"]
         assert mine["matrices"] == theirs["matrices"]
+
+    return check
+
+
+@pytest.fixture
+def ended_in_good_order() -> Callable[[Run, int], int]:
+    """A run that a signal ended: its lease is free, its record says so, all is sound. Returns its last commit."""
+
+    def check(run: Run, committed_before: int) -> int:
+        assert not Lease.is_held(run.storage, run.name)
+        assert run.events()[-1]["event"] == "preempted"
+        assert run.summary().status == "interrupted"
+        assert run.verify() == []
+        last = run.checkpoints.commits()[-1].step
+        assert last >= committed_before
+        return last
 
     return check

@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from poise.observe.environment import environment
@@ -73,6 +74,52 @@ def test_two_processes_under_torchrun_are_two_ray_workers(desk, uninterrupted, a
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert_same(open_run(str(tmp_path / "runs"), "torchrun"), uninterrupted)
+
+
+def test_a_signal_to_torchrun(desk, uninterrupted, assert_same, ended_in_good_order, tmp_path):
+    spec = desk.spec("torchrun", str(tmp_path / "runs"))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, "-m", "poise", "run", str(spec), "--engine", "local"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = open_run(str(tmp_path / "runs"), "torchrun")
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        while not run.checkpoints.commits():
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.05)
+        ranks = psutil.Process(process.pid).children()
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(60) != 0
+    assert not [rank for rank in ranks if rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE]
+    ended_in_good_order(run, 10)
+    assert "torchrun: stopped and committed at step" in (tmp_path / "log").read_text()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_same(run, uninterrupted)
+
+
+def test_a_signal_to_a_driver_and_to_a_worker_on_ray(
+    head, desk, uninterrupted, assert_same, ended_in_good_order, tmp_path
+):
+    store = str(tmp_path / "runs")
+    job = desk.start("stopped", store, address=head.address)
+    job.until_committed(1)
+    sent = time.time()
+    os.kill(job.worker_pids()[1], signal.SIGTERM)
+    job.until(lambda: [event["event"] for event in job.run.events()].count("start") == 2)
+    commit, start = [event for event in job.run.events() if event["event"] in ("start", "commit")][-2:]
+    assert (commit["event"], start["event"]) == ("commit", "start")
+    assert commit["step"] == start["step"]
+    assert commit.get("provisional") or (commit["step"] % 10 == 0 and commit["time"] > sent), "the worker lost steps"
+    job.until_committed(3)
+    os.kill(job.process.pid, signal.SIGTERM)
+    assert job.wait() == 75, job.text()
+    assert "stopped and committed at step" in job.text()
+    assert "Traceback" not in job.text()
+    last = ended_in_good_order(job.run, 10)
+    run = desk.finish("stopped", store, address=head.address)
+    assert [event["step"] for event in run.events() if event["event"] == "start"][-1] == last
+    assert_same(run, uninterrupted)
 
 
 def test_a_finished_run_is_left_as_it_is(uninterrupted, tmp_path, poise):
