@@ -201,3 +201,17 @@ def test_a_model_that_stops_with_one_token_is_exported_to_stop_there(family_fold
     for (prompt, completion), samples in zip(LINES, answers, strict=True):
         expected = encode_completion(tokenizer, completion, prompt)
         assert [sample.finish for sample in samples if sample.tokens == expected].count("stop") >= 3
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_rows_that_the_model_cannot_hold_are_refused_before_the_first_step(family, family_folder, tmp_path):
+    """Both hold 128 tokens: one would train beyond them without a word, the other end in an index error."""
+    spec = spec_of(family_folder(family), tmp_path)
+    row = json.dumps({"prompt": "The cat sat on the mat. " * 60, "completion": " The end"})
+    (tmp_path / "data.jsonl").write_text(f"{row}\n" * 8)
+    with pytest.raises(UserError, match=r"data\.jsonl:1: \d+ tokens are more than the 128 that the model can hold"):
+        finish(spec)
+    short = spec.model_dump(exclude_none=True)
+    short["data"] |= {"too_long": "cut"}
+    with pytest.raises(UserError, match="the prompt alone fills the 128 that the model can hold"):
+        finish(FinetuneSftSpec.model_validate({**short, "name": "cut"}))
