@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from poise.engine.session import claim, identity, is_finished
-from poise.errors import RunBusyError, UserError
+from poise.errors import PreemptedError, RunBusyError, UserError
 from poise.store.runs import open_run
 
 
@@ -55,3 +55,23 @@ def test_a_driver_that_lost_its_lease_leaves_the_record_of_the_next_alone(tmp_pa
     assert not lease.__exit__(UserError, UserError("no such data set"), None)
     assert run.manifest().status == "running"
     assert run.events() == []
+
+
+def test_a_refused_typo_does_not_use_up_the_name(tmp_path, spec_of):
+    run = open_run(tmp_path, "one")
+    with pytest.raises(UserError, match="no such data set"), claim(run, spec_of(seed=1)):
+        raise UserError("no such data set")
+    with claim(run, spec_of(seed=2)):
+        run.write("artifacts/summary.json", b"{}")
+    assert is_finished(run, spec_of(seed=2))
+    assert [event["event"] for event in run.events()] == ["failed"]
+    with pytest.raises(UserError, match=r"another spec(.|\n)*poise runs rm"):
+        is_finished(run, spec_of(seed=3))
+
+
+def test_a_preempted_run_says_so_and_is_no_failure(tmp_path, spec_of):
+    run = open_run(tmp_path, "one")
+    with pytest.raises(PreemptedError), claim(run, spec_of()):
+        raise PreemptedError("stopped and committed at step 7")
+    assert run.summary().status == "interrupted"
+    assert run.events()[-1]["event"] == "preempted"
