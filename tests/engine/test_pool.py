@@ -329,6 +329,30 @@ def test_a_killed_engine_is_replaced_has_the_new_weights_and_gives_the_same_samp
 # closed before the process ends, and no test after them asks the engine of the pool.
 
 
+def test_models_of_four_families_answer_as_they_do_in_transformers(engine, ray_here, family_folder):
+    """Llama, Qwen 2, GPT-2 and Gemma 2 have other special tokens, tied heads and attention."""
+    folders = [family_folder(family) for family in ("llama", "qwen2", "gpt2", "gemma2")]
+    asked = [
+        Request(f"{length}-{start}", tuple(5 + (start + 7 * i) % 80 for i in range(length)), 1, 0)
+        for length in (5, 60)
+        for start in (0, 11, 23)
+    ]
+    decodings = [Decoding(32, 0), Decoding(32, 0, stop=("e", "at"))]
+
+    def answer(actor):
+        from poise.engine.vllm_engine import VllmSampler
+
+        samplers = [VllmSampler(folder, SamplerSpec(memory=0.02, max_model_len=100)) for folder in folders]
+        vars(actor).setdefault("opened", []).extend(samplers)
+        return [[ends_of(sampler.generate(asked, decoding)) for decoding in decodings] for sampler in samplers]
+
+    samplers = map(TransformersSampler, folders)
+    ours = [[ends_of(sampler.generate(asked, decoding)) for decoding in decodings] for sampler in samplers]
+    assert inside(engine, ray_here, answer) == ours
+    finishes = {finish for answers in ours for decoded in answers for ((_, finish),) in decoded}
+    assert finishes == {"stop", "stop_string", "length"}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
