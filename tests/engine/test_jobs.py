@@ -5,13 +5,14 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import pytest
 from click.testing import CliRunner
 
 from poise.cli import cli
 from poise.engine import jobs
-from poise.errors import UserError
+from poise.errors import StoreError, UserError
 from poise.kinds.specs.evaluation import RobustEvaluateSpec
 
 
@@ -25,6 +26,13 @@ from poise.kinds.specs.evaluation import RobustEvaluateSpec
 def test_a_folder_that_does_not_last_is_refused(changes, named, spec_of):
     with pytest.raises(UserError, match=named):
         jobs.submit(spec_of(**changes), "http://127.0.0.1:9")
+
+
+def test_no_usable_tmpdir_is_named_before_a_job_is_sent(spec_of, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc/nowhere"])
+    with pytest.raises(StoreError, match="set TMPDIR to a folder"):
+        jobs.submit(spec_of(store="/shared/runs"), "http://127.0.0.1:9")
 
 
 EVALUATION = {

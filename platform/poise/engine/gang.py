@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from poise.observe.export import export
 from poise.observe.progress import Display
 from poise.observe.sinks import Sink, series_of
 from poise.spec import RunSpec, SamplerSpec, WorkersSpec
+from poise.store.storage import scratch_folder
 from poise.train.preemption import PROCESS
 
 __all__ = ["check_resources", "cluster", "run_gang"]
@@ -106,13 +106,13 @@ def run_gang(
     with (
         series_of(sink, spec.name),
         claim(run, spec) as lease,
-        tempfile.TemporaryDirectory(prefix="poise-ray-") as scratch,
+        scratch_folder() as scratch,
     ):
         display.note(f"[{spec.name}] starting {spec.workers.count} workers")
         board = open_board()
         errand = Errand(spec.kind, spec.model_dump_json(), absolute_store(spec), lease.token, os.getcwd(), board)
         with _watched(board, spec, display, sink, on_group or _nobody), PROCESS.deferred():
-            _fit(_trainer(spec, errand, scratch, private), board)
+            _fit(_trainer(spec, errand, str(scratch), private), board)
 
 
 def _trainer(spec: RunSpec, errand: Errand, scratch: str, private: bool) -> Trainer:

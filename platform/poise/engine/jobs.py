@@ -7,7 +7,6 @@ import json
 import logging
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,6 +25,7 @@ from poise.errors import PoiseError, UserError
 from poise.observe.environment import environment
 from poise.spec import RunSpec, dump
 from poise.spec.code import code_files, is_installed
+from poise.store.storage import scratch_folder
 
 __all__ = ["connect", "follow", "job_id", "logs", "pack", "status", "stop", "submit"]
 
@@ -45,8 +45,8 @@ def submit(spec: RunSpec, address: str, job: str | None = None) -> str:
     Raises UserError when no cluster answers or a job of that id exists and has not ended.
     """
     job = _checked(job or job_id(spec))
-    with tempfile.TemporaryDirectory(prefix="poise-job-") as folder, ExitStack() as stack:
-        pack(spec, Path(folder))
+    with scratch_folder() as folder, ExitStack() as stack:
+        pack(spec, folder)
         client = stack.enter_context(connect(address))
         _make_way(client, job)
         _send(
@@ -55,7 +55,7 @@ def submit(spec: RunSpec, address: str, job: str | None = None) -> str:
             submission_id=job,
             entrypoint_num_cpus=0,
             runtime_env={
-                "working_dir": folder,
+                "working_dir": str(folder),
                 "py_modules": [str(Path(poise.__file__).parent)],
                 "env_vars": {env.COMMIT: json.dumps(environment()["git"])},
             },

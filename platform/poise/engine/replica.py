@@ -5,7 +5,6 @@ Whoever starts one need not load torch: it may be the board, which keeps engines
 
 from __future__ import annotations
 
-import tempfile
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import ray
 from poise import env
 from poise.errors import PoiseError
 from poise.spec import SamplerSpec
+from poise.store.storage import scratch_folder
 
 if TYPE_CHECKING:
     from poise.engine.vllm_engine import VllmSampler
@@ -87,10 +87,10 @@ class _Engine:
 
     def _open(self) -> None:
         spec, folder, files = self._arguments
-        with tempfile.TemporaryDirectory(prefix="poise-model-") as scratch:
+        with scratch_folder() as scratch:
             for name, data in (files or {}).items():
-                Path(scratch, name).write_bytes(data)
-            self.sampler = _open(spec, folder if files is None else Path(scratch))
+                (scratch / name).write_bytes(data)
+            self.sampler = _open(spec, folder if files is None else scratch)
 
 
 def _described(error: Exception) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -29,6 +28,7 @@ from poise.observe.progress import Display, Progress
 from poise.observe.sinks import Sink
 from poise.spec import RunSpec
 from poise.store.lease import Lease
+from poise.store.storage import scratch_folder
 
 __all__ = ["by_tune"]
 
@@ -65,7 +65,7 @@ def by_tune(spec: SweepSpec, left: Sequence[Trial], tally: Tally, sink: Sink) ->
     def trial(config: dict[str, int]) -> None:
         _run(errands[config["index"]])
 
-    with tempfile.TemporaryDirectory(prefix="poise-tune-") as scratch:
+    with scratch_folder() as scratch:
         overseer = _Overseer(told, numbers, tally)
         tune.Tuner(
             tune.with_resources(trial, _resources(spec.base)),
@@ -75,7 +75,7 @@ def by_tune(spec: SweepSpec, left: Sequence[Trial], tally: Tally, sink: Sink) ->
             ),
             run_config=tune.RunConfig(
                 name=spec.name,
-                storage_path=scratch,
+                storage_path=str(scratch),
                 failure_config=tune.FailureConfig(max_failures=spec.base.workers.max_failures),
                 callbacks=[overseer],
                 verbose=0,
