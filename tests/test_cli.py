@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+import signal
+from pathlib import Path
+
 import pytest
 from click.testing import CliRunner
 
-from poise.cli import cli
+from poise.cli import cli, main
 from poise.errors import UserError
 from poise.store.runs import Run, open_run
 
@@ -62,3 +66,28 @@ def test_no_bar_of_transformers_stands_between_the_lines(tmp_path, capfd):
     TransformersSampler(tmp_path, "cpu")
     said = capfd.readouterr()
     assert said.out == said.err == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["check", "spec.yaml"], "poise: stopped"),
+        (["run", "spec.yaml", "--engine", "local"], "poise: stopped; the same command goes on from the last commit"),
+    ],
+)
+def test_only_what_goes_on_is_said_to_go_on(tmp_path, monkeypatch, capsys, command, said):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(Path(__file__).parents[1] / "jobs/digits.yaml", "spec.yaml")
+    monkeypatch.setattr("poise.engine.drive.drive", interrupted)
+    if command[0] == "check":
+        monkeypatch.setattr("poise.spec.load_document", interrupted)
+    monkeypatch.setattr("sys.argv", ["poise", *command])
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.strip().splitlines()[-1] == said

@@ -43,10 +43,25 @@ def main() -> None:
         if isinstance(error.__cause__, PreemptedError):  # click makes an Abort of every interrupt
             click.echo(f"poise: {error.__cause__}", err=True)
             sys.exit(error.__cause__.exit_code)
-        click.echo("poise: stopped; the same command goes on from the last commit", err=True)
+        click.echo(f"poise: {error.__cause__ if isinstance(error.__cause__, _LeftError) else 'stopped'}", err=True)
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)
+
+
+class _LeftError(KeyboardInterrupt):
+    """An interrupt after which something goes on, as its message says."""
+
+
+@contextmanager
+def _goes_on(message: str) -> Iterator[None]:
+    """Say what goes on after an interrupt; one that has its own message keeps it."""
+    try:
+        yield
+    except PreemptedError:
+        raise
+    except KeyboardInterrupt:
+        raise _LeftError(message) from None
 
 
 class _InOrder(click.Group):
@@ -150,10 +165,11 @@ def run(
     finished = {stage.name for stage in stages if is_finished(located(stage), stage)}
     joins = engine == "ray" and (address is not None or "RAY_ADDRESS" in os.environ)
     _refuse_mistakes(resolved, document, skip=finished, elsewhere=joins)
-    with Display(runs=[stage.name for stage in stages]) as display, _sink(metrics_port, display.note) as sink:
-        drive(resolved, engine, address, display, sink)
-    if launched_rank()[0] == 0:
-        _print_results(resolved, stages)
+    with _goes_on("stopped; the same command goes on from the last commit"):
+        with Display(runs=[stage.name for stage in stages]) as display, _sink(metrics_port, display.note) as sink:
+            drive(resolved, engine, address, display, sink)
+        if launched_rank()[0] == 0:
+            _print_results(resolved, stages)
 
 
 @cli.command()
@@ -177,7 +193,8 @@ def submit(
     sent = jobs.submit(resolved, address, job)
     click.echo(f"job {sent} is on its way; poise status|logs|stop {sent} --address {address}")
     if not detach:
-        _finish_job(jobs.follow(sent, address, lambda text: click.echo(text, nl=False)))
+        with _goes_on(f"no longer followed; job {sent} goes on"):
+            _finish_job(jobs.follow(sent, address, lambda text: click.echo(text, nl=False)))
 
 
 @cli.command()
@@ -199,7 +216,8 @@ def logs(job: str, address: str, follow: bool) -> None:
     from poise.engine import jobs
 
     if follow:
-        _finish_job(jobs.follow(job, address, lambda text: click.echo(text, nl=False)))
+        with _goes_on(f"no longer followed; job {job} goes on"):
+            _finish_job(jobs.follow(job, address, lambda text: click.echo(text, nl=False)))
     else:
         click.echo(jobs.logs(job, address), nl=False)
 
@@ -313,7 +331,7 @@ def runs_verify(run: str) -> None:
     click.echo(f"{run}: {len(opened.checkpoints.commits())} checkpoints and all artifacts are sound")
 
 
-@runs.command("sweep")
+@runs.command("gc")
 @click.argument("run")
 @click.option(
     "--older-than",
@@ -323,8 +341,8 @@ def runs_verify(run: str) -> None:
     metavar="SECONDS",
     help="Leave what is younger: it may be in use.",
 )
-def runs_sweep(run: str, older_than: float) -> None:
-    """Remove what died writers left behind.
+def runs_gc(run: str, older_than: float) -> None:
+    """Remove what writers that died have left behind.
 
     Half-written uploads and checkpoints that were set aside as damaged go; nothing that is committed is touched.
     """
@@ -345,12 +363,21 @@ def runs_rm(names: Sequence[str], yes: bool) -> None:
     A run that is alive is refused. What is removed cannot be had again.
     """
     opened = [_open(name) for name in names]
-    for run in opened:
-        commits = len(run.checkpoints.commits())
-        if not yes:
-            click.confirm(f"remove {run.url}, {run.summary().status}, with {commits} checkpoints?", abort=True)
+    for count, run in enumerate(opened):
+        if not yes and not _confirmed(run):
+            raise PoiseError("nothing more was removed" if count else "nothing was removed")
         run.remove()
         click.echo(f"removed {run.url}")
+
+
+def _confirmed(run: Run) -> bool:
+    """Whether the answer is yes; the end of the input is none."""
+    commits = len(run.checkpoints.commits())
+    try:
+        return click.confirm(f"remove {run.url}, {run.summary().status}, with {commits} checkpoints?")
+    except click.Abort:
+        click.echo(err=True)  # after the question, which stands open
+        return False
 
 
 @cli.group("cluster")

@@ -47,6 +47,14 @@ def test_a_line_says_what_matters_and_holds_no_escape_codes() -> None:
     )
 
 
+def test_nothing_is_said_of_a_speed_that_is_not_known_and_epochs_have_two_decimals() -> None:
+    (line,) = _lines([(0.0, _progress(40, steps=40, epoch=0.30769, epochs=0.30769, examples_per_s=0.0))])
+    assert line.startswith("[adt] train  epoch 0.31/0.31  step 40/40  ETA 1:02:05")
+    for speed, shown in ((0.4, "0.4"), (1.26, "1.3"), (1234.5, "1,234")):
+        (line,) = _lines([(0.0, _progress(examples_per_s=speed, epoch=10, epochs=100))])
+        assert f"epoch 10/100  step 10/400  images/s {shown}  ETA" in line
+
+
 def test_lines_come_every_five_seconds_at_epochs_and_at_the_end() -> None:
     updates = [(0.01 * step, _progress(step)) for step in range(1, 401)]
     steps = [line.split("step ")[1].split("/")[0] for line in _lines(updates)]

@@ -262,7 +262,9 @@ def test_rows_of_other_trainers_are_called_by_their_name(row, message):
 
 def test_a_json_list_is_not_json_lines():
     Path("rows.json").write_text(json.dumps([ROWS[0][0]] * 2))
-    assert "rows.json is no file *.jsonl and no folder that holds one: these are alpaca rows" in found_in("rows.json")
+    message = found_in("rows.json")
+    assert "rows.json is no file *.jsonl and no folder that holds one: write them as JSON lines, one row a" in message
+    assert message.index("*.jsonl; these are alpaca rows") < message.index("set prompt: instruction")
     Path("rows.json").write_text("[1, 2]")
     assert "write rows" in found_in("rows.json")
 

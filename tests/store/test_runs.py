@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from poise.errors import DamagedError, RunBusyError, UserError
+from poise.errors import DamagedError, PoiseError, RunBusyError, UserError
 from poise.store.runs import Run, list_runs, open_run
 from poise.store.storage import Storage
 
@@ -116,7 +116,7 @@ def test_a_run_is_removed_unless_it_is_alive(run: Run, tmp_path: Path) -> None:
         assert run.claim_spec(SPEC, "b" * 64) is True
 
 
-def test_the_commands_that_remove_and_sweep_leave_a_run_under_way_alone(tmp_path: Path) -> None:
+def test_the_commands_that_remove_and_collect_leave_a_run_under_way_alone(tmp_path: Path) -> None:
     from click.testing import CliRunner
 
     from poise.cli import cli
@@ -129,16 +129,24 @@ def test_the_commands_that_remove_and_sweep_leave_a_run_under_way_alone(tmp_path
     elsewhere.write_bytes(b"under way in another run")
     invoke = CliRunner().invoke
     with run.lease():
-        for command in (["sweep", run.url, "--older-than", "0"], ["rm", run.url, "--yes"]):
+        for command in (["gc", run.url, "--older-than", "0"], ["rm", run.url, "--yes"]):
             refused = invoke(cli, ["runs", *command])
             assert isinstance(refused.exception, RunBusyError)
     assert run.files("checkpoints/") == ["checkpoints/step-00000010/model.bin"]
-    swept = invoke(cli, ["runs", "sweep", run.url, "--older-than", "0"])
+    swept = invoke(cli, ["runs", "gc", run.url, "--older-than", "0"])
     assert "1 orphans removed" in swept.output
     assert elsewhere.exists()
-    assert invoke(cli, ["runs", "sweep", run.url, "--older-than", "-1"]).exit_code != 0
+    assert invoke(cli, ["runs", "gc", run.url, "--older-than", "-1"]).exit_code != 0
     asked = invoke(cli, ["runs", "rm", run.url], input="n\n")
     assert f"remove {run.url}, interrupted, with 0 checkpoints?" in asked.output
+    assert isinstance(asked.exception, PoiseError)
+    assert (str(asked.exception), asked.exception.exit_code) == ("nothing was removed", 1)
+    assert str(invoke(cli, ["runs", "rm", run.url], input="").exception) == "nothing was removed"
+    other = open_run(tmp_path / "runs", "mnist")
+    other.claim_spec(SPEC, "a" * 64)
+    asked = invoke(cli, ["runs", "rm", other.url, run.url], input="y\nn\n")
+    assert str(asked.exception) == "nothing more was removed"
+    assert not other.exists()
     assert run.exists()
     assert f"removed {run.url}" in invoke(cli, ["runs", "rm", run.url], input="y\n").output
     assert not run.exists()
@@ -267,6 +275,8 @@ def test_a_run_that_has_to_exist_names_the_nearest(url: str) -> None:
     open_run(url, "digits-adt").claim_spec(SPEC, "a" * 64)
     with pytest.raises(UserError, match="is it 'digits-adt'"):
         open_run(url, "digits-atd", must_exist=True)
+    with pytest.raises(UserError, match=r"no run 'nope' in .*: `poise runs list .*` names those that are there"):
+        open_run(url, "nope", must_exist=True)
     assert open_run(url, "digits-adt", must_exist=True).exists()
     assert not open_run(url, "digits").exists()
 

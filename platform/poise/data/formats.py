@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["JSON_LINES", "peek", "told"]
+__all__ = ["JSON_LINES", "peek", "told", "told_of_list"]
 
 _GUIDE = "docs/specs.md, Text of other trainers, has the lines of Python that do it"
 JSON_LINES = 'rows {"prompt": ..., "completion": ...}, one JSON object a line, in a file *.jsonl'
@@ -40,6 +40,12 @@ def told(values: Mapping[str, Any]) -> str | None:
     if fields == {"text"} or ("text" in fields and not fields & {"prompt", "completion"}):
         return f"this is plain text (text): write it as completion with an empty prompt; {_GUIDE}"
     return None
+
+
+def told_of_list(values: Mapping[str, Any]) -> str | None:
+    """As `told`, of rows in a file that is no JSON lines: that comes first, whatever else is to be changed."""
+    cure = told(values)
+    return f"write them as JSON lines, one row a line, in a file named *.jsonl; {cure}" if cure else None
 
 
 def peek(path: Path) -> dict[str, Any] | None:

@@ -276,10 +276,10 @@ def _row_file(path: str, suffix: str) -> tuple[FilePath | None, tuple[str, str, 
 
 
 def _other_format(place: FilePath) -> str:
-    from poise.data.formats import JSON_LINES, peek, told
+    from poise.data.formats import JSON_LINES, peek, told_of_list
 
     values = peek(place)
-    cure = told(values) if values is not None else None
+    cure = told_of_list(values) if values is not None else None
     return f": {cure}" if cure else f": write {JSON_LINES}"
 
 

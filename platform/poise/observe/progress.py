@@ -156,12 +156,25 @@ def _counters(progress: Progress) -> list[tuple[str, str]]:
     if not progress.epochs:  # it counts something else than training
         return [(progress.unit, f"{progress.step:,}/{progress.steps:,}")]
     counters = [
-        ("epoch", f"{progress.epoch:.4g}/{progress.epochs:.4g}"),
+        ("epoch", f"{_epochs(progress.epoch)}/{_epochs(progress.epochs)}"),
         ("step", f"{progress.step:,}/{progress.steps:,}"),
-        (f"{progress.unit}/s", f"{progress.examples_per_s:,.0f}"),
-        ("ETA", _duration(progress.eta_s)),
     ]
+    if speed := _speed(progress.examples_per_s):
+        counters.append((f"{progress.unit}/s", speed))
+    counters.append(("ETA", _duration(progress.eta_s)))
     return [*counters, ("attempt", str(progress.attempt + 1))] if progress.attempt else counters
+
+
+def _epochs(value: float) -> str:
+    """With two decimals at most."""
+    return f"{value:.2f}".rstrip("0").rstrip(".")
+
+
+def _speed(per_s: float) -> str:
+    """A whole number, below 10 two digits; nothing where nothing is counted yet."""
+    if not per_s > 0:
+        return ""
+    return f"{per_s:,.0f}" if per_s >= 10 else f"{per_s:.2g}"
 
 
 def _shares(phases: Mapping[str, float]) -> dict[str, float]:

@@ -308,12 +308,15 @@ def list_runs(storage: Storage) -> list[RunSummary]:
 
 
 def open_run(store_url: str | Path, name: str, *, must_exist: bool = False) -> Run:
-    """The run of this name in the store at an address; with `must_exist`, `UserError` that names the nearest one."""
+    """The run of this name in the store at an address; with `must_exist`, `UserError` that names a similar one."""
     run = Run(open_storage(store_url), name)
     if must_exist and not run.exists():
         names = Run.names(run.storage)
-        near = difflib.get_close_matches(run.name, names, 1) or names[:1]
-        hint = f"is it {near[0]!r}?" if near else "it has no run at all"
+        near = difflib.get_close_matches(run.name, names, 1, cutoff=0.6)
+        elsewhere = (
+            f"`poise runs list {run.storage.url}` names those that are there" if names else "it has no run at all"
+        )
+        hint = f"is it {near[0]!r}?" if near else elsewhere
         raise UserError(f"there is no run {run.name!r} in {run.storage.url}: {hint}")
     return run
 
