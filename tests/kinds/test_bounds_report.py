@@ -258,3 +258,41 @@ def test_it_is_shown_on_a_page_and_in_a_terminal(finished):
     terminal = in_terminal(finished)
     assert "strong" in terminal
     assert "PAC-Bayes" in terminal
+
+
+BROKEN = """\
+import torch
+from torch import nn
+
+class Buggy(nn.Linear):
+    def forward(self, x):
+        return self.haed(x)
+
+class Traced(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.flatten(1)) + (1 if type(x) is torch.Tensor else x.nonsense.shape[0][1:] + {}["key"])
+
+class Single(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.flatten(1)) + x.flatten(1) @ torch.zeros(64, 10)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Buggy", r"broken:Buggy: the model fails on images \(1, 8, 8\): AttributeError: .*'haed' \(broken.py:6\)"),
+        ("Traced", r"broken:Traced: the network cannot be traced: KeyError: 'key' \(broken.py:10\)"),
+        ("Single", r"broken:Single: the network cannot be run in float64: RuntimeError: .*dtype"),
+    ],
+)
+def test_an_error_in_the_code_of_a_model_is_told_in_one_line(store, tmp_path, monkeypatch, capfd, name, message):
+    (tmp_path / "broken.py").write_text(BROKEN)
+    monkeypatch.delitem(sys.modules, "broken", raising=False)
+    monkeypatch.chdir(tmp_path)
+    model = {"function": f"broken:{name}", "arguments": {"in_features": 64, "out_features": 10}}
+    data = {"name": "digits", "limit": 100}
+    threats = {"linf": {"eps": 0.02, "steps": 1}}
+    with pytest.raises(UserError, match=message):
+        report(store, f"broken-{name}", [], models=[model], data=data, threats=threats, examples=20)
+    assert "Traceback" not in capfd.readouterr().err

@@ -108,6 +108,7 @@ def test_names_that_wrappers_have_added_to_are_freed_of_them(tmp_path):
 
 
 FUNCTIONS = """\
+import torch
 from torch import nn
 
 def few():
@@ -125,6 +126,9 @@ def number():
 def failing():
     raise RuntimeError("no weights here")
 
+def misspelt():
+    return nm.Linear(5, 10)
+
 def wrapped(width=3, depth=1):
     inner = nn.Sequential(nn.Flatten(), *(nn.Linear(64, 64) for _ in range(depth - 1)), nn.Linear(64, width))
     return nn.ModuleDict({"module": inner})["module"] if depth < 3 else Outer(inner)
@@ -140,6 +144,24 @@ class Outer(nn.Module):
 
 
 constant = 3
+
+
+class Buggy(nn.Sequential):
+    def forward(self, x):
+        return self.inner(x)
+
+    def inner(self, x):
+        return self.haed(x)
+
+
+class Torn(nn.Flatten):
+    def forward(self, x):
+        return x.view(3, 5)
+
+
+class Leaving(nn.Flatten):
+    def forward(self, x):
+        return torch.from_numpy(x.flatten(1).numpy())
 """
 
 
@@ -161,6 +183,10 @@ def functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         ("few", "tells 3 classes apart and the data set has 10"),
         ("flat", r"gives torch.float32 \(128,\) for 2 images"),
         ("wide", r"does not take images \(1, 8, 8\)"),
+        ("misspelt", r"NameError: name 'nm' is not defined \(functions_\d+\.py:20\)"),
+        ("Buggy", r"the model fails on images \(1, 8, 8\): AttributeError: 'Buggy' .* 'haed' \(functions_\d+\.py:44\)"),
+        ("Torn", r"does not take images \(1, 8, 8\): RuntimeError: .* \(functions_\d+\.py:49\)"),
+        ("Leaving", r"fails on images \(1, 8, 8\) that need a gradient: RuntimeError: .* \(functions_\d+\.py:54\)"),
     ],
 )
 def test_a_function_that_will_not_do_is_refused(functions, name, message):

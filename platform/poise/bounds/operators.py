@@ -6,7 +6,9 @@ The network is traced, never listed: residual arms, normalisations and poolings 
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +17,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from poise.bounds.affine import LayerNorms, measure
 from poise.bounds.walk import BATCH, Block, NetworkWalk, Path, Unit
+from poise.user_code import describe_error
 
 __all__ = ["Block", "LayerNorms", "Network", "Path", "Unit", "network_norms", "operator_norms"]
 
@@ -71,16 +74,32 @@ def network_norms(model: nn.Module, input_shape: Sequence[int]) -> Network:
     Raises:
         ValueError: an operation that is not known, or a network that cannot be traced; the message names it.
     """
-    copied = copy.deepcopy(model).double().eval()
-    try:
-        traced = fx.symbolic_trace(copied if list(copied.children()) else nn.Sequential(copied))
-    except fx.proxy.TraceError as error:
-        raise ValueError(f"the network cannot be traced, its forward depends on values: {error}") from error
-    device = next((parameter.device for parameter in copied.parameters()), torch.device("cpu"))
+    traced = _trace(model, input_shape)
     with torch.no_grad():
-        ShapeProp(traced).propagate(torch.zeros(BATCH, *input_shape, dtype=torch.float64, device=device))
         walk = NetworkWalk(traced)
         path = walk.to_the_end()
         norms = [measure(layer) for layer in walk.layers]
     shift = torch.zeros(()) if walk.shift is None else walk.shift
     return Network(norms, path, shift, walk.homogeneous, walk.fixes_zero)
+
+
+def _trace(model: nn.Module, input_shape: Sequence[int]) -> fx.GraphModule:
+    """A float64 copy of the model as a graph, with the shape of every node; ValueError for any error of its forward."""
+    copied = copy.deepcopy(model).double().eval()
+    try:
+        traced = fx.symbolic_trace(copied if list(copied.children()) else nn.Sequential(copied))
+    except fx.proxy.TraceError as error:
+        raise ValueError(
+            f"the network cannot be traced, its forward depends on values: {describe_error(error)}"
+        ) from error
+    except Exception as error:
+        raise ValueError(f"the network cannot be traced: {describe_error(error)}") from error
+    device = next((parameter.device for parameter in copied.parameters()), torch.device("cpu"))
+    images = torch.zeros(BATCH, *input_shape, dtype=torch.float64, device=device)
+    try:
+        with torch.no_grad(), redirect_stderr(io.StringIO()):  # it prints the traceback of an error
+            ShapeProp(traced).propagate(images)
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise ValueError(f"the network cannot be run in float64: {describe_error(cause)}") from error
+    return traced

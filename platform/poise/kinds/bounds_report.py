@@ -26,7 +26,7 @@ from poise.errors import UserError
 from poise.kinds.measure import described, robust_accuracy
 from poise.kinds.specs.bounds import BoundsReportSpec
 from poise.kinds.specs.evaluation import SubjectSpec
-from poise.kinds.subject import open_model
+from poise.kinds.subject import count_classes, open_model
 from poise.kinds.trained import open_trained, trained_runs
 from poise.observe.events import event
 from poise.observe.progress import Progress
@@ -90,6 +90,7 @@ def _of_model(spec: BoundsReportSpec, model: SubjectSpec, context: Context) -> C
     opened = open_model(model, data.shape, data.classes)
     name = str(model.file or model.function)
     network = opened.model.to(context.device).eval()
+    count_classes(network, data.test, data.classes, f"{name}: the model")
     return Classifier(name, opened.weights, None, network, data, spec.threats, spec.batch_size)
 
 

@@ -6,8 +6,7 @@ import hashlib
 import importlib
 import re
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,8 +26,9 @@ from poise.models.build import build
 from poise.models.plans import Shape
 from poise.robust.attacks import attack_mode
 from poise.store.storage import open_storage
+from poise.user_code import explain_errors
 
-__all__ = ["Opened", "Subject", "open_model", "open_subject"]
+__all__ = ["Opened", "Subject", "count_classes", "open_model", "open_subject"]
 
 _WRAPPERS = {"module": "torch.nn.DataParallel", "_orig_mod": "torch.compile"}
 """What is added to the names of a wrapped model, by the wrapper that adds it."""
@@ -94,7 +94,7 @@ def open_subject(
         _of_run(spec, known, store, device) if spec.run is not None else open_model(spec, known.shape, known.classes)
     )
     model = opened.model.to(device).eval()
-    classes = _num_classes(model, known, device)
+    classes = count_classes(model, known.images, known.classes)
     return Subject(model, known.images, opened.weights, classes, _digest(model), opened.note)
 
 
@@ -197,7 +197,7 @@ def _normalisation(spec: SubjectSpec, tensors: Mapping[str, Tensor]) -> str:
 def _of_function(spec: SubjectSpec) -> nn.Module:
     """What the user's function returns. The folder where the command was given is searched for its module first."""
     module, _, name = str(spec.function).partition(":")
-    with _explained(f"model.function: {spec.function}"):
+    with explain_errors(f"model.function: {spec.function}"):
         here = str(Path.cwd())
         sys.path.insert(0, here)
         try:
@@ -210,26 +210,27 @@ def _of_function(spec: SubjectSpec) -> nn.Module:
     return model
 
 
-def _num_classes(model: nn.Module, data: Split, device: torch.device) -> int:
-    """Of how many classes the model has a logit, by showing it two images."""
-    x = unit_pixels(data.images.images[:2].to(device))
-    with _explained(f"the model does not take images {data.shape}"), attack_mode(model), torch.no_grad():
+def count_classes(model: nn.Module, images: ImageSet, classes: int, name: str = "the model") -> int:
+    """The number of classes that the model, in messages `name`, has a logit for, by showing it two images.
+
+    Raises:
+        UserError: the forward of the model fails, or it does not return logits of at least so many `classes`.
+    """
+    device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
+    x = unit_pixels(images.images[:2].to(device))
+    shape = tuple(x.shape[1:])
+    fitting = explain_errors(f"{name} does not take images {shape}", defect=f"{name} fails on images {shape}")
+    with fitting, attack_mode(model), torch.no_grad():
         logits = model(x)
+    failing = explain_errors(f"{name} fails on images {shape} that need a gradient")
+    with failing, attack_mode(model), torch.enable_grad():
+        model(x.clone().requires_grad_().clone())
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x) or not logits.is_floating_point():
         shown = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise UserError(f"the model gives {shown} for {len(x)} images: logits (N, classes) of floats are needed")
-    if logits.shape[1] < data.classes:
-        raise UserError(f"the model tells {logits.shape[1]} classes apart and the data set has {data.classes}")
+        raise UserError(f"{name} gives {shown} for {len(x)} images: logits (N, classes) of floats are needed")
+    if logits.shape[1] < classes:
+        raise UserError(f"{name} tells {logits.shape[1]} classes apart and the data set has {classes}")
     return int(logits.shape[1])
-
-
-@contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """Whatever goes wrong in code that is not ours, as an error of the one who asked for it."""
-    try:
-        yield
-    except Exception as error:
-        raise UserError(f"{what}: {type(error).__name__}: {error}") from error
 
 
 def _digest(model: nn.Module) -> str:
