@@ -196,9 +196,9 @@ def test_a_hub_name_is_told_that_nothing_is_downloaded():
 def test_what_a_cluster_may_have_is_refused_here_and_not_there():
     values = {**ROBUST, "data": {"name": "mnist", "root": "/shared/mnist"}, "store": "/shared/runs"}
     spec = KINDS["robust.train"].model_validate(values)
-    assert [mistake.absent for mistake in find_mistakes(spec)] == [True]
+    assert {mistake.absent for mistake in find_mistakes(spec)} == {True}
     spec = KINDS["robust.evaluate"].model_validate({**EVALUATE, "model": {"run": "there"}, "store": "/shared/runs"})
-    assert [mistake.absent for mistake in find_mistakes(spec)] == [True]
+    assert {mistake.absent for mistake in find_mistakes(spec)} == {True}
     message = refused(values, "submit", "--address", "http://127.0.0.1:9")
     assert "not there" not in message  # it gets as far as looking for the cluster
     Path("rows.jsonl").write_text("no json\n")
@@ -374,3 +374,14 @@ def test_a_mistake_of_an_assignment_is_not_blamed_on_a_line_of_the_file(assignme
 
 def test_a_mistake_of_the_file_stays_with_its_line_whatever_is_set():
     assert "spec.yaml:1: kind: 'robust.tran'" in refused({**ROBUST, "kind": "robust.tran"}, "check", "--set", "seed=1")
+
+
+def test_a_store_that_cannot_be_made_is_refused(tmp_path):
+    """/proc takes no folder, even from root; a file is no place for one either. Nothing is left by the look."""
+    Path("file").write_text("")
+    for store, why in (("/proc/poise", "/proc: "), ("file/runs/deep", f"{tmp_path}/file is a file, not a folder")):
+        for command in ("check", "run"):
+            message = refused(ROBUST, command, "--set", f"store={store}")
+            assert re.search(rf"store: {store} cannot be made \({why}.*\): name a folder that can be written", message)
+    assert find_mistakes(load(write({**ROBUST, "store": "new/deep"}), KINDS)) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "spec.yaml"]

@@ -282,3 +282,13 @@ def test_a_file_in_the_way_is_an_error_that_names_the_place(tmp_path: Path) -> N
     (tmp_path / "store").write_text("not a folder")
     with pytest.raises(StoreError, match="store"):
         open_storage(tmp_path / "store").write("a", b"1")
+
+
+@pytest.mark.parametrize("place", ["/proc/poise", "file/runs"])
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    storage = open_storage(place)
+    for write in (storage.write, storage.create, storage.append):
+        with pytest.raises(StoreError, match=rf"^store: .*{place} cannot be made \(.*\): name a folder"):
+            write("run/key", b"")

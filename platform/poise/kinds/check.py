@@ -7,6 +7,8 @@ network: an answer takes a fraction of a second. What is on S3 is left to the ru
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -58,14 +60,35 @@ def _stages(spec: RunSpec) -> Iterator[tuple[Path, RunSpec]]:
 
 
 def _of_run(spec: RunSpec, made: dict[str, str]) -> Iterator[Mistake]:
-    if "://" not in spec.store and FilePath(spec.store).expanduser().is_file():
+    if "://" not in spec.store and os.path.isfile(FilePath(spec.store).expanduser()):
         yield Mistake(("store",), f"{spec.store} is a file, not a folder")
         return
+    if "://" not in spec.store and (why := _cannot_be_made(FilePath(spec.store).expanduser().absolute())):
+        message = f"{spec.store} cannot be made ({why}): name a folder that can be written"
+        yield Mistake(("store",), message, absent=True)
     for each in dict.fromkeys(spec.inputs()):
         yield from _of_input(each, spec, made)
     for path, section in _sections(spec):
         if isinstance(section, tuple(_EXAMINED)):
             yield from _examined(path, section)
+
+
+def _cannot_be_made(folder: FilePath) -> str | None:
+    """Why a folder cannot be made where it is to be; None where it is there or can be made.
+
+    A file without a name is opened in the nearest folder that exists: permissions alone do not tell of a file system
+    that takes no files, such as /proc, and root passes all of them.
+    """
+    if os.path.isdir(folder):  # unlike that of pathlib, it raises nothing where access is refused
+        return None
+    parent = next(place for place in folder.parents if os.path.exists(place))
+    if not os.path.isdir(parent):
+        return f"{parent} is a file, not a folder"
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            return None
+    except OSError as error:
+        return f"{parent}: {error.strerror}"
 
 
 def _sections(spec: RunSpec) -> Iterator[tuple[Path, Section]]:

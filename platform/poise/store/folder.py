@@ -14,6 +14,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
+from poise.errors import StoreError
 from poise.store.folder_lock import CONTENDER, alone_in
 from poise.store.storage import RESERVED, Entry, Storage, check_key, explained
 
@@ -162,9 +163,19 @@ class FolderStorage(Storage):
         for place in reversed(folders):
             if place.exists() and not place.is_dir():
                 _displace(place)
+        self._make_root()
         _make_folder(path.parent)
         if path.is_dir():
             _displace(path)
+
+    def _make_root(self) -> None:
+        """StoreError where the folder of the store is not there and cannot be made."""
+        try:
+            _make_folder(self.root)
+        except OSError as error:
+            raise StoreError(
+                f"store: {self.url} cannot be made ({error.strerror}): name a folder that can be written"
+            ) from error
 
     def _remove_empty(self, folder: Path) -> None:
         """Remove folders that hold nothing any more, as S3 has none either."""
