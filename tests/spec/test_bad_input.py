@@ -49,10 +49,10 @@ CHANGES = [
     ("store", "ftp://host/runs", "s3://bucket/prefix"),
     ("store", "s3://", "s3://bucket/prefix"),
     ("store", "s3://key:secret@bucket/x", "AWS_SECRET_ACCESS_KEY"),
-    ("store", "", "at least 1 character"),
+    ("store", "", "must not be empty"),
     ("store", 5, "valid string"),
     ("modle", {"name": "cnn"}, "did you mean 'model'"),
-    ("model", "cnn", "must be"),
+    ("model", "cnn", "needs a section: write `{name: cnn}`"),
     ("model.name", "resnet19", "did you mean 'resnet18'"),
     ("model.activation", "gelu", "is not valid"),
     ("model.width", 0, "greater than or equal to 1"),
@@ -65,7 +65,14 @@ CHANGES = [
     ("data.root", "/nowhere", "remove root"),
     ("data.flip", "yes please", "valid boolean"),
     ("threats", {}, "at least one threat"),
-    ("threats", [], "must be"),
+    ("threats", [], "needs a section with keys of linf, l2, l1, got []"),
+    ("threats.linf", "8/255", "needs a section: write `{eps: 8/255}`"),
+    ("workers", 2, "needs a section: write `{count: 2}`"),
+    ("data", "digits", "needs a section: write `{name: digits}`"),
+    ("train.evaluate_every", 2, "needs a section: write `{epochs: 2}`"),
+    ("train.optimizer", "sgd", "needs a section: write `{name: sgd}`"),
+    ("objective", "trades", "needs a section: write `{name: trades}`"),
+    ("store", "s" * 5000, "may have at most"),
     ("threats.linf.eps", "8/0", "divides by zero"),
     ("threats.linf.eps", "eight", "fraction such as 8/255"),
     ("threats.linf.eps", float("nan"), "finite"),
@@ -84,7 +91,7 @@ CHANGES = [
     ("objective", {"name": "adt", "lag": 2}, "is not valid"),
     ("objective", {"name": "adt", "weighting": "inverse"}, "did you mean 'inverse_loss'"),
     ("objective", {"name": "at", "lag": 1}, "unknown key"),
-    ("train", None, "must be"),
+    ("train", None, "needs a section with keys of epochs"),
     ("train.epochs", "ten", "valid integer"),
     ("train.epochs", 0, "greater than or equal to 1"),
     ("train.steps", 10, "either epochs or steps"),
@@ -134,7 +141,7 @@ TEXTS = [
     (b"kind: robust.train\nname: x\na: " + b"[" * 200 + b"]" * 200, "nested too deeply"),
     (b"kind: robust.train\nname: x\na: [" + b"1," * 500_000 + b"]\n", "more than 50000 values"),
     (b"kind: robust.train\nname: x\na:\n" + b"- 1\n" * 200_000, "more than 50000 values"),
-    (b"kind: pipeline\nname: p\nstages: {}\n", "at least 1 item"),
+    (b"kind: pipeline\nname: p\nstages: {}\n", "needs at least 1 entry and has none"),
     (b"kind: pipeline\nname: p\nstages: [a]\n", "stages"),
     (b"kind: pipeline\nname: p\nstages: {a: 3}\n", "stages.a"),
     (b"kind: pipeline\nname: p\nstages: {../a: {}}\n", "letters, digits"),
@@ -250,6 +257,39 @@ def test_an_override_of_several_lines_is_refused_whole(value, write):
 )
 def test_a_malformed_override_is_refused(assignment, write):
     assert "--set" in refused(write(yaml.safe_dump(BASE)), "--set", assignment)
+
+
+@pytest.mark.parametrize("threat", ["{linf: 8/255}", "{linf: {eps: 8/255}}", "linf"])
+def test_a_ball_that_is_written_as_a_threat_of_training_is_told_once_how_it_is_written(threat, write):
+    text = (
+        "kind: robust.evaluate\nname: e\nmodel: {run: r}\ndata: {name: digits}\n"
+        f"attacks: [{{attack: pgd, threat: {threat}}}]\n"
+    )
+    with pytest.raises(SpecError) as caught:
+        load(write(text), KINDS)
+    (problem,) = caught.value.problems
+    assert problem.path == ("attacks", 0, "threat")
+    assert "write `{norm: linf, eps: 8/255}`" in problem.message
+
+
+def test_no_message_names_a_class_or_a_step_of_the_validator(write):
+    text = (
+        "kind: sweep\nname: s\nmetric: ''\nmode: max\nsearch: grid\nbase: {kind: calibrate.measure, model: m, "
+        "questions: q, decoding: {stop: a}}\nspace: {samples: [2, 3], bins: {grid: []}, seed: {uniform: [1]}}\n"
+    )
+    with pytest.raises(SpecError) as caught:
+        load(write(text), KINDS)
+    told = {problem.path: problem.message for problem in caught.value.problems}
+    assert told == {
+        ("metric",): "must not be empty",
+        ("search",): "needs a section: write `{name: grid}`, got 'grid'",
+        ("base", "model"): "needs a section: write `{run: m}`, got 'm'",
+        ("base", "questions"): "needs a section, got 'q'",
+        ("base", "decoding", "stop"): "needs a list, such as ['a']",
+        ("space", "samples"): "needs a section: write `{grid: [2, 3]}`, got [2, 3]",
+        ("space", "bins", "grid"): "needs at least 1 entry and has none",
+        ("space", "seed", "uniform"): "needs at least 2 entries and has 1",
+    }
 
 
 def test_every_mistake_is_reported_at_once_with_its_line(write):

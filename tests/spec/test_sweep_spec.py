@@ -218,7 +218,7 @@ def test_a_kind_that_leaves_no_number_cannot_be_swept(write):
         ("train.epochs: {grid: [1, 2]}", {}, "on the validation split under the attacks of training"),
         ("threats.linf.eps: {grid: [0.1, 0.2]}", {}, "which differ from trial to trial: no common measure"),
         ("train.epochs: {grid: [1, 2]}", {"metric": "accuracy.best.clean"}, "the best is chosen by the test"),
-        ("train.epochs: {grid: [1, 2]}", {"metric": "loss"}, "loss on the train split"),
+        ("train.epochs: {grid: [1, 2]}", {"metric": "loss"}, "train split: it favours overfitting; use one of the va"),
     ],
 )
 def test_by_what_trials_are_judged_is_said_with_the_cost(space, changes, message, sweep):

@@ -17,13 +17,11 @@ from poise.secrets import find_secrets, redact
 from poise.spec.problems import Path, Problem, SpecError, nearest
 from poise.spec.reader import Document, read_file
 from poise.spec.run import RunSpec
+from poise.spec.wording import TAGS, section_expected, size_expected
 
 __all__ = ["dump", "json_schema", "load", "load_document", "parse", "sha256"]
 
 Kinds = Mapping[str, type[RunSpec]]
-
-_TAGS = ("name", "kind", "attack")
-"""The keys that tell which of several sections one is."""
 
 _SECRET = (
     "holds a secret, such as a password in a URL or a service's token. A spec is kept with its run and shown on its "
@@ -139,7 +137,7 @@ def _written(loc: Path, tree: Any) -> Path:
         if inside:
             tree = tree[part]
             path.append(part)
-        elif index == len(loc) - 1 and not (isinstance(tree, dict) and part in map(tree.get, _TAGS)):
+        elif index == len(loc) - 1 and not (isinstance(tree, dict) and part in map(tree.get, TAGS)):
             path.append(part)
     return tuple(path)
 
@@ -158,8 +156,15 @@ def _message(detail: ErrorDetails, spec_class: type[RunSpec]) -> str:
         shown = context["tag"] if kind == "union_tag_invalid" else given
         hint = nearest(str(shown), allowed) if allowed else f"expected {context.get('expected')}"
         return f"{_short(shown)} is not valid; {hint}"
+    if kind in ("model_type", "model_attributes_type"):
+        members = _members(_annotation_at(spec_class, detail["loc"]))
+        return f"{section_expected(given, members)}, got {_short(given)}"
+    if kind == "list_type" and isinstance(given, (str, int, float)):
+        return f"needs a list, such as [{_short(given)}]"
+    if kind in ("too_short", "too_long", "string_too_short", "string_too_long"):
+        return size_expected(kind, context)
     text = re.sub(r"^(Value|Assertion) error, ", "", detail["msg"])
-    text = re.sub(r"^Input should be", "must be", text)
+    text = re.sub(r"^Input should be", "must be", text).replace("a valid dictionary", "a mapping of keys to values")
     untold = kind == "mistake" or isinstance(given, dict) or "environment" in detail["loc"]
     return text if untold else f"{text}, got {_short(given)}"
 
@@ -199,7 +204,7 @@ def _members(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _tag(member: type[BaseModel]) -> str | None:
-    fields = (member.model_fields.get(key) for key in _TAGS)
+    fields = (member.model_fields.get(key) for key in TAGS)
     tags = [get_args(field.annotation)[0] for field in fields if field and get_origin(field.annotation) is Literal]
     return str(tags[0]) if tags else None
 

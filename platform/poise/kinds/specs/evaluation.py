@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -101,6 +101,17 @@ class BallSpec(Section):
 
     norm: Norm = Field(description="norm of the change")
     eps: Eps = Field(description="radius of the ball, pixels in [0, 1]; a fraction such as 8/255 is exact")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _norm_and_eps(cls, given: Any) -> Any:
+        """A ball as the threats of a training are written, `{linf: 8/255}`, or a norm alone."""
+        norm, eps = next(iter(given.items()), ("", None)) if isinstance(given, dict) else (given, None)
+        if norm in get_args(Norm):
+            eps = eps.get("eps") if isinstance(eps, dict) else eps
+            shown = eps if isinstance(eps, (int, float, str)) else "8/255"
+            raise ValueError(f"norm and eps are keys of their own: write `{{norm: {norm}, eps: {shown}}}`")
+        return given
 
     @model_validator(mode="after")
     def _within_the_box(self) -> BallSpec:

@@ -232,9 +232,18 @@ class SweepSpec(RunSpec):
         words = f"{best}{self.metric} on the {source.examples} split{attacks if source.attacks else ''}"
         if source.examples == "test":
             return f"{words}: the best is chosen by the test, and its result there is too good"
+        if source.examples == "train":
+            return f"{words}: it favours overfitting; {self._held_out()}"
         if source.attacks == "training" and any(contains("threats", path) for path in self._paths()):
             return f"{words}, which differ from trial to trial: no common measure"
         return words
+
+    def _held_out(self) -> str:
+        """What to judge by instead of the images or rows that are trained on."""
+        known = self._spec(next(self._variants()), self.name).metrics()
+        names = [name for name, source in known.items() if source.examples == "validation" and not source.needs]
+        shown = next((name for name in names if "*" not in name), None)
+        return f"use one of the validation split, such as {shown}" if shown else "hold out a validation split"
 
     def cost(self) -> list[str]:
         """The number of trials, what they are judged by, and what the first of them costs."""
