@@ -91,3 +91,33 @@ def test_only_what_goes_on_is_said_to_go_on(tmp_path, monkeypatch, capsys, comma
     signal.signal(signal.SIGTERM, before)
     assert ended.value.code == 130
     assert capsys.readouterr().err.strip().splitlines()[-1] == said
+
+
+@pytest.mark.parametrize("content", [None, b'{"kind": "robust.tr', b"[1]"])
+def test_a_finished_run_without_its_summary_is_shown_with_a_warning(tmp_path, content):
+    """Missing, truncated, or not what was written: one line on stderr names the file."""
+    store = str(tmp_path / "runs")
+    run = started(store, "one", "robust.train")
+    run.write("artifacts/summary.json", b'{"kind": "robust.train", "seed": 3}')
+    run.finish("finished")
+    for command in (["runs", "show"], ["report"]):
+        assert CliRunner().invoke(cli, [*command, f"{store}/one"]).stderr == ""
+    summary = tmp_path / "runs" / "one" / "artifacts" / "summary.json"
+    if content is None:
+        summary.unlink()
+    else:
+        summary.write_bytes(content)
+    for command in (["runs", "show"], ["report"]):
+        outcome = CliRunner().invoke(cli, [*command, f"{store}/one"])
+        assert outcome.exit_code == 0
+        (line,) = outcome.stderr.splitlines()
+        assert line.startswith(f"poise: warning: {summary} is {'damaged' if content else 'missing'}")
+
+
+def test_why_a_run_failed_is_said_at_the_left_and_without_a_table_of_no_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    run = started(str(tmp_path), "one", "robust.train")
+    run.finish("failed", error="the disk [red] is full")
+    outcome = CliRunner().invoke(cli, ["runs", "show", str(tmp_path / "one")])
+    assert outcome.output.splitlines()[:2] == [f"{tmp_path}/one: failed", "failed because: the disk [red] is full"]
+    assert "checkpoint" not in outcome.output

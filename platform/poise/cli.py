@@ -20,6 +20,7 @@ from poise.observe.terminal import printable
 
 if TYPE_CHECKING:
     from poise.observe.sinks import Sink
+    from poise.report.record import RunRecord
     from poise.spec import RunSpec
     from poise.spec.reader import Document
     from poise.store.runs import Run
@@ -249,13 +250,15 @@ def report(runs: Sequence[str], output: Path | None, tensorboard: Path | None) -
     from poise.report.publish import publish
 
     opened = [_open(name) for name in runs]
+    records = [load_record(one) for one in opened]
+    _warn_of_damages(records)
     if tensorboard is not None:
         from poise.observe.tensorboard import write_tensorboard
 
-        for one in opened:
-            write_tensorboard(load_record(one).rows, tensorboard / one.name)
+        for record in records:
+            write_tensorboard(record.rows, tensorboard / record.name)
     with _writes(output):
-        click.echo(publish(opened, opened[0], output))
+        click.echo(publish(records, opened[0], output))
 
 
 @cli.command()
@@ -311,8 +314,12 @@ def runs_show(run: str) -> None:
     from poise.report.table import comparison, run_details, run_inputs
 
     opened = _open(run)
+    record = load_record(opened)
+    _warn_of_damages([record])
     read = run_inputs(opened)
-    Console().print(run_details(opened), *([read] if read else []), *comparison([load_record(opened)]))
+    console = Console()
+    for part in (*run_details(opened), *([read] if read else []), *comparison([record])):
+        console.print(part)
 
 
 @runs.command("verify")
@@ -514,10 +521,18 @@ def _print_results(spec: RunSpec, stages: Sequence[RunSpec]) -> None:
     from poise.report.table import comparison
     from poise.store.runs import open_run
 
-    opened = [open_run(stage.store, stage.name) for stage in stages]
-    for table in comparison([load_record(one) for one in opened]):
+    records = [load_record(open_run(stage.store, stage.name)) for stage in stages]
+    _warn_of_damages(records)
+    for table in comparison(records):
         Console().print(table, "")
-    click.echo(f"page: {publish(opened, open_run(spec.store, spec.name))}")
+    click.echo(f"page: {publish(records, open_run(spec.store, spec.name))}")
+
+
+def _warn_of_damages(records: Sequence[RunRecord]) -> None:
+    """Name on stderr every file of these runs that is missing or damaged: what it would have shown is left out."""
+    for record in records:
+        for damage in record.damages:
+            click.echo(printable(f"poise: warning: {damage}"), err=True)
 
 
 def _print_job(details: Any) -> None:

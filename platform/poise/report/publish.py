@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from poise.report.page import load_record, render
+from poise.report.page import render
+from poise.report.record import RunRecord
 from poise.store.runs import Run
 
 __all__ = ["publish"]
@@ -14,9 +15,9 @@ _NAMES_IN_TITLE = 3
 _PAGE = "report.html"
 
 
-def publish(runs: Sequence[Run], home: Run, output: Path | None = None) -> str:
-    """Write the page of `runs` into run `home`, or to the file `output`, and return where it is."""
-    page = render([load_record(run) for run in runs], title=_title(runs, home)).encode()
+def publish(records: Sequence[RunRecord], home: Run, output: Path | None = None) -> str:
+    """Write the page of `records` into run `home`, or to the file `output`, and return where it is."""
+    page = render(records, title=_title([record.name for record in records], home)).encode()
     if output is None:
         home.write(_PAGE, page)
         here, place = f"{Path.cwd()}/", f"{home.url}/{_PAGE}"
@@ -26,9 +27,8 @@ def publish(runs: Sequence[Run], home: Run, output: Path | None = None) -> str:
     return str(output)
 
 
-def _title(runs: Sequence[Run], home: Run) -> str:
+def _title(names: Sequence[str], home: Run) -> str:
     """The name of the run or pipeline that the page belongs to; of runs set side by side, their names."""
-    names = [run.name for run in runs]
     if len(names) == 1 or home.name not in names:
         return home.name
     if len(names) <= _NAMES_IN_TITLE + 1:

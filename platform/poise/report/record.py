@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,7 +29,8 @@ class RunRecord:
     """A run as the report sees it. Whatever is not there yet is empty; the page says so.
 
     `summary` is artifacts/summary.json: accuracies in [0, 1] by checkpoint ("best", "final") and measure ("clean",
-    "robust/<threat>", "robust/average", "robust/union") on `examples` images, and the attacks in words.
+    "robust/<threat>", "robust/average", "robust/union") on `examples` images, and the attacks in words. `damages` names
+    each file that is missing or damaged, and says what is wrong with it.
     """
 
     name: str
@@ -41,6 +42,7 @@ class RunRecord:
     events: list[dict[str, Any]] = field(default_factory=list)
     status: str = "unknown"
     error: str | None = None
+    damages: Sequence[str] = ()
 
     @property
     def examples(self) -> int:
@@ -91,6 +93,7 @@ def load_record(run: Run) -> RunRecord:
         events=run.events() + [{"event": "damaged", "what": str(damage)} for damage in damages],
         status=state.status,
         error=manifest.error if manifest else None,
+        damages=[str(damage) for damage in damages],
     )
 
 
@@ -101,7 +104,8 @@ def _read(run: Run, relative: str, parse: Callable[[bytes], T], damages: list[Da
     except FileNotFoundError:
         return None
     except (DamagedError, ValueError) as error:
-        damages.append(DamagedError(f"{run.url}/{relative}: {error}"))
+        file = f"{run.url}/{relative}"
+        damages.append(DamagedError(str(error) if str(error).startswith(file) else f"{file} is damaged: {error}"))
         return None
 
 

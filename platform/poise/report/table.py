@@ -97,15 +97,20 @@ def run_inputs(run: Run) -> Table | None:
     return table
 
 
-def run_details(run: Run) -> Table:
-    """The state of one run and its checkpoints, oldest first."""
+def run_details(run: Run) -> Iterator[Text | Table]:
+    """The state of one run, why it failed if it did, and its checkpoints, if it has any, oldest first."""
     summary = run.summary()
     known = None if summary.status == "damaged" else run.manifest()
-    title = Text(printable(f"{run.url}: {summary.status}"))
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
+    yield Text(printable(f"{run.url}: {summary.status}"))
+    if known is not None and known.error:
+        yield Text(printable(f"{known.status} because: {known.error}"))
+    commits = run.checkpoints.commits()
+    if not commits:
+        return
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     for heading in ("checkpoint", "step", "MiB", "committed (UTC)"):
         table.add_column(heading, justify="right" if heading in ("step", "MiB") else "left")
-    for commit in run.checkpoints.commits():
+    for commit in commits:
         best = " (best)" if commit.step == summary.best_step else ""
         table.add_row(
             Text(printable(commit.name) + best),
@@ -113,6 +118,4 @@ def run_details(run: Run) -> Table:
             f"{commit.size / 2**20:.2f}",
             when(commit.committed),
         )
-    if known is not None and known.error:
-        table.caption = Text(printable(known.error))
-    return table
+    yield table
