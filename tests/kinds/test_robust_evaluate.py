@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -435,7 +436,23 @@ def test_a_black_box_evaluation_of_a_model_without_gradient_comes_to_its_end(sto
     assert told(finish(spec_of(store, "black-box", model=model, data=DIGITS, attacks=[square], examples=20))) == told(
         run
     )
-    refused(store, "no gradient for its input", model=model, data=DIGITS, examples=20)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        refused(store, "no gradient for its input", model=model, data=DIGITS, examples=20)
+    assert not [each for each in caught if "no gradient" in str(each.message)]  # the refusal says it
+
+
+def test_a_warning_of_a_run_is_one_plain_line(store, functions, capfd):
+    with warnings.catch_warnings():
+        warnings.showwarning = _print_as_python_does  # pytest records them otherwise
+        warnings.simplefilter("always")
+        attacked(store, "plain", model={"function": f"{functions}:soft"}, data=DIGITS, attacks=ATTACKS[:1], examples=20)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("poise: warning: the model gives probabilities (rows that sum to 1) in place of logits")
+
+
+def _print_as_python_does(message, category, filename, lineno, file=None, line=None):
+    sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
 
 
 def test_a_result_that_hangs_on_the_batch_is_said_to(store, functions):

@@ -15,6 +15,7 @@ from poise.kinds.specs.manifold import RobustManifoldSpec, RobustVaeSpec
 from poise.kinds.specs.pipeline import PipelineSpec
 from poise.kinds.specs.robust import RobustTrainSpec
 from poise.kinds.specs.sweep import SweepSpec
+from poise.observe.terminal import plain_warnings
 from poise.spec import RunSpec
 from poise.store.inputs import record_inputs
 
@@ -47,4 +48,5 @@ def run(spec: RunSpec, context: Context) -> None:
         UserError: an input is not the one that the run has begun with.
     """
     context.together(lambda: record_inputs(context.run, spec))
-    import_module(f"poise.kinds.{spec.kind.replace('.', '_')}").run(spec, context)
+    with plain_warnings():
+        import_module(f"poise.kinds.{spec.kind.replace('.', '_')}").run(spec, context)

@@ -25,7 +25,7 @@ from poise.observe.progress import Progress
 from poise.observe.rows import Rows
 from poise.robust.attacks import AttackResult
 from poise.robust.attacks.checks import RANDOMISED, masking, suspicions
-from poise.robust.attacks.contract import scores
+from poise.robust.attacks.contract import NO_GRADIENT, scores
 from poise.robust.noise import Noise
 from poise.spec.seeds import derive_seed
 from poise.stats import wilson
@@ -99,8 +99,9 @@ def _signs(spec: RobustEvaluateSpec, subject: Subject, images: ImageSet, context
     signs = suspicions(subject.model, x, y, sorted(losses | {"margin"}))
     averaged = all(getattr(stage, "draws", None) for stage in spec.attacks)
     signs = tuple(sign for sign in signs if not (averaged and sign.startswith(RANDOMISED)))
-    if context.leads:
-        for sign in signs:
+    follows_gradients = any(stage.attack != "square" for stage in spec.attacks)
+    for sign in signs:
+        if context.leads and not (sign == NO_GRADIENT and follows_gradients):  # they refuse in the same words
             warnings.warn(sign, stacklevel=2)
     return list(signs)
 
