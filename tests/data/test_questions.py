@@ -55,7 +55,9 @@ def test_real_questions(shared_data):
         ({"question": "who", "answer": ["me", None]}, "not an answer or a list of answers"),
         ({"question": "who", "answer": {"value": "me"}}, "an object with the fields 'value'"),
         ({"question": "who", "answer": [["me"]]}, "not an answer or a list of answers"),
-        ({"answer": ["me"]}, "there is no 'question'"),
+        ({"answer": ["me"]}, "there is no 'question', only answer; questions.question names the field"),
+        ({"question": "", "answer": ["y"]}, "'question' is empty, not a question"),
+        ({"question": " \n", "answer": ["y"]}, r"'question' is ' \\n', not a question"),
     ],
 )
 def test_a_bad_question_is_named(tmp_path, row, message):
@@ -114,6 +116,12 @@ def test_questions_from_csv_and_parquet_are_those_of_json_lines(tmp_path):
     assert load_questions(CsvQuestions(name="csv", path=str(tmp_path / "p.csv")))[0].answers == ("Ann", "Bob")
 
 
+def test_an_empty_question_of_parquet_is_named(tmp_path):
+    pq.write_table(pa.table({"question": ["a", ""], "answer": ["b", "c"]}), tmp_path / "q.parquet")
+    with pytest.raises(UserError, match=r"q\.parquet:2: 'question' is empty, not a question"):
+        load_questions(ParquetQuestions(name="parquet", path=str(tmp_path)))
+
+
 def test_parquet_numbers_are_answers(tmp_path):
     pq.write_table(pa.table({"question": ["a", "b"], "answer": [1, 2], "id": [5, None]}), tmp_path / "q.parquet")
     found = load_questions(ParquetQuestions(name="parquet", path=str(tmp_path)))
@@ -128,6 +136,12 @@ def test_parquet_numbers_are_answers(tmp_path):
         ('question,answer\nwho,"me\n', "no CSV file in UTF-8"),
         ("question;answer\nwho;me\n", "there is no 'answer', only question;answer"),
         ("question,answer\nwho,\n", "'answer' is empty"),
+        ('question,answer\n"",me\n', r"q\.csv:2: 'question' is empty, not a question"),
+        (
+            "Is it so?,yes,no,A\nIs it not?,no,yes,B\n",
+            "only A, Is it so\\?, no, yes; its first line looks like data: put a",
+        ),
+        ("Add 1.,0,0,B\nAdd 2.,4,1,A\n", "names its columns, each once; .*; its first line looks like data"),
         ("", "no row to read"),
     ],
 )
@@ -138,6 +152,16 @@ def test_a_csv_file_that_is_none_is_named(tmp_path, text, message):
     (tmp_path / "q.csv").write_bytes(b"question,answer\n\xff,b\n")
     with pytest.raises(UserError, match="no CSV file in UTF-8"):
         load_questions(CsvQuestions(name="csv", path=str(tmp_path / "q.csv")))
+
+
+def test_a_real_csv_file_without_a_line_of_names(shared_data):
+    path = str(shared_data / "qa" / "mmlu" / "test" / "abstract_algebra_test.csv")
+    with pytest.raises(
+        UserError, match=r"there is no 'answer'.* its first line looks like data: put a line of"
+    ) as found:
+        load_questions(CsvQuestions(name="csv", path=path))
+    assert "Find the degree for the given ..." in str(found.value)
+    assert "field extension" not in str(found.value)
 
 
 def test_real_csv_and_real_single_answers(shared_data):

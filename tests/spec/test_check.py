@@ -225,7 +225,25 @@ def test_questions_without_the_named_fields():
     values = {**MEASURE, "model": {"folder": "m"}, "questions": {"name": "jsonl", "path": file}}
     message = refused(values)
     assert "questions.path" in message
-    assert "set question and answers to fields of the file, which has answer, problem" in message
+    assert "there is no 'question', only answer, problem; questions.question names the field" in message
+    assert message.count("problem") == 1
+    values["questions"] = {"name": "jsonl", "path": jsonl("q.jsonl", {"question": "who", "answer": [], "reply": "me"})}
+    assert "set question and answers to fields of the file, which has answer, question, reply" in refused(values)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "unknown"),
+    [("{question} {context}", "{context}"), ("{b}{question}{a_1}", "{a_1}, {b}"), ("{{hint}} {question}", "{hint}")],
+)
+def test_a_placeholder_that_nothing_fills_is_refused(prompt, unknown):
+    message = refused({**MEASURE, "model": {"folder": "m"}, "questions": {"name": "world"}, "prompt": prompt})
+    assert f"prompt: nothing is known to fill in for {unknown}; the only placeholder is {{question}}" in message
+
+
+def test_braces_that_are_text_stay():
+    prompt = r'{question} \boxed{x} \frac{a}{b} x_{i} {"answer": 1} {} { word }'
+    values = {**MEASURE, "model": {"folder": "m"}, "questions": {"name": "world"}, "prompt": prompt}
+    assert KINDS["calibrate.measure"].model_validate(values).prompt == prompt
 
 
 @pytest.mark.parametrize("name", ["csv", "parquet"])
@@ -235,7 +253,7 @@ def test_questions_of_other_formats_without_the_named_fields(name):
     else:
         pq.write_table(pa.table({"problem": ["who"], "answer": ["me"]}), "q.parquet")
     values = {**MEASURE, "model": {"folder": "m"}, "questions": {"name": name, "path": f"q.{name}"}}
-    assert "which has answer, problem" in refused(values)
+    assert "there is no 'question', only answer, problem; questions.question names the field" in refused(values)
     values["questions"]["question"] = "problem"
     assert "questions" not in refused(values)  # the model is what is wrong now
     Path(f"q.{name}").write_bytes(b"\xff\xfe")

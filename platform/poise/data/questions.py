@@ -8,7 +8,7 @@ import random
 from typing import Any, Literal
 
 from poise.data.examples import Question
-from poise.data.rows import Row, read_rows
+from poise.data.rows import Row, header_advice, read_rows
 from poise.data.spec import CsvQuestions, JsonlQuestions, ParquetQuestions, QuestionsSpec, WorldQuestions
 from poise.errors import UserError
 
@@ -50,10 +50,12 @@ def _chosen(rows: list[Row], limit: int | None) -> list[Row]:
 
 
 def read_question(row: Row, spec: QuestionFiles) -> Question:
-    """The question in a row. UserError with file and line where it has none, or no answers."""
-    if spec.answers not in row.values:
-        known = ", ".join(map(str, row.values)) or "nothing"
-        raise UserError(f"{row.where}: there is no {spec.answers!r}, only {known}; questions.answers names the field")
+    """The question in a row. UserError with file and line where it has none, a blank one, or no answers."""
+    for option, field in (("answers", spec.answers), ("question", spec.question)):
+        if field not in row.values:
+            advice = header_advice(row.values) if spec.name == "csv" else ""
+            advice = advice or f"; questions.{option} names the field"
+            raise UserError(f"{row.where}: {row.missing(field)}{advice}")
     value = row.values[spec.answers]
     listed = _listed(value) if spec.name == "csv" else value
     answers = [_text(answer) for answer in (listed if isinstance(listed, list) else [listed])]
@@ -63,7 +65,10 @@ def read_question(row: Row, spec: QuestionFiles) -> Question:
     for answer in accepted:
         row.check_text(answer, spec.answers)
     row.check_text(_id(row), "id")
-    return Question(_id(row), row.text(spec.question), accepted)
+    prompt = row.text(spec.question)
+    if not prompt.strip():
+        raise UserError(f"{row.where}: {spec.question!r} is {_described(prompt)}, not a question")
+    return Question(_id(row), prompt, accepted)
 
 
 def _text(value: Any) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,9 +17,12 @@ import pyarrow.parquet as pq
 from poise.errors import UserError
 from poise.store.storage import open_storage
 
-__all__ = ["Row", "first_rows", "read_rows"]
+__all__ = ["Row", "first_rows", "header_advice", "read_rows"]
 
 _Suffix = Literal[".jsonl", ".csv", ".parquet"]
+
+_LONGEST_NAME = 30
+"""Characters of a field name in a message; a longer one is cut. A column name this long or longer looks like data."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,20 @@ class Row:
     def text(self, key: str) -> str:
         """A value that has to be text; UserError that says where it is not."""
         if key not in self.values:
-            raise UserError(f"{self.where}: there is no {key!r}, only {', '.join(sorted(self.values)) or 'nothing'}")
+            raise UserError(f"{self.where}: {self.missing(key)}")
         value = self.values[key]
         if not isinstance(value, str):
             raise UserError(f"{self.where}: {key!r} is {type(value).__name__}, not text")
         self.check_text(value, key)
         return value
+
+    def missing(self, key: str) -> str:
+        """The message that a field is not there, with the fields that are."""
+        return f"there is no {key!r}, only {self.fields() or 'nothing'}"
+
+    def fields(self) -> str:
+        """The names of the fields in one line, long ones cut."""
+        return ", ".join(_cut(name) for name in sorted(map(str, self.values)))
 
     def check_text(self, text: str, key: str) -> None:
         """UserError for a text with half of a UTF-16 pair: JSON can escape one, and no tokenizer can read it."""
@@ -47,6 +58,29 @@ class Row:
         except UnicodeEncodeError as error:
             place = error.start + 1
             raise UserError(f"{self.where}: {key!r} has half of a surrogate pair as character {place}") from error
+
+
+def header_advice(columns: Iterable[str]) -> str:
+    """What to do about a CSV file whose first line holds values and not the names of columns; "" where it looks right.
+
+    Numbers, questions and long texts are no names. A short first line of words cannot be told from names.
+    """
+    if not any(_is_number(name) or name.endswith("?") or len(name) > _LONGEST_NAME for name in columns):
+        return ""
+    return "; its first line looks like data: put a line of column names before it, such as question,answer"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _cut(name: str) -> str:
+    one_line = " ".join(name.split())
+    return one_line if len(one_line) <= _LONGEST_NAME else f"{one_line[:_LONGEST_NAME]}..."
 
 
 def read_rows(path: str, suffix: _Suffix, limit: int | None = None) -> list[Row]:
@@ -119,12 +153,16 @@ def _csv_rows(where: str, name: str, text: TextIO) -> Iterator[Row]:
     try:
         lines = csv.reader(text, strict=True)
         columns = next(lines, [])
+        shown = list(map(_cut, columns))
         if len(set(columns)) < len(columns) or not all(columns):
-            raise UserError(f"{where}: the first line of a CSV file names its columns, each once; it is {columns}")
+            advice = header_advice(columns)
+            raise UserError(
+                f"{where}: the first line of a CSV file names its columns, each once; it is {shown}{advice}"
+            )
         for values in lines:
             place = lines.line_num
             if len(values) not in (0, len(columns)):
-                raise UserError(f"{where}:{place}: {len(values)} values for the {len(columns)} columns {columns}")
+                raise UserError(f"{where}:{place}: {len(values)} values for the {len(columns)} columns {shown}")
             if values:
                 yield Row(f"{where}:{place}", f"{name}:{place}", dict(zip(columns, values, strict=True)))
     except (UnicodeDecodeError, csv.Error) as error:

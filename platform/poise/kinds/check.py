@@ -252,7 +252,7 @@ def _text(spec: JsonlText | ParquetText) -> _Findings:
         field = getattr(spec, key)
         if field not in values:
             cure = told(values) or f"set {key} to the field that holds it, or write {JSON_LINES}"
-            yield "path", f"{rows[0].where}: there is no {field!r}, only {', '.join(sorted(values))}: {cure}", False
+            yield "path", f"{rows[0].where}: {rows[0].missing(field)}: {cure}", False
             return
         if not isinstance(values[field], str):
             yield key, f"{rows[0].where}: {field!r} is {type(values[field]).__name__}, not text", False
@@ -279,8 +279,9 @@ def _questions(spec: JsonlQuestions | CsvQuestions | ParquetQuestions) -> _Findi
     try:
         read_question(rows[0], spec)
     except UserError as error:
-        held = ", ".join(sorted(rows[0].values))
-        yield "path", f"{error}; set question and answers to fields of the file, which has {held}", False
+        is_missing = not {spec.question, spec.answers} <= rows[0].values.keys()  # then the message lists the fields
+        cure = "" if is_missing else f"; set question and answers to fields of the file, which has {rows[0].fields()}"
+        yield "path", f"{error}{cure}", False
 
 
 def _row_file(path: str, suffix: str) -> tuple[FilePath | None, tuple[str, str, bool] | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -18,6 +19,9 @@ _MEASURES = [
     *(f"{confidence}/{error}" for confidence in ("sem1", "sem2") for error in _ERRORS),
     *(f"difference/{error}" for error in ("confidence", "ece")),
 ]
+_BRACES = re.compile(r"(?:\\[A-Za-z]+|[\^_])(?:\{[^{}]*\})+|\{([A-Za-z_]\w*)\}")
+"""Braces in a prompt; group 1 is a single word in them, taken for a placeholder. Arguments of LaTeX, such as
+`\\boxed{x}` and `x_{i}`, and braces round anything else, as in JSON, are text."""
 _AGAINST_THE_TRUTH = [f"true/{error}" for error in ("confidence", "ece", "error", "sem1_bias", "sem2_bias")]
 
 
@@ -45,6 +49,11 @@ class CalibrateMeasureSpec(RunSpec):
             raise mistake("model.name", "a new model knows nothing that could be measured; name a `run` or `folder`")
         if "{question}" not in self.prompt:
             raise mistake("prompt", "the question is asked nowhere: write {question} where it belongs")
+        unknown = sorted({name for name in _BRACES.findall(self.prompt) if name not in ("", "question")})
+        if unknown:
+            held = ", ".join(f"{{{name}}}" for name in unknown)
+            reason = f"nothing is known to fill in for {held}; the only placeholder is {{question}}"
+            raise mistake("prompt", f"{reason}. Braces that are meant as text need a space inside: {{ word }}")
         if not self.decoding.temperature:
             raise mistake("decoding.temperature", "at 0 all answers to a question agree, whatever the model believes")
         if self.workers.count > 1:
