@@ -256,7 +256,7 @@ def test_prompts_that_leave_no_room_are_refused_before_a_sampler_is_opened(folde
         raise AssertionError("nothing was to be opened")
 
     context = Context(open_run(tmp_path, "measured"), sampler=never)
-    with pytest.raises(UserError, match="do not fit into the 255 that the model can hold; lower max_tokens"):
+    with pytest.raises(UserError, match=r"^question '.*do not fit into the 255 .*; lower decoding.max_tokens$"):
         kinds.run(spec_of(folder, decoding={"max_tokens": 250}), context)
 
 

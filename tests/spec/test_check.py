@@ -41,6 +41,14 @@ EVALUATE = {
 }
 TUNE = {"kind": "finetune.sft", "name": "tuned", "train": {"steps": 1}}
 MEASURE = {"kind": "calibrate.measure", "name": "measured"}
+PLAY = {
+    "kind": "align.selfplay",
+    "name": "played",
+    "questions": {"name": "world", "split": "prefer"},
+    "oracle": {"name": "cyclic"},
+    "method": {"name": "mpo", "period": 20},
+    "train": {"epochs": 1},
+}
 
 
 def write(values: dict[str, Any]) -> Path:
@@ -191,6 +199,29 @@ def test_a_hub_name_is_told_that_nothing_is_downloaded():
     message = refused(values)
     assert "model.folder: there is no folder 'Qwen/Qwen2.5-0.5B'" in message
     assert "nothing is downloaded" in message
+
+
+def test_answers_that_a_model_cannot_hold_after_any_prompt(family_folder):
+    model = {"folder": str(family_folder("llama"))}  # 128 positions; a prompt has one token, scoring takes one more
+    jsonl("q.jsonl", {"question": "who", "answer": ["me"]})
+    questions = {"name": "jsonl", "path": "q.jsonl"}
+    for most, mistaken in ((126, False), (127, True)):
+        measure = {**MEASURE, "model": model, "questions": questions, "decoding": {"max_tokens": most}}
+        play = {**PLAY, "model": model, "max_tokens": most}
+        sweep = {
+            "kind": "sweep", "name": "tried", "base": {**measure, "name": "tried"}, "metric": "accuracy",
+            "mode": "max", "space": {"samples": {"grid": [2, 3]}, "decoding.max_tokens": {"grid": [8, most]}},
+        }  # fmt: skip
+        found = {
+            values["kind"]: [each.path for each in find_mistakes(KINDS[values["kind"]].model_validate(values))]
+            for values in (measure, play, sweep)
+        }
+        places = {
+            "calibrate.measure": ("decoding", "max_tokens"),
+            "align.selfplay": ("max_tokens",),
+            "sweep": ("base", "decoding", "max_tokens"),
+        }
+        assert found == {kind: [place] if mistaken else [] for kind, place in places.items()}
 
 
 def test_what_a_cluster_may_have_is_refused_here_and_not_there():

@@ -22,7 +22,7 @@ from poise.data.questions import load_questions
 from poise.errors import PoiseError, UserError
 from poise.kinds.exported import keep_model, next_token_probabilities, probe_sequences, rehearse_export
 from poise.kinds.language import warn
-from poise.kinds.sampling import sample_all
+from poise.kinds.sampling import check_questions, sample_all
 from poise.kinds.selfplay import Asked, SelfPlay, magnet_of
 from poise.kinds.specs.align import AlignSelfplaySpec
 from poise.kinds.standing import Measured, Standing
@@ -75,7 +75,7 @@ def run(spec: AlignSelfplaySpec, context: Context) -> None:
 def _check_fit(folder: Path, model: nn.Module, asked: Sequence[Asked], max_tokens: int) -> None:
     """What the iterations will need: room behind every prompt, and weights that the sampler knows by their names."""
     stored = read_folder(folder)
-    stored.check_room((question.tokens for question in asked), max_tokens)
+    check_questions(stored, ((question.prompt, question.tokens) for question in asked), max_tokens, "max_tokens")
     for question in asked:
         for answer in question.answer_tokens:
             stored.limits.check_ids(answer)

@@ -21,7 +21,7 @@ from poise.data.questions import load_questions
 from poise.errors import UserError
 from poise.kinds.confidence import SCHEMA, Asked, asked, described, summarised
 from poise.kinds.language import warn
-from poise.kinds.sampling import sample_all
+from poise.kinds.sampling import check_questions, sample_all
 from poise.kinds.specs.calibrate import CalibrateMeasureSpec
 from poise.models.folder import read_folder
 from poise.models.language import fetch_folder, open_tokenizer
@@ -52,7 +52,8 @@ def _measure(spec: CalibrateMeasureSpec, context: Context) -> None:
         tokenizer, stored = open_tokenizer(folder), read_folder(folder)
         special, requests = stored.special, _requests(spec, questions, tokenizer)
         prompts = [request.prompt for request in requests]
-        stored.check_room(prompts, spec.decoding.max_tokens)
+        named = [(request.id, request.prompt) for request in requests]
+        check_questions(stored, named, spec.decoding.max_tokens, "decoding.max_tokens")
         sampler_spec = spec.sampler.fit_sequences(max(map(len, prompts)) + spec.decoding.max_tokens)
         warn(special.notes, context)
         with context.sampler(sampler_spec, folder) as sampler:

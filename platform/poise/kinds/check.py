@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 from poise.data.spec import CsvQuestions, DataSpec, JsonlQuestions, JsonlText, ParquetQuestions, ParquetText
 from poise.errors import PoiseError, UserError
+from poise.kinds.specs.align import AlignSelfplaySpec
+from poise.kinds.specs.calibrate import CalibrateMeasureSpec
 from poise.kinds.specs.evaluation import SubjectSpec
 from poise.kinds.specs.pipeline import PipelineSpec
 from poise.kinds.specs.sweep import SweepSpec
@@ -26,6 +28,9 @@ from poise.spec.problems import Path, nearest
 from poise.store.runs import Run, open_run
 
 __all__ = ["Mistake", "find_mistakes"]
+
+_OF_A_RUN = {"model", "decoding", "max_tokens"}
+"""The keys of a run that are looked at together."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,8 @@ def _sections(spec: RunSpec) -> Iterator[tuple[Path, Section]]:
     for trial in spec.trials():
         for path, section in _below(trial.spec, ("base",)):
             if isinstance(section, tuple(_EXAMINED)):
-                content = section.model_dump_json()
+                only = _OF_A_RUN if isinstance(section, RunSpec) else None  # its name is that of the trial
+                content = section.model_dump_json(include=only)
                 if (path, content) not in seen:
                     seen.add((path, content))
                     yield path, section
@@ -173,13 +179,13 @@ def _examined(path: Path, section: Section) -> Iterator[Mistake]:
     examine = next(function for kind, function in _EXAMINED.items() if isinstance(section, kind))
     try:
         for key, message, absent in examine(section):
-            yield Mistake((*path, key), message, absent)
+            yield Mistake((*path, *key.split(".")), message, absent)
     except PoiseError as error:
         yield Mistake(path, str(error))
 
 
 _Findings = Iterator[tuple[str, str, bool]]
-"""The key that is at fault, what is wrong, and whether something is absent."""
+"""The key that is at fault, dotted, what is wrong, and whether something is absent."""
 
 
 def _images(spec: DataSpec) -> _Findings:
@@ -318,6 +324,26 @@ def _language_model(spec: LanguageModelSpec) -> _Findings:
         yield "folder", str(error), not FilePath(spec.folder).expanduser().exists()
 
 
+def _answers(spec: CalibrateMeasureSpec | AlignSelfplaySpec) -> _Findings:
+    """Answers that are longer than the model can hold, whatever is asked."""
+    if spec.model.folder is None or "://" in spec.model.folder:
+        return
+    from poise.models.examine import examine_folder
+
+    if isinstance(spec, CalibrateMeasureSpec):
+        key, tokens = "decoding.max_tokens", spec.decoding.max_tokens
+    else:
+        key, tokens = "max_tokens", spec.max_tokens
+    try:
+        context = examine_folder(spec.model.folder).context
+    except UserError:
+        return  # told of the folder itself
+    most = None if context is None else context - 2  # a prompt has a token, and vLLM scores by asking for one more
+    if most is not None and tokens > most:
+        message = f"{tokens} tokens are more than the model in {spec.model.folder} can hold after a prompt, {most}"
+        yield key, f"{message}: lower it", False
+
+
 def _subject(spec: SubjectSpec) -> _Findings:
     if spec.file is None or "://" in spec.file:
         return
@@ -364,4 +390,6 @@ _EXAMINED: dict[type[Section], Callable[[Any], _Findings]] = {
     ParquetQuestions: _questions,
     LanguageModelSpec: _language_model,
     SubjectSpec: _subject,
+    CalibrateMeasureSpec: _answers,
+    AlignSelfplaySpec: _answers,
 }

@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +24,10 @@ from poise.observe.progress import Progress
 from poise.store.runs import Run
 from poise.train.context import Context
 
-__all__ = ["sample_all"]
+if TYPE_CHECKING:
+    from poise.models.folder import ModelFolder
+
+__all__ = ["check_questions", "sample_all"]
 
 _SCHEMA = pa.schema(
     {
@@ -36,6 +39,20 @@ _SCHEMA = pa.schema(
         "version": pa.int64(),
     }
 )
+
+
+def check_questions(
+    folder: ModelFolder, prompts: Iterable[tuple[str, Sequence[int]]], max_tokens: int, key: str
+) -> None:
+    """UserError that names the first question, by id or text, after whose prompt `max_tokens` more do not fit.
+
+    `key` is where the spec says how many.
+    """
+    for question, prompt in prompts:
+        try:
+            folder.check_room([prompt], max_tokens, key)
+        except UserError as error:
+            raise UserError(f"question {question[:60]!r}: {error}") from error
 
 
 def sample_all(

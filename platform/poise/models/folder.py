@@ -47,10 +47,10 @@ class ModelFolder:
         """The tokens that end a response."""
         return self.special.stop
 
-    def check_room(self, prompts: Iterable[Sequence[int]], tokens: int) -> None:
+    def check_room(self, prompts: Iterable[Sequence[int]], tokens: int, key: str = "max_tokens") -> None:
         """UserError for an empty prompt, and for one after which `tokens` more do not fit."""
         try:
-            self.limits.check_room(prompts, tokens)
+            self.limits.check_room(prompts, tokens, key)
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from error
 

@@ -32,9 +32,9 @@ class ModelLimits:
                 "not this model's"
             )
 
-    def check_room(self, prompts: Iterable[Sequence[int]], tokens: int) -> None:
+    def check_room(self, prompts: Iterable[Sequence[int]], tokens: int, key: str = "max_tokens") -> None:
         """UserError for an empty prompt, for one that the model has no embeddings for, and for one after which `tokens`
-        more do not fit."""
+        more, as `key` says, do not fit."""
         for prompt in prompts:
             if not prompt:
                 raise UserError("a prompt has no token; begin it with the model's BOS token")
@@ -42,7 +42,7 @@ class ModelLimits:
             if len(prompt) + tokens > self.context:
                 raise UserError(
                     f"a prompt of {len(prompt)} tokens and {tokens} more do not fit into the {self.context} that the "
-                    "model can hold; lower max_tokens"
+                    f"model can hold; lower {key}"
                 )
 
 
