@@ -96,6 +96,49 @@ def test_all_right_and_sure_is_no_proof_of_calibration():
     assert found.high == pytest.approx(1 - wilson(1.0, 8)[0], abs=0.01)
 
 
+@pytest.mark.parametrize("count", [1, 2, 40])
+def test_all_wrong_or_all_right_has_the_width_of_wilsons_interval(count):
+    rate = wilson(0.0, count)[1]
+    for grade in (0, 1):
+        unsure = unbiased_ece([0.25] * count, [grade] * count)
+        distance = abs(grade - 0.25)
+        assert unsure.low == pytest.approx(max(0, distance - rate))
+        assert unsure.high >= distance
+        certain = unbiased_ece([float(grade)] * count, [grade] * count)
+        assert (certain.value, certain.low) == (0, 0)
+        assert certain.high == pytest.approx(rate, abs=0.01)
+
+
+def test_bins_that_agree_each_have_a_width_together():
+    """20 wrong with confidence 0.25 and 20 right with 0.75: a rate of exceptions of 0.088 makes the gaps smaller."""
+    found = unbiased_ece([0.25] * 20 + [0.75] * 20, [0] * 20 + [1] * 20)
+    assert found.low == pytest.approx(0.25 - wilson(0.0, 40)[1])
+    exact = unbiased_ece([0.0] * 20 + [1.0] * 20, [0] * 20 + [1] * 20)
+    assert exact.high >= wilson(0.0, 40)[1] - 1e-9
+
+
+@pytest.mark.parametrize("confidence", [0.0, 0.25, 1.0])
+def test_the_coverage_near_accuracies_of_0_and_1_by_the_binomial_distribution(confidence):
+    """One confidence and 40 questions: the coverage is a sum over the number of right answers, without sampling."""
+    n = 40
+    found = [unbiased_ece([confidence] * n, [1] * x + [0] * (n - x)) for x in range(n + 1)]
+    for accuracy in (0.03, 0.05, 0.07, 0.1, 0.15, 0.9, 0.95, 0.97):
+        truth = abs(accuracy - confidence)
+        chances = [math.comb(n, x) * accuracy**x * (1 - accuracy) ** (n - x) for x in range(n + 1)]
+        covered = sum(p for p, e in zip(chances, found, strict=True) if e.low - 1e-9 <= truth <= e.high + 1e-9)
+        assert covered >= 0.9, accuracy
+
+
+def test_the_shares_of_the_bins_are_uncertain_where_no_grade_is(populations):
+    """Nobody is right: the true error is the mean confidence, and the sample's mean is off by its own noise."""
+    conf, draw = np.round(populations["Sem1"] * 4) / 4, np.random.default_rng(1)
+    truth, covered = conf.mean(), []
+    for _ in range(WORLDS):
+        found = unbiased_ece(draw.choice(conf, 40), np.zeros(40), reps=200)
+        covered.append(found.low <= truth <= found.high)
+    assert np.mean(covered) >= 0.9
+
+
 def test_grades_between_0_and_1_have_their_own_variance():
     conf = np.linspace(0.05, 0.95, 300)
     exact = unbiased_ece(conf, conf)

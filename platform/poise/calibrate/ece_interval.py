@@ -8,19 +8,22 @@ surprise. Near 0 and far from it this covers with the same nominal probability.
 Source: Carpenter, Test inversion bootstrap confidence intervals, JRSS B 61 (1999); Hansen, The grid bootstrap and the
 autoregressive model, Review of Economics and Statistics 81 (1999), also for the median-unbiased estimate. The gaps of
 the bins are shrunk towards their mean as empirical Bayes does (Efron and Morris, JASA 1973) before they are scaled to
-t. The interval of Sun et al. (arXiv 2408.08998) is for the L2 error and covers 97 to 100% where a model is calibrated.
+t. Where no bin holds both right and wrong answers the simulated noise vanishes, and Wilson's limit of the rate of
+exceptions widens the interval. The interval of Sun et al. (arXiv 2408.08998) is for the L2 error and covers 97 to 100%
+where a model is calibrated.
 """
 
 from __future__ import annotations
 
 from math import nan
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from poise.calibrate.ece import Edges, bin_indices, checked_pair
-from poise.stats import Estimate
+from poise.stats import Estimate, wilson
 
 __all__ = ["unbiased_ece"]
 
@@ -41,6 +44,13 @@ class _Bins(NamedTuple):
     confidence: Array
     gap: Array
     variance: Array | None
+
+
+class _Noise(NamedTuple):
+    """R draws, the same ones for every candidate: shares of the bins and standard normal noise of grades, (R, B)."""
+
+    shares: Array
+    grades: Array
 
 
 def unbiased_ece(
@@ -73,7 +83,7 @@ def unbiased_ece(
     if not len(c):
         return Estimate(nan, nan, nan)
     table = _table(c, y, bins, edges)
-    noise = np.random.default_rng(seed).standard_normal((int(reps), len(table.share)))
+    noise = _draw_noise(table.share, table.examples, int(reps), seed)
     plug_in = float(table.share @ np.abs(table.gap))
     direction = _direction(table)
     calibrated = _quantile(_simulated(table, 0 * direction, noise), 0.5)
@@ -82,20 +92,26 @@ def unbiased_ece(
     def solve(observed: float, quantile: float) -> float:
         """The largest true error at which this quantile of the plug-in ECE is at most `observed`; 0 where none is.
 
-        The quantile grows with the error, so that a bisection finds it.
+        The quantile grows with the error, so that a bisection finds it. Where all accuracies are at 0 or 1 and even
+        then the quantile is smaller, the sample's bins hold other shares of the examples than the population's: the
+        distance is added, as for a shift.
         """
         low, high = 0.0, _LARGEST
         for _ in range(_STEPS):
             scale = (low + high) / 2
             reached = _quantile(_simulated(table, scale * direction, noise), quantile) <= observed
             low, high = (scale, high) if reached else (low, scale)
-        return float(table.share @ np.abs(_feasible(table, low * direction)))
+        error = float(table.share @ np.abs(_feasible(table, low * direction)))
+        return error + max(0.0, observed - _quantile(_simulated(table, low * direction, noise), quantile))
 
     # an error below what a calibrated model shows is luck: it must not make the interval shorter
     high = solve(max(plug_in, calibrated), tail)
     estimate = solve(plug_in, 0.5) if plug_in > calibrated else 0.0
     low = solve(plug_in, 1 - tail) if plug_in > calibrated else 0.0
-    return Estimate(estimate, low, high)
+    if _agrees_within_bins(table):
+        exact_low, exact_high = _limits_without_variance(table, level)
+        low, high = min(low, exact_low), max(high, exact_high)
+    return Estimate(min(max(estimate, low), high), low, high)
 
 
 def _table(c: Array, y: Array, bins: int, edges: Edges) -> _Bins:
@@ -112,6 +128,31 @@ def _table(c: Array, y: Array, bins: int, edges: Edges) -> _Bins:
     return _Bins(len(c), count[full] / len(c), confidence, accuracy - confidence, variance)
 
 
+def _agrees_within_bins(table: _Bins) -> bool:
+    """Whether every bin holds only right or only wrong answers, so that p (1 - p) is 0 at the observed rates."""
+    accuracy = table.confidence + table.gap
+    return table.variance is None and bool((np.minimum(accuracy, 1 - accuracy) < 1e-9).all())
+
+
+def _limits_without_variance(table: _Bins, level: float) -> tuple[float, float]:
+    """The smallest and the largest error that is no surprise where all grades agree within their bin.
+
+    The simulated noise vanishes there, yet a population with an exception rate r, the share of grades that differ from
+    the others of their bin, shows no exception in n examples with the probability (1 - r)^n. So r reaches from 0 to
+    Wilson's limit for 0 of n, whatever the bins. The error is smallest where all exceptions close the gaps, and largest
+    where they fall into the bins that have no gap to close.
+    """
+    w = table.share
+    size = np.abs(table.gap)  # (B,), 1 - confidence or confidence: the room up to the grade that was not seen is 1
+    rate = wilson(0.0, table.examples, NormalDist().inv_cdf((1 + level) / 2))[1]
+    low = max(0.0, float(w @ size) - rate)
+    order = np.argsort(size)  # a bin that is filled with exceptions adds w (1 - 2 size)
+    w, size = w[order], size[order]
+    exceptions = np.clip(rate - (np.cumsum(w) - w), 0, w)  # (B,)
+    high = float(np.maximum(w * size, np.abs(exceptions - w * size)).sum())
+    return low, high
+
+
 def _direction(table: _Bins) -> Array:
     """The gaps (B,) shrunk towards their mean by the share of noise in their spread, scaled to an error of 1.
 
@@ -120,8 +161,9 @@ def _direction(table: _Bins) -> Array:
     w, gap = table.share, table.gap
     variance = table.variance
     if variance is None:
-        accuracy = table.confidence + gap
-        variance = np.maximum(accuracy * (1 - accuracy), table.confidence * (1 - table.confidence))
+        count = w * table.examples
+        accuracy = ((table.confidence + gap) * count + 1) / (count + 2)  # of Laplace: bins that agree have noise too
+        variance = accuracy * (1 - accuracy)
     mean = w @ gap
     spread = float(w @ (gap - mean) ** 2)
     noise = float(variance.sum() / table.examples)  # sum_b w_b variance_b / (n w_b)
@@ -137,26 +179,34 @@ def _feasible(table: _Bins, gap: Array) -> Array:
     return np.asarray(accuracy - table.confidence)
 
 
-def _simulated(table: _Bins, gap: Array, noise: Array) -> Array:
-    """The plug-in ECE (R,) of R samples of n examples from a population with these gaps; `noise` (R, B) is normal.
+def _simulated(table: _Bins, gap: Array, noise: _Noise) -> Array:
+    """The plug-in ECE (R,) of R samples of n examples from a population with these gaps.
 
-    The bin sums of (grade - confidence) / n have mean m = w gap and covariance (diag(a) - m m') / n, with
-    a = w (variance + gap^2): which bin an example falls into is random too.
+    Which bin an example falls into is random, with the covariance (diag(w) - w w') / n of the shares, and so are the
+    grades in it.
     """
-    w, c = table.share, table.confidence
+    c = table.confidence
     feasible = _feasible(table, gap)
     accuracy = c + feasible
     variance = accuracy * (1 - accuracy) if table.variance is None else table.variance
-    mean = w * feasible
-    deviation = np.sqrt(w * (variance + feasible**2))
-    # (diag(d) - k m h') z with h = m / d has the covariance diag(d^2) - m m' for this k
-    h = np.divide(mean, deviation, out=np.zeros_like(mean), where=deviation > 0)
-    length = min(float(h @ h), 1.0)
-    k = (1 - np.sqrt(1 - length)) / length if length > 1e-12 else 0.5
-    sums = mean + (noise * deviation - k * np.outer(noise @ h, mean)) / np.sqrt(table.examples)
+    deviation = np.sqrt(table.share * variance / table.examples)
+    sums = noise.shares * feasible + noise.grades * deviation  # (R, B), of (grade - confidence) / n
     if table.variance is None:  # no accuracy is below 0 or above 1: with confidence 1, nobody is under-confident
-        sums = np.clip(sums, -w * c, w * (1 - c))
+        sums = np.clip(sums, -noise.shares * c, noise.shares * (1 - c))
     return np.asarray(np.abs(sums).sum(1))
+
+
+def _draw_noise(share: Array, examples: int, reps: int, seed: int) -> _Noise:
+    """Latin hypercube draws: every bin has the same R normal quantiles in a random order, so that tails are not luck.
+
+    Source: McKay, Beckman and Conover, Technometrics 21 (1979).
+    """
+    generator = np.random.default_rng(seed)
+    quantiles = [NormalDist().inv_cdf((r + 0.5) / reps) for r in range(reps)]
+    normal = generator.permuted(np.tile(quantiles, (2 * len(share), 1)), axis=1).T  # (R, 2 B)
+    grades, root = normal[:, : len(share)], normal[:, len(share) :] * np.sqrt(share)
+    shares = share + (root - root.sum(1, keepdims=True) * share) / np.sqrt(examples)
+    return _Noise(np.maximum(shares, 0), grades)
 
 
 def _quantile(values: Array, q: float) -> float:
