@@ -139,6 +139,16 @@ def test_the_shares_of_the_bins_are_uncertain_where_no_grade_is(populations):
     assert np.mean(covered) >= 0.9
 
 
+def test_one_right_answer_of_40_leaves_the_end_of_the_mean_gap():
+    """All gaps have one sign: the error is the mean of confidence - grade, with the end of a mean."""
+    conf = np.array([0.25] * 10 + [0.5] * 25 + [0.75] * 5)
+    grades = np.zeros(40)
+    grades[20] = 1
+    mean, deviation = np.mean(conf - grades), np.std(conf - grades, ddof=1)
+    found = unbiased_ece(conf, grades)
+    assert found.high == pytest.approx(mean + 1.96 * deviation / math.sqrt(40), abs=0.015)
+
+
 def test_grades_between_0_and_1_have_their_own_variance():
     conf = np.linspace(0.05, 0.95, 300)
     exact = unbiased_ece(conf, conf)

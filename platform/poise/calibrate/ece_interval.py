@@ -106,6 +106,7 @@ def unbiased_ece(
 
     # an error below what a calibrated model shows is luck: it must not make the interval shorter
     high = solve(max(plug_in, calibrated), tail)
+    high = max(high, _shifted_end(table, direction, noise, max(plug_in, calibrated), tail))
     estimate = solve(plug_in, 0.5) if plug_in > calibrated else 0.0
     low = solve(plug_in, 1 - tail) if plug_in > calibrated else 0.0
     if _agrees_within_bins(table):
@@ -126,6 +127,22 @@ def _table(c: Array, y: Array, bins: int, edges: Edges) -> _Bins:
         mean = (np.bincount(index, residual)[full] / count[full])[np.cumsum(full)[index] - 1]
         variance = np.bincount(index, (residual - mean) ** 2)[full] / np.maximum(count[full] - 1, 1)
     return _Bins(len(c), count[full] / len(c), confidence, accuracy - confidence, variance)
+
+
+def _shifted_end(table: _Bins, direction: Array, noise: _Noise, observed: float, tail: float) -> float:
+    """The largest error where the shares of the bins differ from the sample's by as much as their noise allows.
+
+    Near accuracies of 0 and 1 the gaps cannot grow, but the shares of the wide ones can.
+    """
+    ends = []
+    for scale in np.linspace(0, 1, 41):
+        gap = _feasible(table, scale * direction)
+        error = float(table.share @ np.abs(gap))
+        distance = observed - _quantile(_simulated(table, gap, noise), tail)
+        allowed = error - _quantile(noise.shares @ np.abs(gap), tail)
+        if distance >= 0:
+            ends.append(error + min(distance, max(allowed, 0.0)))
+    return max(ends, default=0.0)
 
 
 def _agrees_within_bins(table: _Bins) -> bool:
