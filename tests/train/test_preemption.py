@@ -28,11 +28,12 @@ def signal_at(*batches: int, number: int = signal.SIGTERM):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_loses_no_step(number, bench):
     said = rf"committed at step 8 after {number.name}.* same command"
+    handler = signal.getsignal(number)
     with pytest.raises(PreemptedError, match=said) as caught, PROCESS.handled():
         bench.fit("a", signal_at(7, number=number))
     assert caught.value.exit_code == 75
     assert bench.steps("a")[-1] == 8
-    assert signal.getsignal(number) is signal.SIG_DFL
+    assert signal.getsignal(number) is handler
 
 
 @pytest.mark.parametrize("step", range(12))
