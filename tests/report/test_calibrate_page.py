@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 from matplotlib.figure import Figure
@@ -50,7 +51,7 @@ def test_the_headline_has_the_errors_with_their_intervals(record):
     found = cells(headline)
     assert headline.lines[0].note == "n=100, coverage 98.0%, seed 3"
     assert found["accuracy"] == ("0.720", "0.600\u20130.800")
-    assert found["Sem1-ECE"] == ("0.300", "unbiased 0.250\n0.125\u20130.500")
+    assert found["Sem1-ECE"] == ("0.300", "0.250\n0.125\u20130.500")
     assert found["Sem1 \u2212 Sem2"] == ("-0.010", "")
     assert found["true ECE"] == ("\u2013", "")  # not known outside a world
     assert [line.note for line in each.lines] == ["Sem1", "Sem2"]
@@ -64,13 +65,15 @@ def test_the_headline_has_the_errors_with_their_intervals(record):
 def test_the_method_is_named_on_the_page_and_in_the_terminal(record):
     headline, *_ = SECTION.grids([record])
     assert "test inversion" in headline.caption
-    assert "without its bias" in headline.title
+    assert "its unbiased estimate, with 95% interval" in headline.title
+    known = {"true/ece": [0.2, None, None], "true/unbiased_ece": [0.175, 0.1, 0.3]}
+    metrics = record.summary["metrics"] | known
     text = Console(width=80, file=io.StringIO())
-    for table in comparison([record]):
+    for table in comparison([replace(record, summary={**record.summary, "metrics": metrics})]):
         text.print(table)
     printed = text.file.getvalue()
-    assert "unbiased 0.250" in printed
-    assert "0.125\u20130.500" in printed
+    for shown in ("true ECE", "0.250", "0.125\u20130.500", "0.175", "0.100\u20130.300"):
+        assert shown in printed
 
 
 def test_a_run_that_has_measured_nothing_has_no_table(record):

@@ -38,7 +38,7 @@ def _grids(records: Sequence[RunRecord]) -> Iterator[Grid]:
     if not found:
         return
     yield Grid(
-        title="Calibration; below each ECE: without its bias, with 95% interval",
+        title="Calibration; below each ECE its unbiased estimate, with 95% interval",
         caption="Expected calibration errors (ECE, L1) of the answered questions. The plug-in ECE is biased upwards by "
         "the noise of the grades; below it stands the median-unbiased estimate with its 95% interval, by test "
         "inversion (Carpenter 1999, Hansen 1999), which covers whether a model is calibrated or not. Sem1: the share "
@@ -82,7 +82,7 @@ def _headline(record: RunRecord) -> list[Cell]:
 def _error(record: RunRecord, name: str) -> Cell:
     """The plug-in ECE; below it, on lines of their own, the estimate without bias and its interval."""
     plug_in, unbiased = _estimate(record, f"{name}/ece"), _estimate(record, f"{name}/unbiased_ece")
-    return Cell(plug_in.text, f"unbiased {unbiased.text}\n{unbiased.below}" if unbiased.below else "")
+    return Cell(plug_in.text, f"{unbiased.text}\n{unbiased.below}" if unbiased.below else "")
 
 
 def _each(record: RunRecord, name: str) -> list[Cell]:
