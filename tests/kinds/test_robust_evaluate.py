@@ -445,7 +445,8 @@ def test_a_black_box_evaluation_of_a_model_without_gradient_comes_to_its_end(sto
 def test_a_warning_of_a_run_is_one_plain_line(store, functions, capfd):
     with warnings.catch_warnings():
         warnings.showwarning = _print_as_python_does  # pytest records them otherwise
-        warnings.simplefilter("always")
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", UserWarning)  # others may come from what earlier tests have left
         attacked(store, "plain", model={"function": f"{functions}:soft"}, data=DIGITS, attacks=ATTACKS[:1], examples=20)
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("poise: warning: the model gives probabilities (rows that sum to 1) in place of logits")
