@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from poise.observe.environment import environment
+from poise.store.lease import Lease
 from poise.store.runs import open_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -119,6 +120,16 @@ def test_a_signal_to_a_driver_and_to_a_worker_on_ray(
     run = desk.finish("stopped", store, address=head.address)
     assert [event["step"] for event in run.events() if event["event"] == "start"][-1] == last
     assert_same(run, uninterrupted)
+
+
+def test_ctrl_c_while_the_workers_start_says_what_goes_on(head, desk, tmp_path):
+    job = desk.start("interrupted", str(tmp_path / "runs"), address=head.address)
+    job.until(lambda: "starting 2 workers" in job.text())
+    os.kill(job.process.pid, signal.SIGINT)
+    assert job.wait() == 130, job.text()
+    assert "stopped; the same command goes on from the last commit" in job.text()
+    assert "Traceback" not in job.text()
+    assert not Lease.is_held(job.run.storage, job.run.name)
 
 
 def test_a_finished_run_is_left_as_it_is(uninterrupted, tmp_path, poise):

@@ -140,6 +140,9 @@ def _trainer(spec: RunSpec, errand: Errand, scratch: str, private: bool) -> Trai
 def _fit(trainer: Trainer, board: Any) -> None:
     try:
         trainer.fit()
+    except SystemExit:
+        # Ray's own handler of Ctrl-C aborts the workers, ends this process and says nothing.
+        raise KeyboardInterrupt from None
     except TrainingFailedError as error:
         state: BoardState = ray.get(board.read.remote())
         raise state.error or failure_of(error, state.attempts) from None
