@@ -447,7 +447,9 @@ def test_a_warning_of_a_run_is_one_plain_line(store, functions, capfd):
         warnings.showwarning = _print_as_python_does  # pytest records them otherwise
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", UserWarning)  # others may come from what earlier tests have left
-        attacked(store, "plain", model={"function": f"{functions}:soft"}, data=DIGITS, attacks=ATTACKS[:1], examples=20)
+        attacked(
+            store, "warned", model={"function": f"{functions}:soft"}, data=DIGITS, attacks=ATTACKS[:1], examples=20
+        )
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("poise: warning: the model gives probabilities (rows that sum to 1) in place of logits")
 
