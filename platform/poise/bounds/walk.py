@@ -238,8 +238,8 @@ class NetworkWalk:
         if len(flows) != 1:
             raise _unknown(node, "a difference of two feature maps")
         constant = self._constant(node)
-        if node.args[0] not in node.all_input_nodes or node.args[0] is self._constant_node(node):
-            return self._plus(self._times(node, flows[0], -torch.ones_like(constant)), constant)
+        if self._starts_with_constant(node):
+            return self._plus(self.negate(node, flows[0]), constant)
         return self._plus(flows[0], -constant)
 
     def multiply(self, node: fx.Node, *flows: _Flow) -> _Flow:
@@ -248,7 +248,7 @@ class NetworkWalk:
         return self._times(node, flows[0], self._constant(node))
 
     def divide(self, node: fx.Node, *flows: _Flow) -> _Flow:
-        if len(flows) != 1 or node.args[0] is self._constant_node(node) or not isinstance(node.args[0], fx.Node):
+        if len(flows) != 1 or self._starts_with_constant(node):
             raise _unknown(node, "a division by a feature map")
         return self._times(node, flows[0], 1 / self._constant(node))
 
@@ -269,6 +269,11 @@ class NetworkWalk:
         if known is None:
             return flow.settled().through(constant.abs().max().item())
         return replace(flow, input_map=_InputMap(known.scale * constant, known.shift))
+
+    def _starts_with_constant(self, node: fx.Node) -> bool:
+        """Whether the first operand is a number, a buffer or a parameter."""
+        first = node.args[0]
+        return not isinstance(first, fx.Node) or first.op == "get_attr"
 
     def _constant_node(self, node: fx.Node) -> fx.Node | None:
         """The buffer or parameter among the operands, if one is there."""
