@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -114,7 +115,8 @@ def test_a_signal_to_a_driver_and_to_a_worker_on_ray(
     assert commit.get("provisional") or (commit["step"] % 10 == 0 and commit["time"] > sent), "the worker lost steps"
     os.kill(job.process.pid, signal.SIGTERM)
     assert job.wait() == 75, job.text()
-    assert "stopped and committed at step" in job.text()
+    # workers that were still loading had no step to commit; test_a_signal_to_torchrun sends it during training
+    assert re.search(r"stopped (and committed at step \d+|at the last commit) after SIGTERM", job.text()), job.text()
     assert "Traceback" not in job.text()
     last = ended_in_good_order(job.run, 10)
     run = desk.finish("stopped", store, address=head.address)
