@@ -472,14 +472,19 @@ def _load(spec: Path, assignments: Sequence[str], profile: str | None) -> tuple[
 def _refuse_mistakes(spec: RunSpec, document: Document, *, skip: Collection[str] = (), elsewhere: bool = False) -> None:
     """SpecError with every reason why the spec cannot run, before anything is started or a name is claimed.
 
+    What does not keep it from running is printed on stderr.
+
     `elsewhere`: it runs on a cluster, which may have what is absent here.
     """
     from poise.kinds.check import find_mistakes
     from poise.spec import SpecError
 
     found = [mistake for mistake in find_mistakes(spec, skip=skip) if not (elsewhere and mistake.absent)]
-    if found:
-        raise SpecError(list(dict.fromkeys(document.problem(each.path, each.message) for each in found)))
+    if mistakes := [each for each in found if not each.is_note]:
+        raise SpecError(list(dict.fromkeys(document.problem(each.path, each.message) for each in mistakes)))
+    if launched_rank()[0] == 0:
+        for note in found:
+            click.echo(f"poise: {printable(str(document.problem(note.path, note.message)))}", err=True)
 
 
 def _open(name: str) -> Run:

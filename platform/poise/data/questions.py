@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import math
 import random
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from poise.data.examples import Question
@@ -12,7 +13,15 @@ from poise.data.rows import Row, header_advice, read_rows
 from poise.data.spec import CsvQuestions, JsonlQuestions, ParquetQuestions, QuestionsSpec, WorldQuestions
 from poise.errors import UserError
 
-__all__ = ["SUFFIXES", "Question", "QuestionFiles", "load_questions", "read_question"]
+__all__ = [
+    "SUFFIXES",
+    "Question",
+    "QuestionFiles",
+    "choose_rows",
+    "load_questions",
+    "read_question",
+    "read_questions",
+]
 
 QuestionFiles = JsonlQuestions | CsvQuestions | ParquetQuestions
 
@@ -33,8 +42,13 @@ def load_questions(spec: QuestionsSpec, seed: int = 0) -> list[Question]:
         from poise.data.worlds import make_world  # it needs torch, and a check of files does not
 
         return list(make_world(spec.world, seed).questions(spec.split))
+    return read_questions(choose_rows(read_rows(spec.path, SUFFIXES[spec.name]), spec.limit), spec)
+
+
+def read_questions(rows: Iterable[Row], spec: QuestionFiles) -> list[Question]:
+    """The questions in rows. UserError as `read_question`, and where two have one id."""
     questions, seen = [], dict[str, str]()
-    for row in _chosen(read_rows(spec.path, SUFFIXES[spec.name]), spec.limit):
+    for row in rows:
         question = read_question(row, spec)
         if (first := seen.setdefault(question.id, row.where)) != row.where:
             raise UserError(f"{row.where}: two questions have the id {question.id!r}; the other is {first}")
@@ -42,7 +56,7 @@ def load_questions(spec: QuestionsSpec, seed: int = 0) -> list[Question]:
     return questions
 
 
-def _chosen(rows: list[Row], limit: int | None) -> list[Row]:
+def choose_rows(rows: Sequence[Row], limit: int | None) -> list[Row]:
     """A shuffled choice in the order of the file: one that is sorted by subject would else be asked about one alone."""
     order = list(range(len(rows)))
     random.Random(0).shuffle(order)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,9 +17,12 @@ import pyarrow.parquet as pq
 from poise.errors import UserError
 from poise.store.storage import open_storage
 
-__all__ = ["Row", "first_rows", "header_advice", "read_rows"]
+if TYPE_CHECKING:
+    from poise.data.spec import JsonlText, ParquetText
 
-_Suffix = Literal[".jsonl", ".csv", ".parquet"]
+__all__ = ["Row", "Suffix", "first_rows", "header_advice", "read_pair", "read_rows"]
+
+Suffix = Literal[".jsonl", ".csv", ".parquet"]
 
 _LONGEST_NAME = 30
 """Characters of a field name in a message; a longer one is cut. A column name this long or longer looks like data."""
@@ -83,7 +86,7 @@ def _cut(name: str) -> str:
     return one_line if len(one_line) <= _LONGEST_NAME else f"{one_line[:_LONGEST_NAME]}..."
 
 
-def read_rows(path: str, suffix: _Suffix, limit: int | None = None) -> list[Row]:
+def read_rows(path: str, suffix: Suffix, limit: int | None = None) -> list[Row]:
     """The first `limit` rows of a file, or of every file with this suffix below a folder in the order of their names.
 
     Raises:
@@ -97,8 +100,18 @@ def read_rows(path: str, suffix: _Suffix, limit: int | None = None) -> list[Row]
     return rows
 
 
-def first_rows(path: Path, suffix: _Suffix, n: int) -> list[Row]:
+def read_pair(row: Row, spec: JsonlText | ParquetText) -> tuple[str, str]:
+    """The prompt and the completion in a row. UserError with file and line where it has none, or nothing to learn."""
+    prompt, completion = row.text(spec.prompt), row.text(spec.completion)
+    if not completion.strip():
+        raise UserError(f"{row.where}: the completion is empty; there is nothing to learn")
+    return prompt, completion
+
+
+def first_rows(path: Path, suffix: Suffix, n: int, most_bytes: int | None = None) -> list[Row]:
     """The first `n` rows of a local file, or fewer; no more of it is read than they take.
+
+    Of JSON lines, the rows that begin in the first `most_bytes` bytes alone.
 
     Raises:
         UserError: as `read_rows`.
@@ -114,11 +127,22 @@ def first_rows(path: Path, suffix: _Suffix, n: int) -> list[Row]:
         with path.open(encoding="utf-8-sig", newline="") as text:
             return list(islice(_csv_rows(str(path), path.name, text), n))
     with path.open("rb") as file:
-        data = b"".join(islice((line for line in file if line.strip()), n))
+        data = b"".join(_first_lines(file, n, most_bytes))
     return list(_json_lines(str(path), path.name, data))
 
 
-def _files(path: str, suffix: _Suffix) -> Iterator[tuple[str, str, bytes]]:
+def _first_lines(file: BinaryIO, n: int, most_bytes: int | None) -> Iterator[bytes]:
+    """Lines up to the `n`-th that is not blank: blank ones count in the numbers of the others."""
+    rows, size = 0, 0
+    for line in file:
+        if rows == n or (most_bytes is not None and size >= most_bytes):
+            return
+        rows += bool(line.strip())
+        size += len(line)
+        yield line
+
+
+def _files(path: str, suffix: Suffix) -> Iterator[tuple[str, str, bytes]]:
     """Address, name and bytes of each file."""
     folder, _, file = path.rpartition("/") if path.endswith(suffix) else (path, "", "")
     storage = open_storage(folder or ("/" if path.startswith("/") else "."))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from poise.data.examples import TextExample, encode_answers, encode_example
-from poise.data.rows import Row, read_rows
+from poise.data.rows import Row, read_pair, read_rows
 from poise.data.spec import JsonlText, ParquetText, TextSpec, WorldText, num_validation
 from poise.data.worlds import make_world
 from poise.errors import UserError
@@ -185,9 +185,7 @@ def _encoded_rows(
     encoded = lru_cache(maxsize=65_536)(partial(encode_example, tokenizer))
     examples = []
     for row in rows:
-        prompt, completion = row.text(spec.prompt), row.text(spec.completion)
-        if not completion.strip():
-            raise UserError(f"{row.where}: the completion is empty; there is nothing to learn")
+        prompt, completion = read_pair(row, spec)
         try:
             example = encoded(prompt, completion)
             limits.check_ids((*example.prompt, *example.completion))

@@ -1,7 +1,7 @@
 """What can be known of a spec before anything is started: do the files, runs and functions that it names serve?
 
-Neither torch nor transformers is imported, only the beginnings of local files are read, and nothing is opened on a
-network: an answer takes a fraction of a second. What is on S3 is left to the run that reads it.
+Neither torch nor transformers is imported, of large local files only the beginnings are read, and nothing is opened on
+a network: an answer takes a fraction of a second. What is on S3 is left to the run that reads it.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
-from typing import Any, Literal
+from typing import Any
 
 from poise.data.spec import CsvQuestions, DataSpec, JsonlQuestions, JsonlText, ParquetQuestions, ParquetText
 from poise.errors import PoiseError, UserError
+from poise.kinds.check_finding import Finding, shown
+from poise.kinds.check_rows import question_findings, text_findings
 from poise.kinds.specs.align import AlignSelfplaySpec
 from poise.kinds.specs.calibrate import CalibrateMeasureSpec
 from poise.kinds.specs.evaluation import SubjectSpec
@@ -35,11 +37,17 @@ _OF_A_RUN = {"model", "decoding", "max_tokens"}
 
 @dataclass(frozen=True)
 class Mistake:
-    """Why the spec cannot run as it is. `absent`: something is not on this machine, and may be on another."""
+    """Why the spec cannot run as it is.
+
+    Attributes:
+        absent: something is not on this machine, and may be on another.
+        is_note: it does not keep the spec from running; it is only said.
+    """
 
     path: Path
     message: str
     absent: bool = False
+    is_note: bool = False
 
 
 def find_mistakes(spec: RunSpec, *, skip: Collection[str] = ()) -> list[Mistake]:
@@ -52,7 +60,7 @@ def find_mistakes(spec: RunSpec, *, skip: Collection[str] = ()) -> list[Mistake]
     for prefix, stage in _stages(spec):
         if stage.name not in skip:
             for mistake in _of_run(stage, made):
-                found[Mistake((*prefix, *mistake.path), mistake.message, mistake.absent)] = None
+                found[replace(mistake, path=(*prefix, *mistake.path))] = None
         made[stage.name] = f"sweep of {stage.base.kind}" if isinstance(stage, SweepSpec) else stage.kind
     return list(found)
 
@@ -178,27 +186,20 @@ def _of_code(each: Input) -> Iterator[Mistake]:
 def _examined(path: Path, section: Section) -> Iterator[Mistake]:
     examine = next(function for kind, function in _EXAMINED.items() if isinstance(section, kind))
     try:
-        for key, message, absent in examine(section):
-            yield Mistake((*path, *key.split(".")), message, absent)
+        for finding in examine(section):
+            yield Mistake((*path, *finding.key.split(".")), finding.message, finding.absent, finding.is_note)
     except PoiseError as error:
         yield Mistake(path, str(error))
 
 
-_Findings = Iterator[tuple[str, str, bool]]
-"""The key that is at fault, dotted, what is wrong, and whether something is absent."""
-
-
-def _images(spec: DataSpec) -> _Findings:
+def _images(spec: DataSpec) -> Iterator[Finding]:
     if spec.root is None or "://" in spec.root:
         return
     root = FilePath(spec.root).expanduser()
     if not root.is_dir():
         what = "is a file, not a folder" if root.is_file() else "is not there"
-        yield (
-            "root",
-            f"the folder {_shown(root)} {what}; nothing is downloaded: put the files of {spec.name} there",
-            True,
-        )
+        cure = f"nothing is downloaded: put the files of {spec.name} there"
+        yield Finding("root", f"the folder {shown(root)} {what}; {cure}", absent=True)
         return
     from poise.data.files import image_files
     from poise.store.storage import open_storage
@@ -210,7 +211,7 @@ def _images(spec: DataSpec) -> _Findings:
             files = image_files(spec, part, names, storage.url)
             _check_header(root / files[0], part)
         except (UserError, ValueError) as error:
-            yield "root", str(error), False
+            yield Finding("root", str(error))
             return
 
 
@@ -239,81 +240,7 @@ def _check_header(file: FilePath, part: str) -> None:
             raise ValueError(f"{file} holds no {' and no '.join(missing)}, only {held}")
 
 
-def _text(spec: JsonlText | ParquetText) -> _Findings:
-    from poise.data.formats import JSON_LINES, told
-    from poise.data.rows import first_rows
-
-    suffix: Literal[".jsonl", ".parquet"] = ".jsonl" if isinstance(spec, JsonlText) else ".parquet"
-    file, finding = _row_file(spec.path, suffix)
-    if finding:
-        yield finding
-    if file is None:
-        return
-    rows = first_rows(file, suffix, 1)
-    if not rows:
-        yield "path", f"{file} has no row to read", False
-        return
-    values = rows[0].values
-    for key in ("prompt", "completion"):
-        field = getattr(spec, key)
-        if field not in values:
-            cure = told(values) or f"set {key} to the field that holds it, or write {JSON_LINES}"
-            yield "path", f"{rows[0].where}: {rows[0].missing(field)}: {cure}", False
-            return
-        if not isinstance(values[field], str):
-            yield key, f"{rows[0].where}: {field!r} is {type(values[field]).__name__}, not text", False
-
-
-def _questions(spec: JsonlQuestions | CsvQuestions | ParquetQuestions) -> _Findings:
-    from poise.data.questions import SUFFIXES, read_question
-    from poise.data.rows import first_rows
-
-    suffix = SUFFIXES[spec.name]
-    file, finding = _row_file(spec.path, suffix)
-    if finding:
-        yield finding
-    if file is None:
-        return
-    try:
-        rows = first_rows(file, suffix, 1)
-    except UserError as error:
-        yield "path", str(error), False
-        return
-    if not rows:
-        yield "path", f"{file} has no row to read", False
-        return
-    try:
-        read_question(rows[0], spec)
-    except UserError as error:
-        is_missing = not {spec.question, spec.answers} <= rows[0].values.keys()  # then the message lists the fields
-        cure = "" if is_missing else f"; set question and answers to fields of the file, which has {rows[0].fields()}"
-        yield "path", f"{error}{cure}", False
-
-
-def _row_file(path: str, suffix: str) -> tuple[FilePath | None, tuple[str, str, bool] | None]:
-    """The first file that rows are read from here, or what is wrong with the path."""
-    if "://" in path:
-        return None, None
-    place = FilePath(path).expanduser()
-    if place.is_dir() and not path.endswith(suffix):
-        found = sorted(file for file in place.rglob(f"*{suffix}") if file.is_file())
-        return (found[0], None) if found else (None, ("path", f"the folder {path} holds no file *{suffix}", False))
-    if not place.exists():
-        return None, ("path", f"{_shown(place)} is not there", True)
-    if path.endswith(suffix) and place.is_file():
-        return place, None
-    return None, ("path", f"{path} is no file *{suffix} and no folder that holds one{_other_format(place)}", False)
-
-
-def _other_format(place: FilePath) -> str:
-    from poise.data.formats import JSON_LINES, peek, told_of_list
-
-    values = peek(place)
-    cure = told_of_list(values) if values is not None else None
-    return f": {cure}" if cure else f": write {JSON_LINES}"
-
-
-def _language_model(spec: LanguageModelSpec) -> _Findings:
+def _language_model(spec: LanguageModelSpec) -> Iterator[Finding]:
     if spec.folder is None or "://" in spec.folder:
         return
     from poise.models.examine import examine_folder
@@ -321,10 +248,10 @@ def _language_model(spec: LanguageModelSpec) -> _Findings:
     try:
         examine_folder(spec.folder)
     except UserError as error:
-        yield "folder", str(error), not FilePath(spec.folder).expanduser().exists()
+        yield Finding("folder", str(error), absent=not FilePath(spec.folder).expanduser().exists())
 
 
-def _answers(spec: CalibrateMeasureSpec | AlignSelfplaySpec) -> _Findings:
+def _answers(spec: CalibrateMeasureSpec | AlignSelfplaySpec) -> Iterator[Finding]:
     """Answers that are longer than the model can hold, whatever is asked."""
     if spec.model.folder is None or "://" in spec.model.folder:
         return
@@ -341,26 +268,20 @@ def _answers(spec: CalibrateMeasureSpec | AlignSelfplaySpec) -> _Findings:
     most = None if context is None else context - 2  # a prompt has a token, and vLLM scores by asking for one more
     if most is not None and tokens > most:
         message = f"{tokens} tokens are more than the model in {spec.model.folder} can hold after a prompt, {most}"
-        yield key, f"{message}: lower it", False
+        yield Finding(key, f"{message}: lower it")
 
 
-def _subject(spec: SubjectSpec) -> _Findings:
+def _subject(spec: SubjectSpec) -> Iterator[Finding]:
     if spec.file is None or "://" in spec.file:
         return
     file = FilePath(spec.file).expanduser()
     if not spec.file.endswith(".safetensors"):
-        yield (
-            "file",
-            (
-                f"{spec.file} is no .safetensors file, and pickles are never read: convert it with "
-                "safetensors.torch.save_file(state_dict, 'model.safetensors')"
-            ),
-            False,
-        )
+        cure = "convert it with safetensors.torch.save_file(state_dict, 'model.safetensors')"
+        yield Finding("file", f"{spec.file} is no .safetensors file, and pickles are never read: {cure}")
     elif not file.is_file():
-        yield "file", f"{_shown(file)} is not there", True
+        yield Finding("file", f"{shown(file)} is not there", absent=True)
     elif message := _header_fault(file):
-        yield "file", f"{spec.file} is damaged: {message}", False
+        yield Finding("file", f"{spec.file} is damaged: {message}")
 
 
 def _header_fault(file: FilePath) -> str:
@@ -376,18 +297,13 @@ def _header_fault(file: FilePath) -> str:
     return "" if isinstance(header, dict) else "its header is no JSON object"
 
 
-def _shown(place: FilePath) -> str:
-    """A path for people: where a relative one leads from here, too."""
-    return str(place) if place.is_absolute() else f"{place} (here: {place.absolute()})"
-
-
-_EXAMINED: dict[type[Section], Callable[[Any], _Findings]] = {
+_EXAMINED: dict[type[Section], Callable[[Any], Iterator[Finding]]] = {
     DataSpec: _images,
-    JsonlText: _text,
-    ParquetText: _text,
-    JsonlQuestions: _questions,
-    CsvQuestions: _questions,
-    ParquetQuestions: _questions,
+    JsonlText: text_findings,
+    ParquetText: text_findings,
+    JsonlQuestions: question_findings,
+    CsvQuestions: question_findings,
+    ParquetQuestions: question_findings,
     LanguageModelSpec: _language_model,
     SubjectSpec: _subject,
     CalibrateMeasureSpec: _answers,
