@@ -1,7 +1,8 @@
 """What can be known of a spec before anything is started: do the files, runs and functions that it names serve?
 
-Neither torch nor transformers is imported, of large local files only the beginnings are read, and nothing is opened on
-a network: an answer takes a fraction of a second. What is on S3 is left to the run that reads it.
+Of large local files only the beginnings are read, and nothing is opened on a network. What is on S3 is left to the run
+that reads it. An answer takes a fraction of a second: torch is imported only for a state dict, whose names and shapes
+are those of a network, and transformers only where the files of a language model alone leave a doubt.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from typing import Any
 from poise.data.spec import CsvQuestions, DataSpec, JsonlQuestions, JsonlText, ParquetQuestions, ParquetText
 from poise.errors import PoiseError, UserError
 from poise.kinds.check_finding import Finding, shown
+from poise.kinds.check_models import folder_findings, state_dict_findings
 from poise.kinds.check_rows import question_findings, text_findings
 from poise.kinds.specs.align import AlignSelfplaySpec
+from poise.kinds.specs.bounds import BoundsReportSpec
 from poise.kinds.specs.calibrate import CalibrateMeasureSpec
-from poise.kinds.specs.evaluation import SubjectSpec
+from poise.kinds.specs.evaluation import RobustEvaluateSpec, SubjectSpec
 from poise.kinds.specs.pipeline import PipelineSpec
 from poise.kinds.specs.sweep import SweepSpec
 from poise.models.spec import LanguageModelSpec
@@ -31,7 +34,7 @@ from poise.store.runs import Run, open_run
 
 __all__ = ["Mistake", "find_mistakes"]
 
-_OF_A_RUN = {"model", "decoding", "max_tokens"}
+_OF_A_RUN = {"model", "models", "data", "questions", "prompt", "decoding", "max_tokens"}
 """The keys of a run that are looked at together."""
 
 
@@ -187,7 +190,8 @@ def _examined(path: Path, section: Section) -> Iterator[Mistake]:
     examine = next(function for kind, function in _EXAMINED.items() if isinstance(section, kind))
     try:
         for finding in examine(section):
-            yield Mistake((*path, *finding.key.split(".")), finding.message, finding.absent, finding.is_note)
+            key = (int(part) if part.isdigit() else part for part in finding.key.split("."))
+            yield Mistake((*path, *key), finding.message, finding.absent, finding.is_note)
     except PoiseError as error:
         yield Mistake(path, str(error))
 
@@ -238,17 +242,6 @@ def _check_header(file: FilePath, part: str) -> None:
         if missing := [name for name in (f"x_{part}", f"y_{part}") if f"{name}.npy" not in names]:
             held = ", ".join(name.removesuffix(".npy") for name in names)
             raise ValueError(f"{file} holds no {' and no '.join(missing)}, only {held}")
-
-
-def _language_model(spec: LanguageModelSpec) -> Iterator[Finding]:
-    if spec.folder is None or "://" in spec.folder:
-        return
-    from poise.models.examine import examine_folder
-
-    try:
-        examine_folder(spec.folder)
-    except UserError as error:
-        yield Finding("folder", str(error), absent=not FilePath(spec.folder).expanduser().exists())
 
 
 def _answers(spec: CalibrateMeasureSpec | AlignSelfplaySpec) -> Iterator[Finding]:
@@ -304,8 +297,10 @@ _EXAMINED: dict[type[Section], Callable[[Any], Iterator[Finding]]] = {
     JsonlQuestions: question_findings,
     CsvQuestions: question_findings,
     ParquetQuestions: question_findings,
-    LanguageModelSpec: _language_model,
+    LanguageModelSpec: folder_findings,
     SubjectSpec: _subject,
     CalibrateMeasureSpec: _answers,
     AlignSelfplaySpec: _answers,
+    RobustEvaluateSpec: state_dict_findings,
+    BoundsReportSpec: state_dict_findings,
 }

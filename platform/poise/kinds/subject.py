@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -28,7 +28,9 @@ from poise.robust.attacks import attack_mode
 from poise.store.storage import open_storage
 from poise.user_code import explain_errors
 
-__all__ = ["Opened", "Subject", "count_classes", "open_model", "open_subject"]
+__all__ = ["Opened", "Subject", "count_classes", "match_state_dict", "open_model", "open_subject"]
+
+_T = TypeVar("_T")
 
 _WRAPPERS = {"module": "torch.nn.DataParallel", "_orig_mod": "torch.compile"}
 """What is added to the names of a wrapped model, by the wrapper that adds it."""
@@ -120,14 +122,27 @@ def _of_run(spec: SubjectSpec, data: Split, store: str, device: torch.device) ->
 
 def _load_file(model: nn.Module, spec: SubjectSpec) -> str | None:
     """Load the state dict of the file; what its names were freed of, if they were."""
-    own = model.state_dict()
-    tensors, note = _unwrapped(_tensors(str(spec.file)), own)
+    tensors, note = match_state_dict(spec, model.state_dict(), _tensors(str(spec.file)))
+    model.load_state_dict(tensors)
+    return note
+
+
+def match_state_dict(
+    spec: SubjectSpec, own: Mapping[str, Any], given: Mapping[str, _T]
+) -> tuple[dict[str, _T], str | None]:
+    """The tensors of the file under the names of the model, and a note of what their names were freed of.
+
+    Only names and shapes are compared: `own` may be on the meta device and `given` the header of the file.
+
+    Raises:
+        UserError: the file holds the weights of another architecture; it names the first that differ.
+    """
+    tensors, note = _unwrapped(given, own)
     if differences := _differences(own, tensors):
         what = f"what {spec.function} returns" if spec.function else f"this {spec.name}"
         hint = "" if spec.function else f"; {_normalisation(spec, tensors)}"
         raise UserError(f"{spec.file} is not the state dict of {what}: {differences}{hint}")
-    model.load_state_dict(tensors)
-    return note
+    return dict(tensors), note
 
 
 def _tensors(path: str) -> Mapping[str, Tensor]:
@@ -147,7 +162,7 @@ def _tensors(path: str) -> Mapping[str, Tensor]:
     return tensors
 
 
-def _unwrapped(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], str | None]:
+def _unwrapped(tensors: Mapping[str, _T], own: Mapping[str, Any]) -> tuple[Mapping[str, _T], str | None]:
     """The tensors under the names of the model itself, and a note where wrappers had added to them.
 
     `module.` stands before all names of a model in DataParallel; `_orig_mod.` stands wherever something was compiled.
@@ -167,7 +182,7 @@ def _unwrapped(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tupl
     return named, f"{wrappers} left out of the names of its weights"
 
 
-def _differences(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
+def _differences(own: Mapping[str, Any], given: Mapping[str, Any]) -> str:
     """What a file has too much, too little and in another shape, a few names of each; "" where it fits."""
     shapes = [
         f"{name} is {list(given[name].shape)}, not {list(value.shape)}"
@@ -186,7 +201,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def _normalisation(spec: SubjectSpec, tensors: Mapping[str, Tensor]) -> str:
+def _normalisation(spec: SubjectSpec, tensors: Mapping[str, Any]) -> str:
     if {"normalize.mean", "normalize.std"} <= set(tensors):
         advice = "" if spec.normalize == "data" else ": set model.normalize to data"
         return f"the file has a normalisation inside{advice}"
