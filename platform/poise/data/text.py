@@ -27,6 +27,7 @@ __all__ = [
     "TextBatches",
     "TextData",
     "TextExample",
+    "encode_rows",
     "load_text",
     "text_batch",
     "text_tokenizer",
@@ -83,7 +84,7 @@ def load_text(spec: TextSpec, tokenizer: Tokenizer, seed: int, limits: ModelLimi
         _check_limits([*train, *validation], limits)
         return TextData(train, validation)
     rows = read_rows(spec.path, ".jsonl" if spec.name == "jsonl" else ".parquet")
-    examples = _encoded_rows(rows, spec, tokenizer, limits)
+    examples = encode_rows(rows, spec, tokenizer, limits)
     held_out = num_validation(spec, len(examples))
     if held_out >= len(examples):
         raise UserError(f"data.validation: {held_out} held out of {len(examples)} examples leaves none to train on")
@@ -178,7 +179,7 @@ def _known(pairs: list[tuple[str, str]], tokenizer: Tokenizer) -> list[TextExamp
     return examples
 
 
-def _encoded_rows(
+def encode_rows(
     rows: Sequence[Row], spec: JsonlText | ParquetText, tokenizer: Tokenizer, limits: ModelLimits
 ) -> list[TextExample]:
     """Every row in tokens; UserError that names the row that cannot be learned."""

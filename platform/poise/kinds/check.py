@@ -20,10 +20,12 @@ from poise.errors import PoiseError, UserError
 from poise.kinds.check_finding import Finding, shown
 from poise.kinds.check_models import folder_findings, state_dict_findings
 from poise.kinds.check_rows import question_findings, text_findings
+from poise.kinds.check_tokens import example_too_long, prompt_too_long
 from poise.kinds.specs.align import AlignSelfplaySpec
 from poise.kinds.specs.bounds import BoundsReportSpec
 from poise.kinds.specs.calibrate import CalibrateMeasureSpec
 from poise.kinds.specs.evaluation import RobustEvaluateSpec, SubjectSpec
+from poise.kinds.specs.finetune import FinetuneSftSpec
 from poise.kinds.specs.pipeline import PipelineSpec
 from poise.kinds.specs.sweep import SweepSpec
 from poise.models.spec import LanguageModelSpec
@@ -244,24 +246,40 @@ def _check_header(file: FilePath, part: str) -> None:
             raise ValueError(f"{file} holds no {' and no '.join(missing)}, only {held}")
 
 
-def _answers(spec: CalibrateMeasureSpec | AlignSelfplaySpec) -> Iterator[Finding]:
-    """Answers that are longer than the model can hold, whatever is asked."""
-    if spec.model.folder is None or "://" in spec.model.folder:
+def _prompts(spec: CalibrateMeasureSpec | AlignSelfplaySpec) -> Iterator[Finding]:
+    """Answers that are longer than the model can hold, whatever is asked; or after the prompts that there are."""
+    context = _context(spec.model)
+    if context is None:
         return
-    from poise.models.examine import examine_folder
-
     if isinstance(spec, CalibrateMeasureSpec):
         key, tokens = "decoding.max_tokens", spec.decoding.max_tokens
     else:
         key, tokens = "max_tokens", spec.max_tokens
-    try:
-        context = examine_folder(spec.model.folder).context
-    except UserError:
-        return  # told of the folder itself
-    most = None if context is None else context - 2  # a prompt has a token, and vLLM scores by asking for one more
-    if most is not None and tokens > most:
+    most = context - 2  # a prompt has a token, and vLLM scores by asking for one more
+    if tokens > most:
         message = f"{tokens} tokens are more than the model in {spec.model.folder} can hold after a prompt, {most}"
         yield Finding(key, f"{message}: lower it")
+    elif fault := prompt_too_long(spec, context, tokens):
+        yield Finding(key, fault)
+
+
+def _examples(spec: FinetuneSftSpec) -> Iterator[Finding]:
+    """Texts that are longer than the model can hold or the spec allows."""
+    context = _context(spec.model)
+    if context is not None and (fault := example_too_long(spec, context)):
+        yield Finding("data.path", fault)
+
+
+def _context(spec: LanguageModelSpec) -> int | None:
+    """The longest sequence of the model in a local folder; None where it is not known."""
+    if spec.folder is None or "://" in spec.folder:
+        return None
+    from poise.models.examine import examine_folder
+
+    try:
+        return examine_folder(spec.folder).context
+    except UserError:
+        return None  # told of the folder itself
 
 
 def _subject(spec: SubjectSpec) -> Iterator[Finding]:
@@ -299,8 +317,9 @@ _EXAMINED: dict[type[Section], Callable[[Any], Iterator[Finding]]] = {
     ParquetQuestions: question_findings,
     LanguageModelSpec: folder_findings,
     SubjectSpec: _subject,
-    CalibrateMeasureSpec: _answers,
-    AlignSelfplaySpec: _answers,
+    CalibrateMeasureSpec: _prompts,
+    AlignSelfplaySpec: _prompts,
+    FinetuneSftSpec: _examples,
     RobustEvaluateSpec: state_dict_findings,
     BoundsReportSpec: state_dict_findings,
 }

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from poise.data.questions import QuestionFiles
     from poise.data.rows import Row, Suffix
 
-__all__ = ["question_findings", "text_findings"]
+__all__ = ["question_findings", "rows_to_check", "text_findings"]
 
 _WHOLE_BYTES = 64 * 2**20
 """Files of so many bytes together are read wholly: a second or two."""
@@ -81,6 +81,12 @@ def question_findings(spec: QuestionFiles) -> Iterator[Finding]:
         return
     if note:
         yield note
+
+
+def rows_to_check(path: str, suffix: Suffix) -> list[Row]:
+    """The rows of local files, of large ones the first; [] where there is none. UserError for a row that is none."""
+    files, _ = _row_files(path, suffix)
+    return _rows_to_check(path, files, suffix)[0] if files else []
 
 
 def _first_text_findings(rows: Sequence[Row], spec: JsonlText | ParquetText, file: Path) -> Iterator[Finding]:
