@@ -333,6 +333,35 @@ class _ChannelMean(nn.Module):
         return x.mean(1)
 
 
+class _Halved(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :1]
+
+
+class _Joined(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, -x], 1)
+
+
+class _Pair(nn.Module):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": x}
+
+
+class _ByKeyword(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sub(2, other=torch.neg(input=torch.mean(input=x, dim=1)))
+
+
+class _WithGraph(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = 2 * torch.ones(2, requires_grad=True)  # as legacy weight_norm leaves it: no copy can be made
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gain[:, None, None]
+
+
 class _Times(nn.Module):
     def __init__(self, constant: float) -> None:
         super().__init__()
@@ -351,6 +380,11 @@ class _Times(nn.Module):
         (nn.Hardshrink(), "Hardshrink"),
         (_MixesExamples(), "mixes examples"),
         (_ChannelMean(), "a mean over anything but height and width"),
+        (_Halved(), "getitem"),
+        (_Joined(), "cat"),
+        (_Pair(), "something else than one tensor"),
+        (_ByKeyword(), "a mean over anything but"),
+        (_WithGraph(), "cannot be copied"),
         (_Times(0.0), "a product with 0"),
         (nn.Conv2d(2, 2, 4, padding="same", dilation=2), "even kernel and a dilation"),
         (nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), "circular"),

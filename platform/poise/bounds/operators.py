@@ -85,7 +85,10 @@ def network_norms(model: nn.Module, input_shape: Sequence[int]) -> Network:
 
 def _trace(model: nn.Module, input_shape: Sequence[int]) -> fx.GraphModule:
     """A float64 copy of the model as a graph, with the shape of every node; ValueError for any error of its forward."""
-    copied = copy.deepcopy(model).double().eval()
+    try:
+        copied = copy.deepcopy(model).double().eval()
+    except Exception as error:
+        raise ValueError(f"the network cannot be copied, to be run in float64: {describe_error(error)}") from error
     try:
         traced = fx.symbolic_trace(copied if list(copied.children()) else nn.Sequential(copied))
     except fx.proxy.TraceError as error:

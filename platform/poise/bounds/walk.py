@@ -84,12 +84,16 @@ class NetworkWalk:
         flows: dict[fx.Node, _Flow] = {}
         for node in self.traced.graph.nodes:
             if node.op == "output":
-                if node.args[0] not in flows:
+                if not isinstance(node.args[0], fx.Node) or node.args[0] not in flows:
                     raise ValueError("the network returns something else than one tensor")
                 return self._entered(node, flows[node.args[0]]).settled().path
             if node.op == "get_attr" or "tensor_meta" not in node.meta:
                 continue  # a parameter or buffer, read where it is used, or a size
-            flows[node] = self._step(node, [flows[arg] for arg in node.args if arg in flows])
+            operands = [arg for arg in (*node.args, *node.kwargs.values()) if isinstance(arg, fx.Node)]
+            try:
+                flows[node] = self._step(node, [flows[operand] for operand in operands if operand in flows])
+            except (IndexError, TypeError) as error:  # the steps look for their operands by their place
+                raise _unknown(node, f"{node.name} with operands by keyword, or without any,") from error
         raise ValueError("the network has no output")
 
     def _step(self, node: fx.Node, inputs: list[_Flow]) -> _Flow:
