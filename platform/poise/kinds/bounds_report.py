@@ -22,12 +22,13 @@ from poise.bounds.pac_bayes import spectral_pac_bayes
 from poise.bounds.rademacher import arc_bound, arc_gap, covering_bound
 from poise.data.batches import Dataset, load
 from poise.data.sets import ImageSet, unit_pixels
-from poise.errors import UserError
+from poise.errors import PoiseError, UserError
 from poise.kinds.measure import described, robust_accuracy
 from poise.kinds.specs.bounds import BoundsReportSpec
 from poise.kinds.specs.evaluation import SubjectSpec
-from poise.kinds.subject import count_classes, open_model
+from poise.kinds.subject import as_called, count_classes, open_model
 from poise.kinds.trained import open_trained, trained_runs
+from poise.kinds.user_model import bare, explain_backward
 from poise.observe.events import event
 from poise.observe.progress import Progress
 from poise.robust.spec import Threats
@@ -87,10 +88,10 @@ def _of_model(spec: BoundsReportSpec, model: SubjectSpec, context: Context) -> C
     assert spec.threats is not None  # the spec asks for them
     assert spec.data is not None
     data = load(spec.data, spec.seed)
-    opened = open_model(model, data.shape, data.classes)
+    opened = open_model(model, data.shape, data.classes, context.device)
     name = str(model.file or model.function)
-    network = opened.model.to(context.device).eval()
-    count_classes(network, data.test, data.classes, f"{name}: the model")
+    classes = count_classes(opened.model, data.test, data.classes, f"{name}: the model")
+    network = as_called(opened.model, model, classes)
     return Classifier(name, opened.weights, None, network, data, spec.threats, spec.batch_size)
 
 
@@ -114,21 +115,22 @@ def _measured(spec: BoundsReportSpec, trained: Classifier, context: Context) -> 
 
 def _accuracy(spec: BoundsReportSpec, trained: Classifier, images: ImageSet, context: Context) -> dict[str, float]:
     chosen = images.choose(spec.examples)
-    evaluation = robust_accuracy(
-        trained.model,
-        chosen,
-        trained.threats,
-        batch_size=trained.batch_size,
-        seed=derive_seed(spec.seed, "evaluate"),
-        context=context,
-    )
+    with explain_backward(trained.model):
+        evaluation = robust_accuracy(
+            trained.model,
+            chosen,
+            trained.threats,
+            batch_size=trained.batch_size,
+            seed=derive_seed(spec.seed, "evaluate"),
+            context=context,
+        )
     return evaluation.summary()
 
 
 def _theory(spec: BoundsReportSpec, trained: Classifier) -> dict[str, Any]:
     """Norms, radii and margins of one network, and the bounds that they make."""
     try:
-        network = network_norms(trained.model, trained.data.shape)
+        network = network_norms(bare(trained.model), trained.data.shape)
     except ValueError as error:
         raise UserError(f"{trained.name}: {error}") from None
     train = trained.data.train
@@ -198,7 +200,11 @@ def _radius(spec: BoundsReportSpec, images: ImageSet, network: Network, balls: l
 def _margins(trained: Classifier, images: ImageSet) -> Tensor:
     device = next(trained.model.parameters()).device
     parts = zip(torch.split(images.images, _AT_ONCE), torch.split(images.labels, _AT_ONCE), strict=True)
-    return torch.cat([clean_margins(trained.model(unit_pixels(x.to(device))), y.to(device)).cpu() for x, y in parts])
+    margins = torch.cat([clean_margins(trained.model(unit_pixels(x.to(device))), y.to(device)).cpu() for x, y in parts])
+    if bool(margins.isnan().any()):
+        image = int(margins.isnan().int().argmax())
+        raise PoiseError(f"{trained.name}: the output for training image {image} is not finite: it has diverged")
+    return margins
 
 
 def _bounds(

@@ -19,6 +19,7 @@ from poise.kinds.findings import Findings
 from poise.kinds.reverify import reverify
 from poise.kinds.specs.evaluation import RobustEvaluateSpec
 from poise.kinds.subject import Subject, open_subject
+from poise.kinds.user_model import explain_backward
 from poise.kinds.verdicts import Court, Verdict
 from poise.observe.events import event
 from poise.observe.progress import Progress
@@ -96,7 +97,8 @@ def _signs(spec: RobustEvaluateSpec, subject: Subject, images: ImageSet, context
         losses.discard("dlr")
     first = images.select(slice(spec.batch_size))
     x, y = unit_pixels(first.images.to(context.device)), first.labels.to(context.device)
-    signs = suspicions(subject.model, x, y, sorted(losses | {"margin"}))
+    with explain_backward(subject.model):
+        signs = suspicions(subject.model, x, y, sorted(losses | {"margin"}))
     averaged = all(getattr(stage, "draws", None) for stage in spec.attacks)
     signs = tuple(sign for sign in signs if not (averaged and sign.startswith(RANDOMISED)))
     follows_gradients = any(stage.attack != "square" for stage in spec.attacks)

@@ -22,13 +22,14 @@ from poise.data.spec import DataSpec
 from poise.errors import UserError
 from poise.kinds.specs.evaluation import SubjectSpec
 from poise.kinds.trained import open_weights, trained_runs, trained_spec
+from poise.kinds.user_model import UserModel
 from poise.models.build import build
 from poise.models.plans import Shape
 from poise.robust.attacks import attack_mode
 from poise.store.storage import open_storage
 from poise.user_code import explain_errors
 
-__all__ = ["Opened", "Subject", "count_classes", "match_state_dict", "open_model", "open_subject"]
+__all__ = ["Opened", "Subject", "as_called", "count_classes", "match_state_dict", "open_model", "open_subject"]
 
 _T = TypeVar("_T")
 
@@ -92,19 +93,20 @@ def open_subject(
     known = load_split(data, seed, split)
     if not len(known.images):
         raise UserError(f"split: there are no {split} images to attack")
-    opened = (
-        _of_run(spec, known, store, device) if spec.run is not None else open_model(spec, known.shape, known.classes)
-    )
-    model = opened.model.to(device).eval()
+    if spec.run is not None:
+        opened = _of_run(spec, known, store, device)
+    else:
+        opened = open_model(spec, known.shape, known.classes, device)
+    model = opened.model
     classes = count_classes(model, known.images, known.classes)
-    return Subject(model, known.images, opened.weights, classes, _digest(model), opened.note)
+    return Subject(as_called(model, spec, classes), known.images, opened.weights, classes, _digest(model), opened.note)
 
 
-def open_model(spec: SubjectSpec, shape: Shape, classes: int) -> Opened:
-    """The model of a file, of a function, or of a function with the weights of a file, on the CPU.
+def open_model(spec: SubjectSpec, shape: Shape, classes: int, device: torch.device) -> Opened:
+    """The model of a file, of a function, or of a function with the weights of a file, in eval mode.
 
     Raises:
-        UserError: nothing there, or weights of another architecture.
+        UserError: nothing there, weights of another architecture, or a module that cannot be moved to the device.
     """
     if spec.function is not None:
         model = _of_function(spec)
@@ -112,7 +114,26 @@ def open_model(spec: SubjectSpec, shape: Shape, classes: int) -> Opened:
         mean, std = (0.0,) * shape[0], (1.0,) * shape[0]  # those of the file replace them
         model = build(spec, shape=shape, classes=classes, mean=mean, std=std, seed=0)
     note = _load_file(model, spec) if spec.file is not None else None
+    name = str(spec.function or spec.file)
+    with explain_errors(f"the model {name} cannot be prepared"):
+        model = model.to(device).eval()
+        _check_state(model, name)
     return Opened(model, spec.source, note)
+
+
+def as_called(model: nn.Module, spec: SubjectSpec, num_classes: int) -> nn.Module:
+    """The model, once it has shown its `num_classes`; what one of the user's own raises later is explained."""
+    return model if spec.function is None else UserModel(model, spec.function, num_classes)
+
+
+def _check_state(model: nn.Module, name: str) -> None:
+    """UserError for a state dict that is not of tensors alone: its digest could not be told."""
+    for key, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise UserError(
+                f"the model {name} has {key} in its state dict, which is a {type(value).__name__}, not a tensor: keep "
+                "it out of there, or make it a buffer"
+            )
 
 
 def _of_run(spec: SubjectSpec, data: Split, store: str, device: torch.device) -> Opened:

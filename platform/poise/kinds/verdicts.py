@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from poise.data.sets import ImageSet, unit_pixels
 from poise.errors import DamagedError, PoiseError, UserError
 from poise.kinds.attacks import BoundStage
+from poise.kinds.user_model import explain_backward
 from poise.robust.attacks import AttackResult, attack_mode
 from poise.robust.noise import Noise
 from poise.spec.seeds import derive_seed
@@ -128,7 +129,8 @@ class Court:
             # what a randomised model draws is the chunk's own, on any rank and after any kill
             torch.manual_seed(derive_seed(self.seed, stage.name, int(examples[0])))
             try:
-                result = stage.attack(meter, x.to(device), y.to(device), noise)
+                with explain_backward(self.model):
+                    result = stage.attack(meter, x.to(device), y.to(device), noise)
             except ValueError as error:
                 raise UserError(f"stage {stage.name}: {error}") from None
             meter.check()

@@ -156,7 +156,9 @@ def batch_dependence(model: nn.Module, x: Tensor, batched: Tensor | None = None)
         alone = scores(model, x[:1])
         same = not _differ(batched[:1], alone, tolerance)
         randomised = not same and _differ(alone, scores(model, x[:1]), tolerance)
-    except ValueError:  # torch refuses to normalise a single value by its batch
+    except ValueError as error:  # torch refuses to normalise a single value by its batch
+        if isinstance(error, PoiseError) and not isinstance(error.__cause__, ValueError):
+            raise  # the model has explained another error
         same = randomised = False
     if same or randomised:
         return None
