@@ -283,7 +283,7 @@ def test_no_message_names_a_class_or_a_step_of_the_validator(write):
     assert told == {
         ("metric",): "must not be empty",
         ("search",): "needs a section: write `{name: grid}`, got 'grid'",
-        ("base", "model"): "needs a section: write `{run: m}`, got 'm'",
+        ("base", "model"): "needs a section: write `{run: m}` or `{folder: m}`, got 'm'",
         ("base", "questions"): "needs a section, got 'q'",
         ("base", "decoding", "stop"): "needs a list, such as ['a']",
         ("space", "samples"): "needs a section: write `{grid: [2, 3]}`, got [2, 3]",

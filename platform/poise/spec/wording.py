@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin
 
@@ -13,14 +15,17 @@ __all__ = ["TAGS", "section_expected", "size_expected"]
 TAGS = ("name", "kind", "attack")
 """The keys that tell which of several sections one is."""
 
+_SOURCES = ("run", "folder", "file", "function")
+"""The keys that say where a model is taken from."""
+
 _MOST_CHARACTERS = 60
 _LISTED = 5
 
 
 def section_expected(given: Any, members: Sequence[type[BaseModel]]) -> str:
     """What to write where `given` stands and one of the sections `members` belongs."""
-    if example := next(_examples(given, members), None):
-        return f"needs a section: write `{example}`"
+    if examples := _examples(given, members):
+        return f"needs a section: write {' or '.join(f'`{example}`' for example in examples)}"
     if len(members) == 1:
         keys = list(members[0].model_fields)
         more = ", ..." if len(keys) > _LISTED else ""
@@ -44,15 +49,39 @@ def _many(count: Any, one: str, several: str) -> str:
     return f"{count} {one if count == 1 else several}"
 
 
-def _examples(given: Any, members: Sequence[type[BaseModel]]) -> Iterator[str]:
-    """Sections that hold `given` and are what its author may have meant: tagged with it, or valid with it alone."""
+def _examples(given: Any, members: Sequence[type[BaseModel]]) -> list[str]:
+    """Sections that hold `given` and are what its author may have meant, the likeliest first.
+
+    Of several they are all shown only where they say where something is taken from: any name can be that of a run.
+    """
+    sections = list(_sections_with(given, members))
+    if sections and sections[0].keys() <= set(_SOURCES):
+        found = _source_of(given)
+        sections.sort(key=lambda section: found not in section)
+    else:
+        sections = sections[:1]
+    return [text for section in sections for text in _flow(section)]
+
+
+def _source_of(given: Any) -> str | None:
+    """The key of something that has this form, or is on this machine under this name."""
+    if not isinstance(given, str):
+        return None
+    if re.fullmatch(r"[\w.]+:\w+", given):
+        return "function"
+    place = os.path.expanduser(given)
+    return "folder" if os.path.isdir(place) else "file" if os.path.isfile(place) else None
+
+
+def _sections_with(given: Any, members: Sequence[type[BaseModel]]) -> Iterator[dict[str, Any]]:
+    """Sections that are tagged with `given`, or valid with it alone."""
     if given is None:
         return
     for member in members:
         for key in TAGS:
             field = member.model_fields.get(key)
             if field and get_origin(field.annotation) is Literal and given in get_args(field.annotation):
-                yield from _flow({key: given})
+                yield {key: given}
     if len(members) != 1:
         return
     for value in (given,) if isinstance(given, list) else (given, [given]):
@@ -61,7 +90,7 @@ def _examples(given: Any, members: Sequence[type[BaseModel]]) -> Iterator[str]:
                 members[0].model_validate({key: value})
             except ValidationError:
                 continue
-            yield from _flow({key: value})
+            yield {key: value}
 
 
 def _flow(value: Any) -> Iterator[str]:

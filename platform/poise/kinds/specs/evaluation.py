@@ -166,6 +166,16 @@ class _OneBall(_Stage):
 class _SeveralBalls(_Stage):
     threats: dict[Norm, Eps] = Field(min_length=1, description="radius of each ball, by norm, such as {linf: 8/255}")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _a_radius_for_each_norm(cls, values: Any) -> Any:
+        """Other forms are refused with the same threats as they are to be written, as far as they can be told."""
+        if not isinstance(values, dict) or _are_radii(given := values.get("threats")):
+            return values
+        meant = _radii_meant(values.get("threat") if given is None else given)
+        shown = ", ".join(f"{norm}: {eps}" for norm, eps in (meant or {"linf": "8/255"}).items())
+        raise mistake("threats", f"needs a radius for each norm: write `threats: {{{shown}}}`")
+
     @model_validator(mode="after")
     def _within_the_box(self) -> _SeveralBalls:
         for norm, eps in self.threats.items():
@@ -177,6 +187,28 @@ class _SeveralBalls(_Stage):
     def balls(self) -> tuple[BallSpec, ...]:
         """In the order in which they were written."""
         return tuple(BallSpec(norm=norm, eps=eps) for norm, eps in self.threats.items())
+
+
+def _are_radii(given: Any) -> bool:
+    """Whether this is a mapping of keys to plain values, which are validated one by one."""
+    if not isinstance(given, dict) or not given or {"norm", "eps"} & given.keys():
+        return False
+    return all(isinstance(eps, (int, float, str)) for eps in given.values())
+
+
+def _radii_meant(given: Any) -> dict[str, Any]:
+    """The radius of each norm that somebody may have meant who has written it otherwise; {} where no norm is named."""
+    if isinstance(given, (int, float, str)):
+        return {str(given): "8/255"} if given in get_args(Norm) else {"linf": given}
+    if isinstance(given, list):
+        return {norm: eps for each in given for norm, eps in _radii_meant(each).items()}
+    if not isinstance(given, dict):
+        return {}
+    if {"norm", "eps"} & given.keys():
+        given = {given.get("norm", "linf"): given.get("eps")}
+    plain = {norm: eps.get("eps") if isinstance(eps, dict) else eps for norm, eps in given.items()}
+    known = {norm: eps for norm, eps in plain.items() if norm in get_args(Norm)}
+    return {norm: eps if isinstance(eps, (int, float, str)) else "8/255" for norm, eps in known.items()}
 
 
 class FgsmStage(_OneBall):
