@@ -257,3 +257,21 @@ def test_a_store_and_a_run_are_printed(tmp_path: Path) -> None:
     text = " ".join(console.export_text().split())  # the terminal is narrower than the path of the run
     for expected in ("stored", "second", "failed because: no [red] space", "interrupted", "1,234", "step-"):
         assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("events", "facts"),
+    [
+        (["failed"], {"commands that ended with an error": "1"}),  # and was started again, with other code perhaps
+        (["failed", "start 20", "commit"], {"commands that ended with an error": "1"}),
+        (["interrupted", "start 20"], {}),
+        (["commit", "start 20"], {"failures survived": "1"}),  # killed without a word, gone on from its commit
+        (["failed", "start 20", "start 40"], {"failures survived": "1", "commands that ended with an error": "1"}),
+        (["damaged", "failed"], {"failures survived": "1", "commands that ended with an error": "1"}),
+    ],
+)
+def test_only_what_a_run_went_on_from_by_itself_is_called_survived(events: list[str], facts: dict[str, str]) -> None:
+    named = [{"event": name.split()[0], "step": int((name.split()[1:] or ["0"])[0])} for name in events]
+    texts = Page(render([RunRecord("done", status="finished", events=named)], "x")).texts
+    shown = {name: texts[texts.index(name) + 1] for name in texts if "survived" in name or "ended with" in name}
+    assert shown == facts

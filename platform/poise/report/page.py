@@ -17,7 +17,7 @@ import poise
 from poise.report import figures
 from poise.report.blocks import Drawn, draw
 from poise.report.curves import curve, phase_seconds
-from poise.report.record import RunRecord, is_alarm, load_record, when
+from poise.report.record import RunRecord, count_failures, is_alarm, load_record, when
 from poise.report.sections import SECTIONS, grouped
 
 __all__ = ["RunRecord", "load_record", "render"]
@@ -91,8 +91,11 @@ def _facts(record: RunRecord) -> Iterator[tuple[str, str]]:
         yield "time in the loop", f"{seconds:,.1f} s"
     if "commit" in events:
         yield "checkpoints committed", f"{events.count('commit'):,}"
-    if alarms := sum(map(is_alarm, record.events)):
-        yield "failures survived" if record.status == "finished" else "failures", f"{alarms:,}"
+    survived, ended = count_failures(record.events)
+    if survived:
+        yield "failures survived" if record.status == "finished" else "failures", f"{survived:,}"
+    if ended:
+        yield "commands that ended with an error", f"{ended:,}"
     if record.error:
         yield "error", record.error
 

@@ -17,7 +17,7 @@ from poise.observe.rows import read_rows, schema
 if TYPE_CHECKING:
     from poise.store.runs import Run
 
-__all__ = ["RunRecord", "is_alarm", "load_record", "when"]
+__all__ = ["RunRecord", "count_failures", "is_alarm", "load_record", "when"]
 
 T = TypeVar("T")
 
@@ -64,6 +64,25 @@ def is_alarm(event: Mapping[str, Any]) -> bool:
     """Whether an event tells of a failure: a damaged checkpoint, an error, a start that had to go on from a commit."""
     name = str(event.get("event", "")).lower()
     return any(word in name for word in ALARMS) or (name == "start" and bool(event.get("attempt") or event.get("step")))
+
+
+def count_failures(events: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """How many failures the run went on from by itself, and how many commands ended with an error.
+
+    A start that goes on from a commit counts as a failure unless an earlier event says how the command before it ended:
+    after an error, somebody has started the run again, perhaps with other code.
+    """
+    survived = ended = 0
+    is_explained = False
+    for event in events:
+        name = event.get("event")
+        if name in ("failed", "interrupted", "preempted"):
+            ended += name == "failed"
+            is_explained = True
+            continue
+        survived += is_alarm(event) and not (name == "start" and is_explained)
+        is_explained = is_explained and name != "start"
+    return survived, ended
 
 
 def when(value: Any) -> str:
