@@ -221,6 +221,29 @@ def test_models_from_elsewhere_have_bounds(store, tmp_path, monkeypatch):
     assert "mine:make" in in_terminal(run)
 
 
+def test_models_that_share_a_file_are_told_apart_by_their_labels(store, tmp_path, monkeypatch):
+    """A function, two functions with one file of weights, and that file as weights of one of them once more."""
+    (tmp_path / "shared.py").write_text(
+        "import torch\n"
+        "def plain():\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))\n"
+        "def other(scale=1):\n"
+        "    return plain()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    save_file({"1.weight": torch.ones(10, 64), "1.bias": torch.zeros(10)}, "w.safetensors")
+    plain, other = ({"function": f"shared:{name}", "file": "w.safetensors"} for name in ("plain", "other"))
+    data, threats = {"name": "digits"}, {"linf": {"eps": 0.02, "steps": 1}}
+    models = [{"function": "shared:plain"}, plain, other, {**other, "arguments": {"scale": 2}}]
+    run = report(store, "shared", [], models=models, data=data, threats=threats, examples=20)
+    assert [network["run"] for network in json.loads(run.read("artifacts/summary.json"))["networks"]] == [
+        "shared:plain",
+        "shared:plain with w.safetensors",
+        "shared:other with w.safetensors (models[2])",
+        "shared:other with w.safetensors (models[3])",
+    ]
+
+
 @pytest.mark.parametrize(
     ("changes", "what"),
     [

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -56,7 +56,8 @@ def run(spec: BoundsReportSpec, context: Context) -> None:
     networks = []
     total = len(names) + len(spec.models)
     openers = [partial(_of_run, spec, name, context) for name in names]
-    openers += [partial(_of_model, spec, model, context) for model in spec.models]
+    labels = model_labels(spec.models)
+    openers += [partial(_of_model, spec, *named, context) for named in zip(labels, spec.models, strict=True)]
     for index, open_classifier in enumerate(openers):
         if context.leads:
             context.report(Progress(spec.name, "measure", index, total, index, total, unit="networks"))
@@ -84,12 +85,18 @@ def _of_run(spec: BoundsReportSpec, name: str, context: Context) -> Classifier:
     return Classifier(name, trained.selected, trained.step, trained.model, trained.data, threats, batch_size)
 
 
-def _of_model(spec: BoundsReportSpec, model: SubjectSpec, context: Context) -> Classifier:
+def model_labels(models: Sequence[SubjectSpec]) -> list[str]:
+    """What each model is called in tables, no two alike: its function, its file or both, and its place in the spec
+    where others have the same."""
+    labels = [" with ".join(filter(None, (model.function, model.file))) for model in models]
+    return [label if labels.count(label) == 1 else f"{label} (models[{index}])" for index, label in enumerate(labels)]
+
+
+def _of_model(spec: BoundsReportSpec, name: str, model: SubjectSpec, context: Context) -> Classifier:
     assert spec.threats is not None  # the spec asks for them
     assert spec.data is not None
     data = load(spec.data, spec.seed)
     opened = open_model(model, data.shape, data.classes, context.device)
-    name = str(model.file or model.function)
     classes = count_classes(opened.model, data.test, data.classes, f"{name}: the model")
     network = as_called(opened.model, model, classes)
     return Classifier(name, opened.weights, None, network, data, spec.threats, spec.batch_size)
