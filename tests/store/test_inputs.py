@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
+import time
 from pathlib import Path
 
 import pytest
 from pydantic import Field
 
 from poise.data.spec import DataSpec, JsonlText
+from poise.engine.session import claim
 from poise.errors import DamagedError, UserError
 from poise.spec import RunSpec
 from poise.store import hashes
@@ -138,3 +141,25 @@ def test_a_damaged_record_is_named(tmp_path, images):
     run.write("inputs.json", b"[{]")
     with pytest.raises(DamagedError, match=r"inputs\.json is damaged .*remove that one file"):
         record(run, spec)
+
+
+def test_reading_that_takes_long_is_announced_and_its_rate_is_said(tmp_path, images, monkeypatch):
+    """Files that are hashed slowly stand for large ones; what is remembered is not read again, and nothing is said."""
+    run, spec = reading(tmp_path, images)
+    monkeypatch.setattr("poise.store.inputs._SILENT_S", 0.05)
+    real = hashes.sha256_of
+
+    def slowly(path: Path) -> str:
+        time.sleep(0.1)
+        return real(path)
+
+    monkeypatch.setattr(hashes, "sha256_of", slowly)
+    notes: list[str] = []
+    with claim(run, spec, notes.append):
+        pass
+    begun, ended = notes
+    assert begun == "reading 0.0 GB of inputs (data.root) to record what the run depends on"
+    assert re.fullmatch(r"read 0\.0 GB of inputs \(data\.root\) in \d+ s, \d+ MB/s", ended)
+    with claim(run, spec, notes.append):
+        pass
+    assert len(notes) == 2

@@ -48,7 +48,7 @@ def run_local(spec: RunSpec, display: Display, sink: Sink) -> None:
         stack.enter_context(series_of(sink, spec.name))
 
         def claim_here() -> None:
-            context.guard = stack.enter_context(claim(context.run, spec)).check
+            context.guard = stack.enter_context(claim(context.run, spec, display.note)).check
 
         context.together(claim_here)
         kinds.run(spec, context)

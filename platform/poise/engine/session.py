@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -62,15 +62,17 @@ def absolute_store(spec: RunSpec) -> str:
 
 
 @contextmanager
-def claim(run: Run, spec: RunSpec) -> Iterator[Lease]:
+def claim(run: Run, spec: RunSpec, note: Callable[[str], None] | None = None) -> Iterator[Lease]:
     """Hold the run for this driver. On leaving, the manifest says `finished`, or `failed` and why; Ctrl-C leaves it.
+
+    `note` shows a line where it takes long to read what the run depends on.
 
     Raises RunBusyError when another driver holds it and UserError when the stored run has another spec, or was begun
     with other inputs than there are now.
     """
     with run.lease() as lease:
         run.claim_spec(dump(spec), identity(spec))
-        record_inputs(run, spec, committed=has_committed(spec), lenient=True)
+        record_inputs(run, spec, committed=has_committed(spec), lenient=True, note=note)
         run.start(spec.kind, identity(spec))
         run.write("environment.json", json.dumps(environment(), indent=1).encode())
         try:

@@ -136,7 +136,7 @@ def run_sweep(spec: SweepSpec, display: Display, sink: Sink, execute: Execute) -
         return
     if not leads:
         display = Display(io.StringIO())  # one process speaks for all
-    with claim(run, spec) if leads else nullcontext():
+    with claim(run, spec, display.note) if leads else nullcontext():
         if leads:
             run.write("spec.yaml", dump(spec).encode())  # by what trials are judged may have changed
         trials = spec.trials()

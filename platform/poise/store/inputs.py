@@ -13,7 +13,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -28,6 +31,9 @@ from poise.store.storage import Entry, Storage, open_storage
 __all__ = ["InputRecord", "check_inputs", "has_results", "input_files", "read_inputs", "record_inputs"]
 
 INPUTS = "inputs.json"
+_SILENT_S = 2.0
+"""Seconds after which it is said that inputs are read."""
+
 _RESULTS = ("checkpoints/", "samples/", "metrics/", "artifacts/")
 
 
@@ -68,11 +74,19 @@ _Key = tuple[str, str, str]
 _RECORDS = TypeAdapter(list[InputRecord])
 
 
-def record_inputs(run: Run, spec: RunSpec, *, committed: bool | None = None, lenient: bool = False) -> None:
+def record_inputs(
+    run: Run,
+    spec: RunSpec,
+    *,
+    committed: bool | None = None,
+    lenient: bool = False,
+    note: Callable[[str], None] | None = None,
+) -> None:
     """Record what the run reads, or compare it with what is recorded. Only who holds the lease does.
 
     A run that has committed nothing has read nothing that counts: its record is made anew. `committed` says whether
     it has; by default its own files are looked at. `lenient` passes over what cannot be reached from this machine.
+    `note` shows a line where reading takes long.
 
     Raises:
         UserError: an input is not the one that the run has begun with; every file is named.
@@ -80,7 +94,7 @@ def record_inputs(run: Run, spec: RunSpec, *, committed: bool | None = None, len
     known = read_inputs(run)
     if known and not (has_results(run) if committed is None else committed):
         known = {}
-    found = _current(spec, known, lenient=lenient)
+    found = _current(spec, known, lenient=lenient, note=note)
     _refuse(run, _differences(known, found))
     both = {**known, **{record.key: record for record in found}}
     if both != read_inputs(run):
@@ -128,12 +142,14 @@ def input_files(place: str, pattern: str) -> tuple[Storage, list[Entry]]:
     return storage, [entry for entry in storage.list(name) if entry.key == name]
 
 
-def _current(spec: RunSpec, known: Mapping[_Key, InputRecord], *, lenient: bool) -> list[InputRecord]:
+def _current(
+    spec: RunSpec, known: Mapping[_Key, InputRecord], *, lenient: bool, note: Callable[[str], None] | None = None
+) -> list[InputRecord]:
     """What is there now, place by place; a place that holds nothing is left to whoever reads it."""
     found: dict[_Key, InputRecord] = {}
     for each in dict.fromkeys(spec.inputs()):
         try:
-            records = list(_identify(each, spec.store, known))
+            records = list(_identify(each, spec.store, known, note))
         except (StoreError, UserError):
             if not lenient:
                 raise
@@ -142,7 +158,9 @@ def _current(spec: RunSpec, known: Mapping[_Key, InputRecord], *, lenient: bool)
     return list(found.values())
 
 
-def _identify(each: Input, store: str, known: Mapping[_Key, InputRecord]) -> Iterator[InputRecord]:
+def _identify(
+    each: Input, store: str, known: Mapping[_Key, InputRecord], note: Callable[[str], None] | None
+) -> Iterator[InputRecord]:
     if each.kind == "run":
         if digest := _run_sha256(open_run(store, each.place)):
             yield InputRecord(where=each.where, place=each.place, file="", sha256=digest)
@@ -152,8 +170,28 @@ def _identify(each: Input, store: str, known: Mapping[_Key, InputRecord]) -> Ite
             yield InputRecord(where=each.where, place=each.place, file=name, bytes=len(data), sha256=digest)
     else:
         storage, entries = input_files(each.place, each.pattern)
-        for entry in entries:
-            yield _file(each, storage, entry, known.get((each.where, each.place, entry.key)))
+        with _announced(sum(entry.size for entry in entries), each, note):
+            for entry in entries:
+                yield _file(each, storage, entry, known.get((each.where, each.place, entry.key)))
+
+
+@contextmanager
+def _announced(size: int, each: Input, note: Callable[[str], None] | None) -> Iterator[None]:
+    """Say what is read once that has taken a while, and at the end how fast it was."""
+    if note is None:
+        yield
+        return
+    shown = f"{size / 1e9:.1f} GB of inputs ({each.where})"
+    timer = threading.Timer(_SILENT_S, note, [f"reading {shown} to record what the run depends on"])
+    timer.daemon = True
+    started = time.monotonic()
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+    if (seconds := time.monotonic() - started) > _SILENT_S:
+        note(f"read {shown} in {seconds:.0f} s, {size / seconds / 1e6:,.0f} MB/s")
 
 
 def _file(each: Input, storage: Storage, entry: Entry, known: InputRecord | None) -> InputRecord:
