@@ -15,6 +15,7 @@ __all__ = [
     "LOOPBACK_ALONE",
     "PRIVATE_CLUSTER",
     "RAY_DEFAULTS",
+    "RAY_JOB",
     "RAY_LOGS",
     "STORE_PATIENCE_DEFAULT_S",
     "STORE_PATIENCE_S",
@@ -43,6 +44,9 @@ LOOPBACK_ALONE = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 """Set for a cluster of this machine alone, in the processes of the cluster and in those that join it."""
+
+RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray for the process of a job: the environment that `poise submit` has given all that the job starts."""
 
 STORE_PATIENCE_S = "POISE_STORE_PATIENCE_S"
 """For how many seconds a run waits for an S3 service that has answered before and fails now."""

@@ -24,6 +24,7 @@ from poise.observe.progress import Display
 from poise.observe.sinks import Sink
 from poise.report.record import when
 from poise.spec import RunSpec, SamplerSpec
+from poise.spec.code import own_code
 from poise.store.inputs import check_inputs
 from poise.train.preemption import PROCESS
 
@@ -54,7 +55,7 @@ def drive(spec: RunSpec, engine: Engine, address: str | None, display: Display, 
         _check_engine(engine, stage)
     with PROCESS.handled(), _opened(engine, address, left, display) as run_one, PROCESS.handled():  # Ray takes SIGTERM
         if isinstance(spec, PipelineSpec):
-            with claim(located(spec), spec) if launched_rank()[0] == 0 else nullcontext():
+            with claim(located(spec), spec, display.note) if launched_rank()[0] == 0 else nullcontext():
                 for stage in left:
                     run_one(stage, display, sink)
         else:
@@ -106,7 +107,7 @@ def _opened(engine: Engine, address: str | None, left: Sequence[RunSpec], displa
     from poise.engine.gang import check_resources, cluster, run_gang
     from poise.engine.trials import by_tune
 
-    with cluster(address, bases) as private:
+    with cluster(address, bases, own_code(left, lenient=True)) as private:
         for base in bases:
             check_resources(base, display, private=private)
         yield _runner(partial(run_gang, private=private), by_tune)

@@ -32,6 +32,7 @@ from poise.observe.export import export
 from poise.observe.progress import Display
 from poise.observe.sinks import Sink, series_of
 from poise.spec import RunSpec, SamplerSpec, WorkersSpec
+from poise.spec.code import copy_code
 from poise.store.storage import scratch_folder
 from poise.train.preemption import PROCESS
 
@@ -43,10 +44,10 @@ _HOST_AND_PORT = re.compile(r"[^/\s]+:\d+")
 
 
 @contextmanager
-def cluster(address: str | None, specs: Sequence[RunSpec]) -> Iterator[bool]:
+def cluster(address: str | None, specs: Sequence[RunSpec], code: Sequence[str] = ()) -> Iterator[bool]:
     """Join the cluster at `address` (or RAY_ADDRESS), or start one on this machine for as long as the block lasts.
 
-    Yields whether it is such a private one.
+    `code` names modules of the user's own, which a cluster that is joined is sent. Yields whether it is a private one.
     """
     verbose = os.environ.get(env.RAY_LOGS) == "1"
     joined = cluster_address(address)
@@ -55,7 +56,7 @@ def cluster(address: str | None, specs: Sequence[RunSpec]) -> Iterator[bool]:
         _check_address(joined)
     cpus = None if joins else max(os.cpu_count() or 1, *(_needs(spec)["CPU"] for spec in specs))
     alone = {} if joins else {**env.PRIVATE_CLUSTER, "RAY_TMPDIR": str(private_folder())}
-    with env.defaults(alone):
+    with env.defaults(alone), _sent_code(code if joins else ()) as runtime_env:
         try:
             ray.init(
                 address=joined or "local",
@@ -63,6 +64,7 @@ def cluster(address: str | None, specs: Sequence[RunSpec]) -> Iterator[bool]:
                 include_dashboard=None if joins else False,  # a cluster for one command has no visitors
                 log_to_driver=verbose,
                 logging_level="INFO" if verbose else "ERROR",
+                runtime_env=runtime_env,
             )
         except AuthenticationError:
             raise UserError(f"the Ray cluster at {joined or 'this machine'} refuses this command: {MISSING}") from None
@@ -72,6 +74,20 @@ def cluster(address: str | None, specs: Sequence[RunSpec]) -> Iterator[bool]:
             yield not joins
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _sent_code(code: Sequence[str]) -> Iterator[dict[str, str] | None]:
+    """The environment of workers that have these modules of the user's own, as `poise submit` sends them.
+
+    None where there is nothing to send, and in a job, whose workers have its modules already.
+    """
+    if not code or env.RAY_JOB in os.environ:
+        yield None
+        return
+    with scratch_folder() as folder:
+        copy_code(code, folder)
+        yield {"working_dir": str(folder)}
 
 
 def _check_address(address: str) -> None:
@@ -105,7 +121,7 @@ def run_gang(
     check_resources(spec, display, private=private)
     with (
         series_of(sink, spec.name),
-        claim(run, spec) as lease,
+        claim(run, spec, display.note) as lease,
         scratch_folder() as scratch,
     ):
         display.note(f"[{spec.name}] starting {spec.workers.count} workers")

@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,7 +23,7 @@ from poise.engine.drive import stages_of
 from poise.errors import PoiseError, UserError
 from poise.observe.environment import environment
 from poise.spec import RunSpec, dump
-from poise.spec.code import code_files, is_installed
+from poise.spec.code import copy_code, own_code
 from poise.store.storage import scratch_folder
 
 __all__ = ["connect", "follow", "job_id", "logs", "pack", "status", "stop", "submit"]
@@ -120,11 +119,7 @@ def pack(spec: RunSpec, folder: Path) -> None:
     """
     _check_places(spec)
     (folder / "spec.yaml").write_text(dump(spec))
-    for code in spec.inputs():
-        if code.kind == "code" and not is_installed(code.place):
-            for name, file in code_files(code.place).items():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, folder / name)
+    copy_code(own_code([spec]), folder)
 
 
 def _check_places(spec: RunSpec) -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import ast
+import shutil
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from poise.errors import UserError
 
-__all__ = ["attributes", "code_files", "is_installed"]
+if TYPE_CHECKING:
+    from poise.spec.run import RunSpec
+
+__all__ = ["attributes", "code_files", "copy_code", "is_installed", "own_code"]
 
 
 def code_files(reference: str) -> dict[str, Path]:
@@ -36,6 +41,34 @@ def code_files(reference: str) -> dict[str, Path]:
                 found[key] = file
                 pending += [] if _is_installed(root) else _imported(file, root)
     return found
+
+
+def own_code(specs: Iterable[RunSpec], *, lenient: bool = False) -> list[str]:
+    """The modules that specs name as `package.module:attribute` and that no other machine has: none is installed.
+
+    `lenient` passes over modules that are not on this machine: others may have them.
+
+    Raises:
+        UserError: there is no such module.
+    """
+    places = dict.fromkeys(each.place for spec in specs for each in spec.inputs() if each.kind == "code")
+    return [place for place in places if (not lenient or _is_here(place)) and not is_installed(place)]
+
+
+def _is_here(reference: str) -> bool:
+    try:
+        _check_source(_root(module := reference.partition(":")[0]), module)
+    except UserError:
+        return False
+    return True
+
+
+def copy_code(references: Iterable[str], folder: Path) -> None:
+    """Copy modules, and all that they import from where they lie, into a folder from which they can be imported."""
+    for reference in references:
+        for name, file in code_files(reference).items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, folder / name)
 
 
 def attributes(reference: str) -> set[str] | None:

@@ -1,0 +1,49 @@
+"""Modules of the user's own reach the workers of a cluster that `poise run` joins, wherever they lie here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from poise.store.runs import open_run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+HELPER = "WIDTH = 16\n"
+MODULE = """\
+import torch
+from torch import nn
+
+def make():
+    from helper_of_mine import WIDTH
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 10))
+"""
+
+
+def test_a_module_that_only_this_machine_has_is_sent_to_the_workers(head, tmp_path):
+    """It lies on the Python path of this command, which the workers do not have, and imports another beside it."""
+    code, elsewhere = tmp_path / "code", tmp_path / "elsewhere"
+    code.mkdir()
+    elsewhere.mkdir()
+    (code / "module_of_mine.py").write_text(MODULE)
+    (code / "helper_of_mine.py").write_text(HELPER)
+    store = str(tmp_path / "runs")
+    values = {"kind": "robust.evaluate", "name": "judged", "store": store, "data": {"name": "digits"}, "examples": 20,
+              "model": {"function": "module_of_mine:make"},
+              "attacks": [{"attack": "fgsm", "threat": {"norm": "linf", "eps": 0.01}}]}  # fmt: skip
+    (elsewhere / "spec.yaml").write_text(yaml.safe_dump(values))
+    path = os.pathsep.join([str(code), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "poise", "run", "spec.yaml", "--address", head.address]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(open_run(store, "judged").read("artifacts/summary.json"))
+    assert summary["examples"] == 20
+    assert {path.name for path in Path(elsewhere).iterdir()} == {"spec.yaml"}
