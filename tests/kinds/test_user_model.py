@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 import sys
 import time
@@ -10,8 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from poise import kinds
@@ -116,6 +121,9 @@ class Scripted(nn.Module):
             x = x.view(7, -1)
         return x.flatten(1)[:, :10]
 
+def flat():
+    return nn.Flatten()
+
 def scripted():
     return torch.jit.script(Scripted())
 
@@ -191,20 +199,40 @@ def test_an_evaluation_names_the_model_the_batch_and_the_line(models, tmp_path, 
     assert re.search(f"the model {models}:{name} {message}", told), told
 
 
-@pytest.mark.parametrize(("name", "message"), CASES)
-def test_a_report_of_bounds_does_so_too(models, tmp_path, name, message):
+def bounds(tmp_path: Path, function: str, **changes: Any) -> BoundsReportSpec:
     values = {
         "kind": "bounds.report",
         "name": "bounds",
         "store": str(tmp_path / "runs"),
-        "models": [{"function": f"{models}:{name}"}],
+        "models": [{"function": function}],
         "data": {"name": "digits", "limit": 100},
         "threats": {"linf": {"eps": "1/20", "steps": 5}},
         "examples": 41,
         "batch_size": 20,
     }
-    told = refused(BoundsReportSpec.model_validate(values))
+    return BoundsReportSpec.model_validate({**values, **changes})
+
+
+@pytest.mark.parametrize(("name", "message"), CASES)
+def test_a_report_of_bounds_does_so_too(models, tmp_path, name, message):
+    told = refused(bounds(tmp_path, f"{models}:{name}"))
     assert re.search(f"the model {models}:{name} {message}", told), told
+
+
+def test_a_network_without_a_layer_has_no_bounds(models, tmp_path):
+    assert f"{models}:flat: the network has no layer with weights" in refused(bounds(tmp_path, f"{models}:flat"))
+
+
+def test_images_that_are_all_black_have_no_bounds(models, tmp_path):
+    pixels = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(pixels, "PNG")
+    table = pa.table({"image": [pixels.getvalue()] * 40, "label": [row % 10 for row in range(40)]})
+    for split in ("train", "test"):
+        pq.write_table(table, tmp_path / f"{split}.parquet")
+    spec = bounds(
+        tmp_path, f"{models}:Linear", data={"name": "images", "root": str(tmp_path)}, threats={"linf": {"eps": 0}}
+    )
+    assert "all training images are the constant that the network subtracts" in refused(spec)
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,8 @@ def network_norms(model: nn.Module, input_shape: Sequence[int]) -> Network:
     with torch.no_grad():
         walk = NetworkWalk(traced)
         path = walk.to_the_end()
+        if not walk.layers:
+            raise ValueError("the network has no layer with weights: there are no norms to report")
         norms = [measure(layer) for layer in walk.layers]
     shift = torch.zeros(()) if walk.shift is None else walk.shift
     return Network(norms, path, shift, walk.homogeneous, walk.fixes_zero)

@@ -144,6 +144,11 @@ def _theory(spec: BoundsReportSpec, trained: Classifier) -> dict[str, Any]:
     balls = [Threat(norm, threat.eps) for norm, threat in trained.threats.items()]
     faced = {"clean": [Threat("l2", 0.0)], "robust": balls}
     radii = {risk: _radius(spec, train, network, balls) for risk, balls in faced.items()}
+    if not min(radii.values()) > 0:
+        raise UserError(
+            f"{trained.name}: all training images are the constant that the network subtracts: their radius is 0, and "
+            "a bound needs one above 0; look at the data set"
+        )
     log10 = {
         "spectral_product": spectral_product(network),
         "frobenius_product": frobenius_product(network),
