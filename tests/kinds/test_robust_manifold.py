@@ -10,10 +10,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from PIL import Image
 from rich.console import Console
 
 from poise import kinds
@@ -355,3 +357,23 @@ def test_a_run_within_eigenspaces_is_another_run_and_a_rank_too_high_is_refused(
     assert not torch.equal(*weights)
     with pytest.raises(UserError, match=r"eigenspace.rank: class 0 has .* 60 are too many"):
         go(store, "space-60", "robust.train", **values, eigenspace={"rank": 60})
+
+
+def test_a_class_that_no_training_image_has_is_refused(tmp_path):
+    generator, folder = torch.Generator().manual_seed(0), tmp_path / "data"
+    folder.mkdir()
+    for split, classes in (("train", 3), ("test", 4)):
+        encoded = []
+        for pixels in torch.randint(0, 256, (60, 8, 8), generator=generator, dtype=torch.uint8).numpy():
+            file = io.BytesIO()
+            Image.fromarray(pixels).save(file, "PNG")
+            encoded.append(file.getvalue())
+        table = pa.table({"image": encoded, "label": [row % classes for row in range(60)]})
+        pq.write_table(table, folder / f"{split}.parquet")
+    train = {"epochs": 1, "optimizer": {"name": "sgd", "lr": 0.1}}
+    data = {"name": "images", "root": str(folder), "batch_size": 20, "validation": 12}
+    threats = {"linf": {"eps": 0.05, "steps": 1}}
+    net = {"model": {"width": 4}, "data": data, "threats": threats, "objective": {"name": "at"}, "train": train}
+    go(str(tmp_path / "runs"), "net", "robust.train", **net)
+    with pytest.raises(UserError, match=r"run net: the labels go up to 3 .* of 3 classes.*shared: true"):
+        manifold(str(tmp_path / "runs"), "where", eigenspace={"rank": 2}, latent=None)

@@ -71,6 +71,10 @@ def _measured(
 ) -> dict[str, Any]:
     """All that is said of one classifier."""
     threats = spec.threats or trained.spec.evaluate.threats or trained.spec.threats
+    try:
+        basis.groups(trained.data.test.labels)
+    except ValueError as error:
+        raise UserError(f"run {trained.name}: {error}: set eigenspace.shared: true") from None
     bench = _Bench(spec, trained.data.test.choose(spec.examples), context)
     searches = [_Search(where, norm, each, basis) for norm, each in threats.items() for where in _WHERE]
     found = bench.evaluate(trained.model, {f"{each.where}/{each.norm}": each for each in searches})
