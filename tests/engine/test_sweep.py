@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -31,6 +32,7 @@ from poise.observe.progress import Display
 from poise.observe.rows import Rows, read_rows
 from poise.observe.sinks import NullSink
 from poise.spec import RunSpec, dump
+from poise.store.lease import Lease
 from poise.store.runs import Run, open_run
 from poise.train.context import Context
 
@@ -312,13 +314,13 @@ def test_trials_in_turn_cannot_stop_each_other(sweep_of):
         locally(sweep_of(base={**BASE, "train": {"epochs": 3}}, scheduler={"name": "asha"}))
 
 
-def by_ray(spec: SweepSpec, folder: Path) -> tuple[subprocess.Popen[bytes], Path]:
-    """The command line on a Ray cluster of its own, in a process that can be killed."""
+def by_command(spec: SweepSpec, folder: Path, engine: str) -> tuple[subprocess.Popen[bytes], Path]:
+    """The command line, on a Ray cluster of its own or on none, in a process that can be killed."""
     path, log = folder / "sweep.yaml", folder / f"{time.monotonic_ns()}.log"
     path.write_text(dump(spec))
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "COLUMNS": "140"}
     with log.open("wb") as output:
-        command = [sys.executable, "-m", "poise", "run", str(path)]
+        command = [sys.executable, "-m", "poise", "run", str(path), "--engine", engine]
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
@@ -329,8 +331,8 @@ def by_ray(spec: SweepSpec, folder: Path) -> tuple[subprocess.Popen[bytes], Path
 def running(tmp_path: Path):
     processes = []
 
-    def start(spec: SweepSpec) -> tuple[subprocess.Popen[bytes], Path]:
-        process, log = by_ray(spec, tmp_path)
+    def start(spec: SweepSpec, engine: str = "ray") -> tuple[subprocess.Popen[bytes], Path]:
+        process, log = by_command(spec, tmp_path, engine)
         processes.append(process)
         return process, log
 
@@ -384,6 +386,38 @@ def test_a_sweep_goes_on_after_its_driver_was_killed_and_ends_in_the_same_bits(s
     starts = [event["step"] for event in second.events() if event["event"] == "start"]
     assert starts[0] == 0 < starts[1], "the second trial did not go on from its commit"
     assert facts(killed) == facts(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("engine", "number"), [("ray", "SIGINT"), ("ray", "SIGUSR1"), ("local", "SIGINT")])
+def test_a_sweep_that_is_told_to_end_says_what_goes_on_and_leaves_nothing_behind(sweep_of, running, engine, number):
+    """Its trials are cut off: none of them is taken for one that has failed."""
+    spec = sweep_of(space={"train.epochs": {"grid": [1, 25]}})
+    first, second = trials_of(spec)
+    process, log = running(spec, engine)
+    deadline = time.monotonic() + 200
+    while not (status_of(first) == "finished" and second.checkpoints.commits()):
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.02)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.Signals[number])
+    ended, said = (130, "stopped; the same command goes on") if number == "SIGINT" else (75, "goes on from there")
+    assert process.wait(60) == ended, log.read_text()
+    assert said in log.read_text()
+    assert "Traceback" not in log.read_text()
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
+    whole = open_run(spec.store, spec.name)
+    assert [run.name for run in (whole, first, second) if Lease.is_held(run.storage, run.name)] == []
+    assert [status_of(run) for run in (whole, first, second)] == ["running", "finished", "running"]
+    before = first.manifest()
+    process, log = running(spec, engine)
+    assert process.wait(200) == 0, log.read_text()
+    assert (first.manifest(), status_of(second)) == (before, "finished")
+    starts = [event["step"] for event in second.events() if event["event"] == "start"]
+    assert starts[0] == 0 < starts[1], "the second trial did not go on from its commit"
 
 
 @pytest.mark.parametrize(("stopped", "status"), [({0}, "stopped"), (set(), "failed")])

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import os
+import signal
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -143,6 +145,15 @@ class _Overseer(tune.Callback):  # type: ignore[misc]
         self.unsettled: dict[int, Trial] = {}
         self.reports: dict[int, list[Point]] = {}
         self.groups: dict[int, PlacementGroup] = {}
+        self.on_usr1 = signal.getsignal(signal.SIGUSR1)
+
+    def setup(self, *_: Any, **__: Any) -> None:
+        """Take SIGUSR1 back, which announces an end under Slurm.
+
+        Tune has just taken it, to return as if the sweep were over: trials that were cut off would count as failed.
+        """
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGUSR1, self.on_usr1)
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **_: Any) -> None:
         mine = self.told[trial.config["index"]]
