@@ -178,6 +178,47 @@ def test_a_users_mistake_that_only_a_worker_can_see_ends_the_run_without_a_trace
     assert (run.manifest().status, "nowhere" in run.manifest().error) == ("failed", True)
 
 
+LATE = """\
+import torch
+from torch import nn
+
+class Late(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.view(-1, 64) if len(x) > 5 else x.view(2, -1))
+
+def late():
+    torch.manual_seed(0)
+    return Late(64, 10)
+"""
+
+EVALUATION = """\
+kind: robust.evaluate
+name: late
+store: {store}
+workers: {{count: 2, max_failures: 2}}
+model: {{function: "late_model:late"}}
+data: {{name: digits, limit: 300}}
+examples: 49
+batch_size: 10
+attacks: [{{attack: pgd, threat: {{norm: linf, eps: 1/20}}, steps: 2}}]
+"""
+
+
+def test_a_model_of_the_users_own_that_fails_late_is_not_tried_again(head, tmp_path):
+    """The attacked examples that are left over make a batch of another size than the model was shown."""
+    (tmp_path / "late_model.py").write_text(LATE)
+    (tmp_path / "late.yaml").write_text(EVALUATION.format(store=tmp_path / "runs"))
+    command = [sys.executable, "-m", "poise", "run", "late.yaml", "--address", head.address]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "the model late_model:late raised RuntimeError on a batch of shape (" in done.stderr
+    assert "late_model.py:6 in forward: return super()" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "a worker died" not in done.stderr + done.stdout
+    assert open_run(str(tmp_path / "runs"), "late").manifest().status == "failed"
+
+
 def test_mistakes_about_jobs_are_answered_without_a_traceback(head, desk, tmp_path, poise):
     unknown = poise("status", "poise-none", "--address", head.dashboard)
     assert (unknown.returncode, "knows no job poise-none" in unknown.stderr) == (2, True)

@@ -277,7 +277,7 @@ def _watch(board: Any, spec: RunSpec, display: Display, sink: Sink, on_group: On
         seen += len(state.evaluations)
         for evaluation in state.evaluations:
             display.show(evaluation)
-        if state.attempts > attempts:
+        if state.attempts > attempts and state.error is None:  # else the gang that Ray has started ends at once
             display.note(f"[{spec.name}] a worker died; attempt {state.attempts} goes on from the last commit")
             sink.inc("poise_restarts_total", state.attempts - attempts, run=spec.name)
             attempts = state.attempts
