@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -27,6 +28,14 @@ def make():
 """
 
 
+def spec_of(store: str) -> dict[str, Any]:
+    return {
+        "kind": "robust.evaluate", "name": "judged", "store": store, "data": {"name": "digits"}, "examples": 20,
+        "model": {"function": "module_of_mine:make"},
+        "attacks": [{"attack": "fgsm", "threat": {"norm": "linf", "eps": 0.01}}],
+    }  # fmt: skip
+
+
 def test_a_module_that_only_this_machine_has_is_sent_to_the_workers(head, tmp_path):
     """It lies on the Python path of this command, which the workers do not have, and imports another beside it."""
     code, elsewhere = tmp_path / "code", tmp_path / "elsewhere"
@@ -35,10 +44,7 @@ def test_a_module_that_only_this_machine_has_is_sent_to_the_workers(head, tmp_pa
     (code / "module_of_mine.py").write_text(MODULE)
     (code / "helper_of_mine.py").write_text(HELPER)
     store = str(tmp_path / "runs")
-    values = {"kind": "robust.evaluate", "name": "judged", "store": store, "data": {"name": "digits"}, "examples": 20,
-              "model": {"function": "module_of_mine:make"},
-              "attacks": [{"attack": "fgsm", "threat": {"norm": "linf", "eps": 0.01}}]}  # fmt: skip
-    (elsewhere / "spec.yaml").write_text(yaml.safe_dump(values))
+    (elsewhere / "spec.yaml").write_text(yaml.safe_dump(spec_of(store)))
     path = os.pathsep.join([str(code), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "poise", "run", "spec.yaml", "--address", head.address]
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
@@ -47,3 +53,16 @@ def test_a_module_that_only_this_machine_has_is_sent_to_the_workers(head, tmp_pa
     summary = json.loads(open_run(store, "judged").read("artifacts/summary.json"))
     assert summary["examples"] == 20
     assert {path.name for path in Path(elsewhere).iterdir()} == {"spec.yaml"}
+
+
+def test_a_job_has_the_module_that_was_submitted_with_it(head, tmp_path):
+    """The run that a job starts joins the cluster too, and has nothing to send."""
+    (tmp_path / "module_of_mine.py").write_text(MODULE)
+    (tmp_path / "helper_of_mine.py").write_text(HELPER)
+    store = str(tmp_path / "runs")
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec_of(store)))
+    command = [sys.executable, "-m", "poise", "submit", "spec.yaml", "--address", head.dashboard]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert open_run(store, "judged").summary().status == "finished"
