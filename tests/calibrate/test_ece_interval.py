@@ -40,9 +40,9 @@ def true_ece(conf: np.ndarray, chance: np.ndarray) -> float:
     return sum(share * abs(gap) for share, gap in parts)
 
 
-def coverage(conf: np.ndarray, chance: np.ndarray, n: int) -> float:
+def coverage(conf: np.ndarray, chance: np.ndarray, n: int, samples: int = WORLDS) -> float:
     truth, draw, covered = true_ece(conf, chance), np.random.default_rng(n), []
-    for _ in range(WORLDS):
+    for _ in range(samples):
         rows = draw.integers(0, len(conf), n)
         found = unbiased_ece(conf[rows], draw.random(n) < chance[rows], reps=200)
         assert found.low - 1e-3 <= found.value <= found.high + 1e-3, "the estimate lies outside of its own interval"
@@ -57,10 +57,33 @@ def test_the_interval_covers_the_truth_whether_a_model_is_calibrated_or_not(popu
     assert 0.9 <= coverage(conf, np.clip(conf - over, 0, 1), n) <= 0.995
 
 
-def test_it_covers_where_a_model_is_too_sure_above_and_too_modest_below(populations):
+@pytest.mark.parametrize("n", [40, 500])
+def test_it_covers_where_a_model_is_too_sure_above_and_too_modest_below(populations, n):
     conf = populations["spread"]
     odds = (conf / (1 - conf)) ** 0.6
-    assert 0.9 <= coverage(conf, odds / (1 + odds), 500) <= 0.995
+    assert 0.9 <= coverage(conf, odds / (1 + odds), n) <= 0.995
+
+
+@pytest.mark.parametrize("name", ["spread", "a spike at 1"])
+def test_it_covers_where_few_questions_are_asked_of_a_calibrated_model(populations, name):
+    """40 questions leave about 4 in a bin: their grades are far from normal."""
+    conf = populations[name]
+    assert 0.9 <= coverage(conf, conf, 40, samples=200) <= 0.995
+
+
+@pytest.mark.parametrize(("name", "accuracy", "n"), [("spread", 0.95, 40), ("Sem1", 0.9, 40), ("low", 0.1, 128)])
+def test_it_covers_where_nearly_all_grades_agree_and_confidences_vary(populations, name, accuracy, n):
+    conf = np.random.default_rng(0).beta(1, 8, 4000) if name == "low" else populations[name]
+    assert 0.9 <= coverage(conf, np.full_like(conf, accuracy), n, samples=200) <= 0.995
+
+
+@pytest.mark.parametrize("samples", [4, 10])
+def test_it_covers_where_equally_likely_answers_are_rarely_right(samples):
+    """Six meanings: Sem2 has few values, and an accuracy of 0.1 is above some of them and below others."""
+    draw = np.random.default_rng(0)
+    counts = draw.multinomial(samples, draw.dirichlet([5.0] * 6, 4000))
+    conf = np.array([sem2_exact(tuple(map(int, row))) for row in counts])
+    assert 0.9 <= coverage(conf, np.full_like(conf, 0.1), 40, samples=200) <= 0.995
 
 
 def test_percentiles_of_a_bootstrap_do_not_cover_where_a_model_is_calibrated(populations):
@@ -139,14 +162,18 @@ def test_the_shares_of_the_bins_are_uncertain_where_no_grade_is(populations):
     assert np.mean(covered) >= 0.9
 
 
-def test_one_right_answer_of_40_leaves_the_end_of_the_mean_gap():
-    """All gaps have one sign: the error is the mean of confidence - grade, with the end of a mean."""
+def test_one_right_answer_of_40_adds_the_distances_of_a_rate_and_of_a_mean():
+    """All gaps have one sign: the error is mean confidence - accuracy, and Wilson's interval is that of the accuracy.
+
+    The noise of both is independent, so that the distances of their ends add up as squares.
+    """
     conf = np.array([0.25] * 10 + [0.5] * 25 + [0.75] * 5)
     grades = np.zeros(40)
     grades[20] = 1
-    mean, deviation = np.mean(conf - grades), np.std(conf - grades, ddof=1)
+    rate = 1 / 40 - wilson(1 / 40, 40)[0]
+    mean = 1.96 * np.std(conf, ddof=1) / math.sqrt(40)
     found = unbiased_ece(conf, grades)
-    assert found.high == pytest.approx(mean + 1.96 * deviation / math.sqrt(40), abs=0.015)
+    assert found.high == pytest.approx(np.mean(conf - grades) + math.hypot(rate, mean), abs=0.01)
 
 
 def test_grades_between_0_and_1_have_their_own_variance():
