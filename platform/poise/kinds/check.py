@@ -1,7 +1,8 @@
 """What can be known of a spec before anything is started: do the files, runs and functions that it names serve?
 
 Of large local files only the beginnings are read, and nothing is opened on a network. What is on S3 is left to the run
-that reads it. An answer takes a fraction of a second: torch is imported only for a state dict, whose names and shapes
+that reads it. An answer takes a fraction of a second, and seconds where files of rows are
+large: torch is imported only for a state dict, whose names and shapes
 are those of a network, and transformers only where the files of a language model alone leave a doubt.
 """
 

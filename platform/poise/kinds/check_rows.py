@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["question_findings", "rows_to_check", "text_findings"]
 
 _WHOLE_BYTES = 64 * 2**20
-"""Files of so many bytes together are read wholly: a second or two."""
+"""Files of so many bytes together are read wholly: five seconds and 0.6 GB for 370,000 short rows."""
 
 _FIRST_ROWS = 10_000
 """Rows that are read of larger files."""
