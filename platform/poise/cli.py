@@ -41,6 +41,7 @@ def main() -> None:
         error.show()
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort) as error:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # what tidies up when Python exits is not cut off by a second one
         if isinstance(error.__cause__, PreemptedError):  # click makes an Abort of every interrupt
             click.echo(f"poise: {error.__cause__}", err=True)
             sys.exit(error.__cause__.exit_code)
