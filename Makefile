@@ -39,9 +39,9 @@ bench: .venv/.develops ## Measure speed beside what a user would run instead
 
 lock: ## Write the lock files anew, from pyproject.toml
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
-	.venv-lock/bin/pip install -q $(TORCH) && .venv-lock/bin/pip install -q -e .
+	.venv-lock/bin/pip install -q $(TORCH) && .venv-lock/bin/pip install -q -e '.[all]'
 	.venv-lock/bin/python cluster/lock.py requirements.lock "a run"
-	.venv-lock/bin/pip install -q -e '.[dev]'
+	.venv-lock/bin/pip install -q -e '.[all,dev]'
 	.venv-lock/bin/python cluster/lock.py requirements-dev.lock "\`make test\` and \`make lint\` beyond those of a run" requirements.lock
 	rm -rf .venv-lock
 

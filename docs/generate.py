@@ -15,12 +15,12 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from poise.spec import Real, RunSpec
+from poise.spec import ExactNumber, RunSpec
 
 PAGE = Path(__file__).with_name("specs.md")
 
 _BLOCK = re.compile(r"(<!-- keys: ([\w.]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-_PLAIN = {Real: "number", int: "integer", str: "text", bool: "true, false", Any: "value"}
+_PLAIN = {ExactNumber: "number", int: "integer", str: "text", bool: "true, false", Any: "value"}
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "min_length": None, "max_length": None}
 
 
@@ -111,7 +111,7 @@ def _flow(value: Any) -> str:
         return f"[{', '.join(_flow(item) for item in value)}]"
     if isinstance(value, dict):
         return f"{{{', '.join(f'{key}: {_flow(item)}' for key, item in value.items())}}}"
-    if isinstance(value, (str, Real)):
+    if isinstance(value, (str, ExactNumber)):
         return str(value)
     return yaml.safe_dump(value).splitlines()[0]
 

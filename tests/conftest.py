@@ -1,4 +1,4 @@
-"""What several rooms' tests need: an S3 service on loopback, one that fails, and the shared data sets."""
+"""What tests of several packages need: an S3 service on loopback, one that fails, and the shared data sets."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def project(folder: Path) -> Path:
     for slow, quick in TINY.items():
         assert slow in text, f"the spec no longer says {slow!r}"
         text = text.replace(slow, quick)
-    spec.write_text(text.replace("    evaluate:\n", "    evaluate:\n      examples: 20\n"))
+    spec.write_text(text.replace("    evaluate:\n", "    evaluate:\n      num_examples: 20\n"))
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Every spec in `jobs/` is sound, with and without its profiles; the small ones of the robust room do run."""
+"""Every spec in `jobs/` is sound, with and without its profiles; the small ones of robust training do run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from poise.engine.drive import drive
+from poise.engine.launch import launch
 from poise.kinds import KINDS
 from poise.observe.progress import Display
 from poise.observe.sinks import NullSink
@@ -48,13 +48,13 @@ def test_every_objective_has_a_job():
 def test_the_small_profile_of_a_robust_job_trains_and_is_measured(path, tmp_path):
     """Two epochs of 256 images instead of all: the same code, in a second or two."""
     less = ["train.epochs=2", "train.evaluate_every.epochs=1", "train.checkpoint.every.epochs=1", "data.limit=256"]
-    less += ["data.validation=40", "evaluate.examples=20", f"store={tmp_path}"]
+    less += ["data.validation=40", "evaluate.num_examples=20", f"store={tmp_path}"]
     sections = yaml.safe_load(path.read_text())
     less += [f"{key}.start.epochs=1" for key in ("averaging", "awp") if "start" in sections.get(key, {})]
     spec = load(path, KINDS, less, "small")
-    drive(spec, "local", None, Display(io.StringIO()), NullSink())
+    launch(spec, "local", None, Display(io.StringIO()), NullSink())
     run = open_run(spec.store, spec.name)
-    summary = json.loads(run.read("artifacts/summary.json"))
+    summary = json.loads(run.read("result.json"))
     assert run.manifest().status == "finished"
     assert summary["objective"] == spec.objective.name
     assert set(summary["accuracy"]) >= {"best", "final"}

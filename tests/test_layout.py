@@ -1,11 +1,13 @@
-"""The two traps of the layout, and the walls between the rooms."""
+"""The two traps of the layout, and the import contracts between packages."""
 
 from __future__ import annotations
 
 import platform
+import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -25,7 +27,7 @@ def test_platform_is_the_standard_librarys_from_the_root_of_the_project():
     assert Path(out.strip()).parent == Path(sysconfig.get_paths()["stdlib"])
 
 
-def test_the_walls_stand():
+def test_the_import_contracts_hold():
     linter = Path(sys.executable).with_name("lint-imports")
     done = subprocess.run([linter, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
@@ -37,7 +39,7 @@ def test_the_walls_stand():
     [
         ("poise.cli", {"torch", "ray", "numpy", "pyarrow", "boto3", "matplotlib", "pydantic"}),
         ("poise.kinds", {"torch", "ray", "numpy", "pyarrow", "boto3", "matplotlib"}),
-        ("poise.kinds.robust_train", {"ray", "boto3", "vllm", "matplotlib"}),
+        ("poise.kinds.robust_train.run", {"ray", "boto3", "vllm", "matplotlib"}),
     ],
 )
 def test_heavy_imports_happen_where_they_are_used(module, heavy):
@@ -48,20 +50,34 @@ def test_heavy_imports_happen_where_they_are_used(module, heavy):
     assert not heavy & loaded
 
 
-def test_a_science_room_that_reaches_out_is_caught(tmp_path):
-    """The contract can fail: the same contracts over a copy of the package in which `robust` imports ray."""
-    import shutil
+PLANTED = {
+    "robust/threats.py": ("ray", "science packages know torch, numpy and scipy only"),
+    "calibrate/ece.py": ("poise.finetune.losses", "science packages do not know each other"),
+    "align/games.py": ("poise.robust.threats", "align is a science package that may use the losses of finetune"),
+    "bounds/operators.py": ("poise.data.spec", "bounds is a science package that may use robust"),
+    "inference/sampler.py": ("click", "train and inference are plain torch"),
+    "store/runs.py": ("poise.engine.network", "nothing but cli imports engine"),
+    "engine/launch.py": ("ray", "only engine.ray imports ray"),
+    "engine/ray/jobs.py": ("vllm", "only engine.vllm imports vllm"),
+    "report/page.py": ("poise.kinds", "report does not import kinds, which hand it their sections"),
+    "spec/base.py": ("poise.train.spec", "the foundations import nothing above them"),
+}
+"""By file, an import that a contract forbids, and the name of that contract."""
 
-    shutil.copytree(
-        ROOT / "platform", tmp_path / "platform", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
-    )
+
+def test_each_import_contract_catches_a_violation(tmp_path):
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    shutil.copytree(ROOT / "platform", tmp_path / "platform", ignore=ignored)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    with (tmp_path / "platform/poise/robust/threats.py").open("a") as file:
-        file.write("\nimport ray\n")
+    for file, (module, _) in PLANTED.items():
+        with (tmp_path / "platform/poise" / file).open("a") as source:
+            source.write(f"\nimport {module}\n")
     linter = Path(sys.executable).with_name("lint-imports")
     environment = {"PYTHONPATH": str(tmp_path / "platform"), "PATH": "/usr/bin"}
     done = subprocess.run(
         [linter, "--no-cache"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
-    assert "poise.robust" in done.stdout
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    assert {contract["name"] for contract in contracts} == {name for _, name in PLANTED.values()}
+    assert [name for _, name in PLANTED.values() if f"{name} BROKEN" not in done.stdout] == []

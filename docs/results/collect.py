@@ -6,7 +6,6 @@ the half width of the 95 % interval of the mean (Student's t).
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -14,12 +13,11 @@ from collections.abc import Sequence
 import yaml
 from scipy import stats
 
-from poise.store.runs import Run, open_run
-
-
-def summary(run: Run) -> dict[str, object]:
-    """The summary of a finished run."""
-    return dict(json.loads(run.read("artifacts/summary.json")))
+from poise.kinds.robust_manifold.result import RobustManifoldResult
+from poise.kinds.robust_train.result import RobustTrainResult
+from poise.kinds.sweep.result import SweepResult
+from poise.store.result import has_result, require_result
+from poise.store.runs import open_run
 
 
 def interval(values: Sequence[float]) -> str:
@@ -31,15 +29,15 @@ def interval(values: Sequence[float]) -> str:
     return f"{100 * mean:.1f} ± {100 * half:.1f}"
 
 
-def trained(name: str, trials: Sequence[dict[str, object]], columns: Sequence[str]) -> list[str]:
+def trained(name: str, trials: Sequence[RobustTrainResult], columns: Sequence[str]) -> list[str]:
     """Lines of a stage: the selected weights, the averaged ones if there are any, and best minus final."""
     cells = {"": "selected", "averaged": "averaged", "best - final": None}
     lines = []
     for label, weights in cells.items():
         if weights is None:
-            found = [trial["best_minus_final"] for trial in trials]
+            found = [trial.best_minus_final for trial in trials]
         else:
-            found = [trial["accuracy"].get(trial["selected"] if weights == "selected" else weights) for trial in trials]
+            found = [trial.accuracy.get(trial.selected if weights == "selected" else weights, {}) for trial in trials]
         if all(found):
             row = [interval([one[column] for one in found]) if column in found[0] else "–" for column in columns]
             lines.append(f"| {name} {label} | {len(found)} | {' | '.join(row)} |".replace("  |", " |"))
@@ -49,23 +47,27 @@ def trained(name: str, trials: Sequence[dict[str, object]], columns: Sequence[st
 def main(store: str, study: str) -> None:
     """Print the table of every sweep of the study."""
     stages = sweeps(store, study)
-    trials = {stage: [summary(open_run(store, trial)) for trial in runs] for stage, runs in stages.items()}
-    columns = list(dict.fromkeys(key for runs in trials.values() for one in runs for key in one["accuracy"]["final"]))
+    trials = {
+        stage: [require_result(open_run(store, trial), RobustTrainResult) for trial in runs]
+        for stage, runs in stages.items()
+    }
+    columns = list(dict.fromkeys(key for runs in trials.values() for one in runs for key in one.accuracy["final"]))
     columns.sort(key=["clean", "robust/linf", "robust/l2", "robust/l1", "robust/average", "robust/union"].index)
     print("| | seeds | " + " | ".join(column.removeprefix("robust/") for column in columns) + " |")
     print("|---|" + "---|" * (len(columns) + 1))
     for stage, runs in trials.items():
         print("\n".join(trained(stage, runs, columns)))
     for attacked in stages_of(store, study, "robust.manifold"):
-        print("\n".join(["", *on_and_off(summary(open_run(store, attacked)), stages)]))
+        result = require_result(open_run(store, attacked), RobustManifoldResult)
+        print("\n".join(["", *on_and_off(result, stages)]))
 
 
-def on_and_off(told: dict[str, object], stages: dict[str, list[str]]) -> list[str]:
+def on_and_off(result: RobustManifoldResult, stages: dict[str, list[str]]) -> list[str]:
     """Of each stage and ball, how many of the images classified rightly fall within the manifold, off it, anywhere."""
     lines = ["| | seeds | ball | on | off | anywhere |", "|---|---|---|---|---|---|"]
-    classifiers = {one["run"]: one for one in told["classifiers"]}
+    classifiers = {one.run: one for one in result.classifiers}
     for stage, runs in stages.items():
-        found = [classifiers[run]["success"] for run in runs]
+        found = [classifiers[run].success for run in runs]
         for norm in dict.fromkeys(name.partition("/")[2] for name in found[0]):
             cells = [interval([one[f"{where}/{norm}"] for one in found]) for where in ("on", "off", "anywhere")]
             lines.append(f"| {stage} | {len(runs)} | {norm} | {' | '.join(cells)} |")
@@ -81,8 +83,8 @@ def stages_of(store: str, study: str, kind: str) -> dict[str, str]:
 def sweeps(store: str, study: str) -> dict[str, list[str]]:
     """The trials of each finished stage of a study that is a sweep, by the name of the stage."""
     runs = {name: open_run(store, run) for run, name in stages_of(store, study, "sweep").items()}
-    found = {name: summary(run) for name, run in runs.items() if "artifacts/summary.json" in run.files("artifacts/")}
-    return {name: [trial["run"] for trial in told["trials"]] for name, told in found.items()}
+    results = {name: require_result(run, SweepResult) for name, run in runs.items() if has_result(run)}
+    return {name: [trial.run for trial in result.trials] for name, result in results.items()}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every environment variable that Poise reads or sets, with its default and the reason for it."""
+"""The environment variables that Poise reads or sets, with their defaults and reasons."""
 
 from __future__ import annotations
 
@@ -27,86 +27,88 @@ __all__ = [
 ]
 
 RAY_LOGS = "POISE_RAY_LOGS"
-"""Set to 1 to see what Ray's processes and the workers print; by default it is kept in Ray's logs only."""
+"""Set to 1 to print the output of Ray's processes and of the workers; by default it is only in Ray's logs."""
 
 CACHE = "POISE_CACHE"
-"""Folder for what can be computed again, such as the hashes of large files; the default is ~/.cache/poise."""
+"""Folder of caches, such as the hashes of large files; the default is ~/.cache/poise."""
 
 COMMIT = "POISE_COMMIT"
-"""Set by `poise submit` for its job, as JSON: the commit of the code that was sent, which has no repository there."""
+"""Set by `poise submit` for its job, as JSON: the commit of the code that was sent, since the job has no repository."""
 
 GRACE_S = "POISE_GRACE_S"
-"""Seconds from a signal to end to the kill that follows: a step that takes longer is given up. 25 unless set."""
+"""Seconds between the signal that asks a process to end and its kill; a step that takes longer is not committed. The
+default is 25."""
 
 LOOPBACK_ALONE = {
-    # Made for the firewalls of other systems: Ray takes 127.0.0.1 for the address of this machine, and all that it
-    # starts listens there. Without it GCS, raylet and agents listen on every interface. Read when ray is imported.
+    # Intended for the firewalls of other systems: Ray uses 127.0.0.1 as the address of this machine, and all its
+    # processes listen there. Without it GCS, raylet and agents listen on every interface. Read when ray is imported.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 """Set for a cluster of this machine alone, in the processes of the cluster and in those that join it."""
 
 RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Set by Ray for the process of a job: the environment that `poise submit` has given all that the job starts."""
+"""Set by Ray in the process of a job: the runtime environment from `poise submit`, which all its workers have too."""
 
 STORE_PATIENCE_S = "POISE_STORE_PATIENCE_S"
-"""For how many seconds a run waits for an S3 service that has answered before and fails now."""
+"""Seconds for which a run waits for an S3 service that has answered before and fails now."""
 
 STORE_PATIENCE_DEFAULT_S = 900.0
 
 RAY_DEFAULTS = {
-    # How soon the controller sees a dead worker or the end of a run; each poll interrupts every worker.
+    # Seconds after which the controller notices a dead worker or the end of a run; each poll interrupts every worker.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1.0",
-    # Ray starts workers at niceness 15: every other process of the machine would go before the training.
+    # Ray starts workers at niceness 15, so that every other process of the machine would run before the training.
     "RAY_worker_niceness": "0",
-    # Prints of workers would appear twice.
+    # Otherwise prints of workers appear twice.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    # Relative paths of a spec mean the same in a worker as where the spec was read.
+    # Relative paths of a spec refer to the same files in a worker as in the driver.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    # Nothing about a run leaves the cluster.
+    # No data about a run is sent out of the cluster.
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Tune keeps to itself: no table in the terminal, no files beside those of the store, and Ctrl-C ends the driver.
+    # Tune prints no table in the terminal, writes no log files, and leaves Ctrl-C to the driver.
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    # A trial reports before its first evaluation too; its scheduler passes over what has no metric yet.
+    # Trials also report progress without a metric, which the scheduler ignores.
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
 }
 """Set for Ray unless the user has set them."""
 
 PRIVATE_CLUSTER = {
-    # One machine that nobody takes away, watched by this command alone: what would tell others only takes turns from
-    # the workers, who all wait for the one that was interrupted.
+    # The cluster is one machine for one command: nobody reads its metrics and events, and no single node is preempted.
+    # Collecting them would interrupt single workers, for which all the others wait.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_enable_metrics_collection": "0",
     "RAY_task_events_report_interval_ms": "0",
     "RAY_raylet_report_resources_period_milliseconds": "1000",
-    # Ray would start a worker per core ahead, and all but one could not be used: they lack the environment of a gang.
+    # Ray would start a worker per core in advance. All but one could not be used, since they lack the environment of a
+    # worker group.
     "RAY_prestart_worker_first_driver": "0",
 }
-"""Set, unless the user has set them, for a cluster that lives on this machine for as long as a command."""
+"""Set, unless the user has set them, for a cluster that a command starts on this machine and ends with itself."""
 
 VLLM_SETTINGS = {
-    # The engine in the actor's own process: it starts in a tenth of the time, and its weights can be read back.
+    # Run the engine in the actor's process: it starts in a tenth of the time, and its weights can be read back.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    # Threads pinned to cores would share them with the workers that train.
+    # Otherwise threads are pinned to cores that the training workers use too.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "ERROR",
-    # Nothing about a run leaves the cluster, and nothing is fetched from a hub.
+    # No data about a run is sent out of the cluster, and nothing is downloaded from a hub.
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
 """Set in the process of every vLLM engine."""
 
 VLLM_ON_CPU = {
-    # All that vLLM compiles for an eager engine on a CPU is a count of tokens; it takes seconds and a C++ compiler.
+    # For an eager engine on a CPU vLLM compiles only a count of tokens, which takes seconds and needs a C++ compiler.
     "TORCHDYNAMO_DISABLE": "1",
 }
-"""Set beside them in the process of an engine without a GPU."""
+"""Set in addition to VLLM_SETTINGS in the process of an engine without a GPU."""
 
 
 @contextmanager
 def defaults(values: Mapping[str, str]) -> Iterator[None]:
-    """Those of `values` that are not set, set for as long as the block lasts."""
+    """While the block runs, set the environment variables of `values` that are not set already."""
     added = {name: value for name, value in values.items() if name not in os.environ}
     os.environ.update(added)
     try:
@@ -117,17 +119,20 @@ def defaults(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def launched_rank() -> tuple[int, int, int]:
-    """Rank, world size and rank on this machine as `torchrun` tells them; (0, 1, 0) in a process started alone.
+    """Rank, world size and local rank from the variables of `torchrun`; (0, 1, 0) in a process without a launcher.
 
-    Raises UserError when they cannot be those of a launcher.
+    Raises UserError for values that a launcher does not set.
     """
-    rank, world_size, local = _count("RANK", 0), _count("WORLD_SIZE", 1), _count("LOCAL_RANK", 0)
-    if rank >= world_size:  # such a process would lead nothing, and nothing would be written
+    rank = _count("RANK", 0)
+    world_size = _count("WORLD_SIZE", 1)
+    local_rank = _count("LOCAL_RANK", 0)
+    if rank >= world_size:  # then no process would have rank 0, which writes all results
         raise UserError(f"RANK is {rank} and WORLD_SIZE {world_size}: set both as torchrun does, or unset both")
-    return rank, world_size, local
+    return rank, world_size, local_rank
 
 
 def _count(name: str, default: int) -> int:
+    """A non-negative integer from an environment variable."""
     text = os.environ.get(name) or str(default)
     if not text.isdecimal():
         raise UserError(f"{name} is {text!r}, not a count: unset it, or start the processes with torchrun")
@@ -135,7 +140,7 @@ def _count(name: str, default: int) -> int:
 
 
 def grace_s() -> float:
-    """Seconds in which a process that was asked to end has to; less than the 30 that Slurm and Kubernetes leave."""
+    """Seconds in which a process must end after a signal; less than the 30 of Slurm and Kubernetes by default."""
     try:
         return max(0.0, float(os.environ.get(GRACE_S) or 25))
     except ValueError:

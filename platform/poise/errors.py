@@ -1,20 +1,20 @@
-"""What can go wrong, said to the person who has to mend it.
+"""The errors that Poise raises, all derived from `PoiseError`.
 
-`PoiseError` is the root of everything that Poise raises on purpose. The command line prints it without a traceback and
-exits with `exit_code`; any other exception is a defect of Poise and keeps its traceback.
+The command line prints a `PoiseError` without a traceback and exits with its `exit_code`. Any other exception is a
+defect of Poise and keeps its traceback.
 """
 
 from __future__ import annotations
 
 from poise.secrets import redact
 
-__all__ = ["DamagedError", "PoiseError", "PreemptedError", "RunBusyError", "StoreError", "UserError"]
+__all__ = ["IntegrityError", "PoiseError", "PreemptedError", "RunBusyError", "StoreError", "UserError"]
 
 
 class PoiseError(Exception):
-    """A failure that the message explains: what is wrong, where, and what to do about it.
+    """A failure whose message says what is wrong, where, and what to do about it.
 
-    A message is printed, logged and kept in the record of a run; a secret in it is replaced by `***`.
+    Messages are printed, logged and stored in the run, so secrets in them are replaced by `***`.
     """
 
     exit_code = 1
@@ -24,30 +24,30 @@ class PoiseError(Exception):
 
 
 class UserError(PoiseError, ValueError):
-    """Something that was asked for cannot be: a malformed spec, an unknown name, a missing file."""
+    """A mistake of the user: a malformed spec, an unknown name, a missing file."""
 
     exit_code = 2
 
 
 class StoreError(PoiseError):
-    """The store could not be read or written: no space, no access, no such bucket."""
+    """The store cannot be read or written: no space, no access, no such bucket."""
 
 
-class DamagedError(StoreError):
-    """An artifact in the store is not what was committed: truncated, altered or missing."""
+class IntegrityError(StoreError):
+    """A file in the store differs from what was committed: truncated, altered or missing."""
 
 
 class RunBusyError(PoiseError):
-    """Another driver holds this run."""
+    """Another driver holds the lease of this run."""
 
     exit_code = 3
 
 
 class PreemptedError(KeyboardInterrupt):
-    """This process was asked by a signal to end, and has committed what it had.
+    """A signal asked this process to end, and it has committed its step.
 
-    It is an interrupt, as Ctrl-C is: no failure of a run, and nothing that a sweep passes over.
+    A KeyboardInterrupt, as Ctrl-C is: the run has not failed, and a sweep ends too instead of starting its next trial.
     """
 
     exit_code = 75
-    """EX_TEMPFAIL of sysexits.h: "try again later", which schedulers take for a request to be queued again."""
+    """EX_TEMPFAIL of sysexits.h: "try again later", by which schedulers queue a job again."""

@@ -1,8 +1,8 @@
-"""What a secret looks like: such a value is kept out of specs, and out of what Poise prints and records.
+"""Recognizes secrets, which are refused in specs and removed from what Poise prints and records.
 
-The schema of the chart says the same of its `environment`. A value is judged by its shape first, since names lie: a
-password in a URL, a private key, the tokens of well-known services. A name is judged only as a whole, or by its last
-words: TOKENIZERS_PARALLELISM holds the word TOKEN and is none.
+The schema of the chart has the same patterns for its `environment`. A value is recognized first by its form: a password
+in a URL, a private key, a token of a well-known service. The name of a variable is matched as a whole or by its last
+words only: TOKENIZERS_PARALLELISM contains TOKEN and is no secret.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 __all__ = ["find_secrets", "is_secret", "is_secret_variable", "redact"]
 
 _IN_URL = re.compile(
-    r"(?<=://)[^\s/@:'\"]+:(?!\d{1,5}/)[^\s@'\"]+(?=@)"  # user:password, and no port; a password may hold a slash
-    r"|(?<=://)[^\s/@:'\"]{16,}(?=@)"  # a user that is long enough for a token
+    r"(?<=://)[^\s/@:'\"]+:(?!\d{1,5}/)[^\s@'\"]+(?=@)"  # user:password, not host:port; a password may have a slash
+    r"|(?<=://)[^\s/@:'\"]{16,}(?=@)"  # a user name that is long enough for a token
     r"|(?<=[?&])(?:X-Amz-(?:Signature|Credential|Security-Token)|sig|api_key|access_token|token|password)=[^&\s'\"]+"
 )
-"""The part of a URL that lets its owner in."""
+"""Credentials in a URL."""
 
 _SHAPES = re.compile(
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----"
@@ -36,23 +36,23 @@ _NAMES = re.compile(
     r"|(?:HF|REDISCLI)_AUTH|MYSQL_PWD|PGPASS(?:WORD)?|(?:DATABASE|DB|MONGO|MONGODB|POSTGRES|REDIS)_UR[IL]"
     r"|AZURE_STORAGE_(?:CONNECTION_STRING|SAS_TOKEN)|SLACK_WEBHOOK(?:_URL)?"
 )
-"""Variables that hold a secret, whatever its value looks like."""
+"""Names of variables that have a secret value of any form."""
 
 _CERTAIN = re.compile(
     r"(?:^|_)(?:PASSWORD|PASSWD|PASSPHRASE|PASS|SECRET|SECRETS|CREDENTIAL|CREDENTIALS|PAT"
     r"|(?:API|ACCESS|SECRET|PRIVATE|SIGNING|ENCRYPTION|ACCOUNT)_?KEY"
     r"|(?:API|AUTH|ACCESS|BEARER|REFRESH|SESSION|BOT)_?TOKEN)$"
 )
-"""Last words that mean a secret alone, unless the value is the path of the file that holds it."""
+"""Last words of names of secrets, unless the value is the path of a file with the secret."""
 
 _POSSIBLE = re.compile(r"(?:^|_)(?:KEY|TOKEN|AUTH|PWD|PW|SAS|DSN)$")
-"""Last words that mean a secret where the value looks drawn at random: PAD_TOKEN=<pad> and SORT_KEY=name do not."""
+"""Last words of names of secrets if the value looks random: PAD_TOKEN=<pad> and SORT_KEY=name are no secrets."""
 
 _RANDOM = re.compile(r"(?=[^\s]*\d)(?=[^\s]*[A-Za-z])[A-Za-z0-9+/=_.:~-]{16,}")
 
 
 def is_secret(value: str) -> bool:
-    """Whether a value is a secret by its shape alone, or holds one."""
+    """Whether a value is or contains a secret, by its form alone."""
     return bool(_IN_URL.search(value) or _SHAPES.search(value))
 
 
@@ -63,18 +63,18 @@ def is_secret_variable(name: str, value: str) -> bool:
         return False
     if is_secret(value) or _NAMES.fullmatch(name):
         return True
-    if value.startswith(("/", "~", ".")):  # the file that holds it
+    if value.startswith(("/", "~", ".")):  # the path of a file with the secret
         return False
     return bool(_CERTAIN.search(name) or (_POSSIBLE.search(name) and _RANDOM.fullmatch(value)))
 
 
 def redact(text: str) -> str:
-    """The text with every secret that has a shape replaced by `***`."""
+    """The text with every secret that is recognized by its form replaced by `***`."""
     return _SHAPES.sub("***", _IN_URL.sub("***", text))
 
 
 def find_secrets(tree: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
-    """The paths of all values in nested mappings and lists that are secrets by their shape."""
+    """The paths of all values in nested mappings and lists that are secrets by their form."""
     if isinstance(tree, dict):
         for key, value in tree.items():
             yield from find_secrets(value, (*path, key))

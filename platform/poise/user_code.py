@@ -1,4 +1,4 @@
-"""Errors of the user's own code, in one line that names its file and line."""
+"""Errors of the user's code as one line with its file and line."""
 
 from __future__ import annotations
 
@@ -23,44 +23,50 @@ _LIBRARIES = (Path(poise.__file__).parent, Path(sysconfig.get_paths()["stdlib"])
 def explain_errors(what: str, *, defect: str | None = None) -> Iterator[None]:
     """Turn any exception of the user's code into a UserError: `what`, the exception, and where it was raised.
 
-    Errors of Poise pass through. torch raises RuntimeError and ValueError for tensors that do not fit; every other
-    exception is a defect in the code, and `defect`, if given, replaces `what` for it.
+    Errors of Poise are not changed. torch raises RuntimeError and ValueError for tensors that do not fit. Any other
+    exception is a defect of the code; for it, the message begins with `defect` instead of `what`, unless that is None.
     """
     try:
         yield
     except PoiseError:
         raise
     except Exception as error:
-        fits = isinstance(error, RuntimeError | ValueError) and not isinstance(error, NotImplementedError)
-        raise UserError(f"{what if fits or defect is None else defect}: {describe_error(error)}") from error
+        is_tensor_error = isinstance(error, RuntimeError | ValueError) and not isinstance(error, NotImplementedError)
+        summary = what if is_tensor_error or defect is None else defect
+        raise UserError(f"{summary}: {describe_error(error)}") from error
 
 
 def describe_error(error: BaseException, *, source: bool = False) -> str:
-    """`AttributeError: message (mymodel.py:12)`; without the place where no frame is in a file of the user.
+    """An error as `AttributeError: message (mymodel.py:12)`, without the place where no frame is in the user's code.
 
-    With `source` in one line, whatever the message, and the place is `mymodel.py:12 in forward: y = self.haed(x)`.
+    With `source`, the message is put on one line, and the place is `mymodel.py:12 in forward: y = self.haed(x)`.
     """
-    message, place = str(error), _place(error, source)
+    message = str(error)
+    place = _place(error, source)
     if source:
         message = _one_line(message)
     return f"{type(error).__name__}: {message}" + (f" ({place})" if place else "")
 
 
 def _place(error: BaseException, source: bool) -> str | None:
-    """File and line of the innermost frame outside Poise, Python and installed packages, and with `source` its code."""
+    """File and line of the innermost frame outside Poise, Python and installed packages; with `source` also its code.
+
+    None where there is no such frame.
+    """
     if isinstance(error, SyntaxError):
-        return None  # its message has both
+        return None  # its message has file and line
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         file = Path(frame.filename)
-        if _is_of_user(file):
-            here = Path.cwd()
-            place = f"{file.relative_to(here) if file.is_relative_to(here) else file}:{frame.lineno}"
+        if _is_user_file(file):
+            working_directory = Path.cwd()
+            path = file.relative_to(working_directory) if file.is_relative_to(working_directory) else file
+            place = f"{path}:{frame.lineno}"
             return f"{place} in {frame.name}: {frame.line}" if source else place
     return None
 
 
 def _one_line(message: str) -> str:
-    """A message without its line breaks; of an error in TorchScript, which is a traceback, its end and the place."""
+    """A message on one line. The message of an error in TorchScript is a traceback: its last line, file and line."""
     frames = _SCRIPT_FRAME.findall(message)
     if "TorchScript" not in message or not frames:
         return " ".join(message.split())
@@ -69,8 +75,8 @@ def _one_line(message: str) -> str:
     return f"{last} (TorchScript, {file}:{line} in {name})"
 
 
-def _is_of_user(file: Path) -> bool:
-    if not file.is_file():  # "<frozen importlib._bootstrap>", "<eval_with_key>.0"
+def _is_user_file(file: Path) -> bool:
+    if not file.is_file():  # such as "<frozen importlib._bootstrap>" and "<eval_with_key>.0"
         return False
     installed = any(part in _PACKAGES for part in file.parts)
     return not installed and not any(file.is_relative_to(folder) for folder in _LIBRARIES)

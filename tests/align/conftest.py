@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from poise.align.methods import Anchor, Responses, pack, response_logits, selfplay_loss
+from poise.align.methods import KLRegularizer, Responses, collate, response_logits, selfplay_loss
 
 EOS, PROMPT = 2, (2,)
 
@@ -23,7 +23,7 @@ class Toy(nn.Module):
         self.table = nn.Parameter(logits.clone())
         unfinished = [p for n in range(longest) for p in itertools.product((0, 1), repeat=n)]
         self.responses = [(*p, t) for p in unfinished for t in (0, 1, EOS) if t == EOS or len(p) + 1 == longest]
-        self.batch = pack([PROMPT] * len(self.responses), self.responses, torch.device("cpu"))
+        self.batch = collate([PROMPT] * len(self.responses), self.responses, torch.device("cpu"))
 
     def forward(self, ids: Tensor, attention: Tensor) -> Tensor:
         state, rows = torch.zeros(len(ids), dtype=torch.int64), []
@@ -79,7 +79,7 @@ class SelfPlay:
         batch = self._of(mine)
         previous = self._logits(batch)
         held_to = {"magnet": self._rows(self.magnet, mine), "previous": previous}
-        anchors = {name: Anchor(coefficient, held_to[name]) for name, coefficient in coefficients.items()}
+        anchors = {name: KLRegularizer(coefficient, held_to[name]) for name, coefficient in coefficients.items()}
         for _ in range(inner_steps):
             outcome = selfplay_loss(response_logits(self.toy, batch), previous, anchors, batch, worth)
             self.optimizer.zero_grad()

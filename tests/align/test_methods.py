@@ -15,10 +15,10 @@ import torch
 
 from poise.align.games import exploitability, mpo, nash_equilibrium, nash_rs, regularised_nash
 from poise.align.methods import (
-    Anchor,
+    KLRegularizer,
+    collate,
     mpo_advantage,
     nash_rs_advantage,
-    pack,
     response_logits,
     selfplay_loss,
     token_logprobs,
@@ -159,7 +159,7 @@ def test_the_loss_has_the_gradient_of_the_objective_over_whole_responses(fresh, 
     new = make_toy(seed=3 if fresh else 5)
     batch, worth = new.batch, torch.linspace(-1, 1, len(new.responses))
     previous, other = response_logits(old, batch).detach(), response_logits(magnet, batch).detach()
-    anchors = {"magnet": Anchor(0.3, other), "previous": Anchor(2.0, previous)}
+    anchors = {"magnet": KLRegularizer(0.3, other), "previous": KLRegularizer(2.0, previous)}
     outcome = selfplay_loss(response_logits(new, batch), previous, anchors, batch, worth)
     (found,) = torch.autograd.grad((torch.tensor(old.policy()) * outcome.loss).sum(), new.table)
 
@@ -173,9 +173,9 @@ def test_the_loss_has_the_gradient_of_the_objective_over_whole_responses(fresh, 
 
 
 def test_the_gradient_of_the_divergence_is_that_of_the_reverse_kl():
-    batch = pack([(0,)], [(1,)], torch.device("cpu"))
+    batch = collate([(0,)], [(1,)], torch.device("cpu"))
     logits = torch.tensor([[1.0, 0.2, -0.5]], requires_grad=True)
-    held = {"magnet": Anchor(1.0, torch.tensor([[0.0, 0.5, 0.3]]))}
+    held = {"magnet": KLRegularizer(1.0, torch.tensor([[0.0, 0.5, 0.3]]))}
     every = [batch._replace(ids=torch.tensor([[0, token]])) for token in range(3)]
     losses = [selfplay_loss(logits, logits.detach(), held, one, torch.zeros(1)).loss for one in every]
     (gradient,) = torch.autograd.grad(losses[0].sum(), logits)
@@ -184,7 +184,7 @@ def test_the_gradient_of_the_divergence_is_that_of_the_reverse_kl():
 
 
 def test_what_follows_a_response_does_not_count():
-    batch = pack([(0, 1), (0,)], [(3, 2), (1,)], torch.device("cpu"))
+    batch = collate([(0, 1), (0,)], [(3, 2), (1,)], torch.device("cpu"))
     assert batch.ids.tolist() == [[0, 1, 3, 2], [0, 1, 0, 0]]
     assert batch.attention.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert batch.mask.tolist() == [[False, True, True], [True, False, False]]
@@ -199,7 +199,7 @@ def test_what_follows_a_response_does_not_count():
 @pytest.mark.parametrize(("prompts", "responses"), [([()], [(1,)]), ([(1,)], [()])])
 def test_an_empty_prompt_or_response_is_refused(prompts, responses):
     with pytest.raises(ValueError, match="at least one token"):
-        pack(prompts, responses, torch.device("cpu"))
+        collate(prompts, responses, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 3), (2, 3, 0), (2, 3)])
@@ -220,19 +220,19 @@ def test_an_advantage_needs_a_tau_above_0(tau):
 @pytest.mark.parametrize(("prompts", "responses"), [([[1.7]], [[2]]), ([[1]], [[2, -1]]), ([[1]], [[0.5]])])
 def test_a_number_that_is_no_token_is_never_cut_to_one(prompts, responses):
     with pytest.raises(ValueError, match="token ids are whole numbers"):
-        pack(prompts, responses, torch.device("cpu"))
+        collate(prompts, responses, torch.device("cpu"))
 
 
 def test_a_loss_of_other_shapes_is_refused():
     """An advantage (N, 1) would be combined with every response."""
-    batch = pack([[2], [2]], [[0, 1], [1]], torch.device("cpu"))
+    batch = collate([[2], [2]], [[0, 1], [1]], torch.device("cpu"))
     logits = torch.zeros(3, 4)
-    anchor = {"magnet": Anchor(0.1, logits)}
+    anchor = {"magnet": KLRegularizer(0.1, logits)}
     with pytest.raises(ValueError, match=r"advantage is \(2,\) without gradient, not \(2, 1\)"):
         selfplay_loss(logits, logits, anchor, batch, torch.zeros(2, 1))
     with pytest.raises(ValueError, match="without gradient"):
         selfplay_loss(logits, logits, anchor, batch, torch.zeros(2, requires_grad=True))
     with pytest.raises(ValueError, match="anchor 'magnet' has the coefficient -1"):
-        selfplay_loss(logits, logits, {"magnet": Anchor(-1, logits)}, batch, torch.zeros(2))
+        selfplay_loss(logits, logits, {"magnet": KLRegularizer(-1, logits)}, batch, torch.zeros(2))
     with pytest.raises(ValueError, match="logits for"):
-        selfplay_loss(logits, logits, {"magnet": Anchor(1, logits[:1])}, batch, torch.zeros(2))
+        selfplay_loss(logits, logits, {"magnet": KLRegularizer(1, logits[:1])}, batch, torch.zeros(2))

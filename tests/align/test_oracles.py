@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from poise.align.games import nash_equilibrium
-from poise.align.oracles import UNLISTED, MatrixOracle, extended
+from poise.align.oracles import UNLISTED, MatrixOracle, with_other_answer
 from poise.align.spec import Cyclic
 
 CYCLIC = Cyclic(name="cyclic").rows
@@ -30,7 +30,7 @@ def test_every_pair_is_antisymmetric_and_listed_ones_are_the_matrix():
 
 
 def test_an_unlisted_text_is_no_part_of_an_equilibrium():
-    assert nash_equilibrium(extended(CYCLIC)) == pytest.approx([1 / 3, 2 / 9, 4 / 9, 0], abs=1e-9)
+    assert nash_equilibrium(with_other_answer(CYCLIC)) == pytest.approx([1 / 3, 2 / 9, 4 / 9, 0], abs=1e-9)
 
 
 def test_a_prompt_with_the_wrong_number_of_answers_is_refused():

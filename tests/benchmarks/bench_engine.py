@@ -1,6 +1,6 @@
 """Steps per second of `--engine ray` beside `--engine local` at the same world size, after start-up; the floor is 0.97.
 
-World size 1 is one process against a gang of one; world size 2 is two processes under torchrun against a gang of two.
+World size 1 is one process against a group of one; world size 2 is two processes under torchrun against a group of two.
 Both runs, started by the command line, live at the same time and take turns: all processes of one are stopped (SIGSTOP)
 while the other works, so that each ratio compares neighbouring seconds of the same machine. A turn's rate is read from
 the commits that the run itself records.
@@ -38,7 +38,7 @@ train:
   optimizer: {{name: sgd, lr: 0.05}}
   checkpoint: {{every: {{steps: 20}}}}
   evaluate_every: {{steps: 1000000}}
-evaluate: {{examples: 1}}
+evaluate: {{num_examples: 1}}
 """
 
 

@@ -13,17 +13,17 @@ import time
 import torch
 from torch import nn
 
-from poise.data.batches import Batches, load
+from poise.data.images.batches import Batches, load
 from poise.data.spec import DataSpec
 from poise.models.build import build
 from poise.models.spec import ModelSpec
 from poise.robust.attacks import perturb
 from poise.robust.threats import Threat
-from poise.spec import Real
+from poise.spec import ExactNumber
 from poise.store.runs import open_run
 from poise.train.context import Context
 from poise.train.loop import fit
-from poise.train.spec import Checkpointing, Every, Sgd, TrainSpec
+from poise.train.spec import Checkpointing, Interval, Sgd, TrainSpec
 from poise.train.task import StepOutput, Task
 
 WARM, STEPS, ROUNDS = 5, 105, 15
@@ -83,9 +83,9 @@ def ours(attack_steps: int) -> float:
             loss = loss_of(model, *batch, attack_steps, turn.generator)
         return StepOutput(loss, {}, state)
 
-    end = Every(steps=STEPS)
+    end = Interval(steps=STEPS)
     spec = TrainSpec(
-        steps=STEPS, optimizer=Sgd(lr=Real("0.1")), checkpoint=Checkpointing(every=end), evaluate_every=end
+        steps=STEPS, optimizer=Sgd(lr=ExactNumber("0.1")), checkpoint=Checkpointing(every=end), evaluate_every=end
     )
     with tempfile.TemporaryDirectory() as folder:
         task = Task(model, stream.batch, step, stream.batches.steps_per_epoch, 128)

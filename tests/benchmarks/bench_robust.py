@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from poise.kinds.robust_step import RobustStep
-from poise.kinds.specs.robust import RobustTrainSpec
+from poise.kinds.robust_train.spec import RobustTrainSpec
+from poise.kinds.robust_train.step import RobustStep
 from poise.models.build import build
 from poise.models.spec import ModelSpec
 from poise.observe.timers import PhaseTimers
 from poise.robust.attacks import perturb
 from poise.robust.threats import Threat
-from poise.train.task import Turn
+from poise.train.task import StepContext
 
 BATCH, STEPS, TURNS = 32, 10, 5
 THREATS = {"linf": Threat("linf", 8 / 255), "l2": Threat("l2", 0.5), "l1": Threat("l1", 12.0)}
@@ -107,7 +107,7 @@ class Ours:
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9, foreach=True)
         self.part = RobustStep(spec, self.model, 1)
         self.state, self.batch = self.part.initial(), tuple(next(iter(batches())))
-        self.turn = Turn(0, 0, True, torch.Generator().manual_seed(0), PhaseTimers(), lambda values: values)
+        self.turn = StepContext(0, 0, True, torch.Generator().manual_seed(0), PhaseTimers(), lambda values: values)
 
     def __call__(self) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == torch.bfloat16):

@@ -48,7 +48,7 @@ def main() -> None:
         seconds = time.monotonic() - began
         run = open_run(str(folder / "runs"), "measured")
         restarts = [event for event in run.events() if event["event"] == "sampler_restart"]
-        summary = json.loads(run.read("artifacts/summary.json"))
+        summary = json.loads(run.read("result.json"))
         print(
             f"  sampler  {QUESTIONS} questions of {min(lengths)} to {max(lengths)} tokens, {SAMPLES} samples each: "
             f"{summary['tokens']:,} tokens drawn, {seconds:.0f} s from start to end, {len(restarts)} engines died"

@@ -20,7 +20,7 @@ import pytest
 from click.testing import CliRunner
 
 from poise.cli import cli
-from poise.engine import cluster
+from poise.engine.ray import cluster
 from poise.errors import PoiseError, UserError
 from poise.store.runs import open_run
 
@@ -35,7 +35,7 @@ data: {{name: digits, batch_size: 64, validation: 20, limit: 200}}
 threats: {{linf: {{eps: 0.1, steps: 1}}}}
 objective: {{name: at}}
 train: {{epochs: 1}}
-evaluate: {{examples: 20, threats: {{linf: {{eps: 0.1, steps: 1}}}}}}
+evaluate: {{num_examples: 20, threats: {{linf: {{eps: 0.1, steps: 1}}}}}}
 """
 
 
@@ -144,10 +144,10 @@ def run(tmp_path: Path) -> Iterator[Run]:
 
 JOIN = """\
 import sys
-from poise.engine.drive import prepare_ray
+from poise.engine.launch import prepare_ray
 prepare_ray(sys.argv[1])
 import ray
-from poise.engine.gang import cluster
+from poise.engine.ray.worker_group import cluster
 with cluster(sys.argv[1], []):
     print("CPU", int(ray.cluster_resources()["CPU"]))
 """
@@ -213,7 +213,7 @@ def test_a_head_that_is_started_by_hand_asks_for_the_token_that_was_made_first(r
 
 ASK = """\
 import os, sys, time
-from poise.engine.auth import refuses_token
+from poise.engine.ray.auth import refuses_token
 address, port = sys.argv[1], int(sys.argv[1].rpartition(":")[2])
 os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=open(sys.argv[2]).read())
 import socket

@@ -46,7 +46,7 @@ train:
   checkpoint: {{every: {{steps: 10}}, keep: 100}}
   evaluate_every: {{steps: 20}}
   log_every: 5
-evaluate: {{examples: 60}}
+evaluate: {{num_examples: 60}}
 """
 
 
@@ -251,7 +251,7 @@ def _tensors(run: Run, step: int, into: Path) -> dict[str, torch.Tensor]:
 
 def _facts(run: Run) -> dict[str, Any]:
     """All that must not depend on what happened on the way."""
-    summary = re.sub(rb'"run": "[^"]*"', b"", run.read("artifacts/summary.json"))
+    summary = re.sub(rb'"run": "[^"]*"', b"", run.read("result.json"))
     matrices = {name: run.read(name) for name in run.files("artifacts/evaluation")}
     rows = read_rows(run.read(name) for name in run.files("metrics/") if "timing" not in name).to_pylist()
     return {"summary": summary, "matrices": matrices, "rows": rows}
@@ -262,7 +262,8 @@ def artifacts() -> Callable[[Run], dict[str, bytes]]:
     """What a run has found, its name and its page aside."""
 
     def read(run: Run) -> dict[str, bytes]:
-        found = {name: run.read(name) for name in run.files("artifacts/") if not name.endswith(".html")}
+        names = [*run.files("artifacts/"), *run.files("result.json")]
+        found = {name: run.read(name) for name in names if not name.endswith(".html")}
         return {name: data.replace(f'"{run.name}"'.encode(), b"") for name, data in found.items()}
 
     return read

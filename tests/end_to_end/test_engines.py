@@ -1,4 +1,4 @@
-"""One loop on every engine: the same bits alone, under torchrun and in a Ray gang; and as a Ray job."""
+"""One loop on every engine: the same bits alone, under torchrun and in a Ray worker group; and as a Ray job."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 def test_a_pipeline_prints_one_table_and_a_page(tmp_path, poise):
     done = poise(
         "run", "jobs/digits.yaml", "--engine", "local", "--set", f"store={tmp_path}/runs", "--set",
-        "workers.count=1", "--set", "common.digits.train.epochs=2", "--set", "common.digits.evaluate.examples=40",
+        "workers.count=1", "--set", "common.digits.train.epochs=2", "--set", "common.digits.evaluate.num_examples=40",
         COLUMNS="100",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -31,7 +31,7 @@ def test_a_pipeline_prints_one_table_and_a_page(tmp_path, poise):
     page = Path(done.stdout.split("page: ")[1].strip())
     assert "digits-adt" in page.read_text()
     verified = poise("runs", "verify", f"{tmp_path}/runs/digits-adt")
-    assert "are sound" in verified.stdout, verified.stdout
+    assert "are valid" in verified.stdout, verified.stdout
     listed = poise("runs", "list", f"{tmp_path}/runs", COLUMNS="200").stdout
     assert listed.count("finished") == 3
 

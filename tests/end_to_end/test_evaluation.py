@@ -11,8 +11,8 @@ import psutil
 import pytest
 
 from poise import kinds
-from poise.engine.session import claim
-from poise.kinds.specs.evaluation import RobustEvaluateSpec
+from poise.engine.lifecycle import claim
+from poise.kinds.robust_evaluate.spec import RobustEvaluateSpec
 from poise.spec import dump
 from poise.store.runs import Run, open_run
 from poise.train.context import Context
@@ -38,7 +38,7 @@ def spec_of(store: str, name: str) -> RobustEvaluateSpec:
     ]
     values = {"kind": "robust.evaluate", "name": name, "store": store, "model": {"function": "of_a_test:network"}}
     values |= {"data": {"name": "digits"}, "split": "train", "batch_size": 8, "keep_adversarial": True}
-    return RobustEvaluateSpec.model_validate({**values, "attacks": attacks, "examples": 1000})
+    return RobustEvaluateSpec.model_validate({**values, "attacks": attacks, "num_examples": 1000})
 
 
 def finish(spec: RobustEvaluateSpec) -> Run:
@@ -48,10 +48,15 @@ def finish(spec: RobustEvaluateSpec) -> Run:
     return run
 
 
+def results(run: Run) -> dict[str, bytes]:
+    """The result and every artifact, by path."""
+    return {name: run.read(name) for name in [*run.files("artifacts/"), *run.files("result.json")]}
+
+
 def result(run: Run) -> dict[str, bytes]:
     """All but the verdicts, which hold how long they took; of these, the names."""
-    found = {name: run.read(name) for name in run.files("artifacts/") if "/verdicts/" not in name}
-    found["artifacts/summary.json"] = found["artifacts/summary.json"].replace(run.name.encode(), b"")
+    found = {name: data for name, data in results(run).items() if "/verdicts/" not in name}
+    found["result.json"] = found["result.json"].replace(run.name.encode(), b"")
     return {**found, "verdicts": "".join(run.files("artifacts/verdicts/")).encode()}
 
 
@@ -73,8 +78,8 @@ def test_two_ranks_that_are_killed_and_one_that_goes_on_are_one_that_was_left_al
         each.kill()
     process.wait()
     psutil.wait_procs(workers, timeout=30)
-    before = {name: run.read(name) for name in run.files("artifacts/")}
-    assert "artifacts/summary.json" not in before
+    before = results(run)
+    assert "result.json" not in before
     finish(spec)
-    assert before.items() <= {name: run.read(name) for name in run.files("artifacts/")}.items()
+    assert before.items() <= results(run).items()
     assert result(run) == result(finish(spec_of(store, "whole")))

@@ -116,7 +116,7 @@ def test_a_signal_to_a_driver_and_to_a_worker_on_ray(
     os.kill(job.process.pid, signal.SIGTERM)
     assert job.wait() == 75, job.text()
     # workers that were still loading had no step to commit; test_a_signal_to_torchrun sends it during training
-    assert re.search(r"stopped (and committed at step \d+|at the last commit) after SIGTERM", job.text()), job.text()
+    assert re.search(r"stopped (and committed at step \d+|at the last commit after SIGTERM)", job.text()), job.text()
     assert "Traceback" not in job.text()
     last = ended_in_good_order(job.run, 10)
     run = desk.finish("stopped", store, address=head.address)
@@ -153,7 +153,7 @@ def test_a_spec_is_sent_as_a_job_followed_listed_and_stopped(head, desk, tmp_pat
     assert done.returncode == 0, done.stdout + done.stderr
     assert "poise-sent: SUCCEEDED" in done.stdout
     sent = open_run(store, "sent")
-    assert json.loads(sent.read("artifacts/summary.json"))["step"] == 20
+    assert json.loads(sent.read("result.json"))["step"] == 20
     assert json.loads(sent.read("environment.json"))["git"] == environment()["git"]
     assert "poise-sent: SUCCEEDED" in poise("status", "poise-sent", "--address", head.dashboard).stdout
     assert "union" in poise("logs", "poise-sent", "--address", head.dashboard).stdout
@@ -198,7 +198,7 @@ store: {store}
 workers: {{count: 2, max_failures: 2}}
 model: {{function: "late_model:late"}}
 data: {{name: digits, limit: 300}}
-examples: 49
+num_examples: 49
 batch_size: 10
 attacks: [{{attack: pgd, threat: {{norm: linf, eps: 1/20}}, steps: 2}}]
 """
@@ -221,7 +221,7 @@ def test_a_model_of_the_users_own_that_fails_late_is_not_tried_again(head, tmp_p
 
 def test_mistakes_about_jobs_are_answered_without_a_traceback(head, desk, tmp_path, poise):
     unknown = poise("status", "poise-none", "--address", head.dashboard)
-    assert (unknown.returncode, "knows no job poise-none" in unknown.stderr) == (2, True)
+    assert (unknown.returncode, "has no job poise-none" in unknown.stderr) == (2, True)
     nobody = poise("status", "poise-none", "--address", "http://127.0.0.1:9")
     assert (nobody.returncode, "no Ray cluster answers" in nobody.stderr) == (2, True)
     assert "Traceback" not in unknown.stderr + nobody.stderr
@@ -253,7 +253,7 @@ seed: 3
 store: {store}
 workers: {{count: {workers}, max_failures: 2}}
 runs: [measured]
-examples: {steps}
+num_examples: {steps}
 """
 
 

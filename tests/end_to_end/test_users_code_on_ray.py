@@ -30,7 +30,7 @@ def make():
 
 def spec_of(store: str) -> dict[str, Any]:
     return {
-        "kind": "robust.evaluate", "name": "judged", "store": store, "data": {"name": "digits"}, "examples": 20,
+        "kind": "robust.evaluate", "name": "judged", "store": store, "data": {"name": "digits"}, "num_examples": 20,
         "model": {"function": "module_of_mine:make"},
         "attacks": [{"attack": "fgsm", "threat": {"norm": "linf", "eps": 0.01}}],
     }  # fmt: skip
@@ -50,7 +50,7 @@ def test_a_module_that_only_this_machine_has_is_sent_to_the_workers(head, tmp_pa
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    summary = json.loads(open_run(store, "judged").read("artifacts/summary.json"))
+    summary = json.loads(open_run(store, "judged").read("result.json"))
     assert summary["examples"] == 20
     assert {path.name for path in Path(elsewhere).iterdir()} == {"spec.yaml"}
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from poise.kinds.specs.robust import RobustTrainSpec
+from poise.kinds.robust_train.spec import RobustTrainSpec
 
 _VALUES = {
     "kind": "robust.train",

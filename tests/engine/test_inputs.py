@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from poise.cli import cli
 from poise.data.spec import WorldSpec
-from poise.data.worlds import World, make_world
-from poise.engine.drive import drive
+from poise.data.synthetic_facts import World, make_world
+from poise.engine.launch import launch
 from poise.errors import UserError
 from poise.kinds import KINDS
 from poise.models.build import build
@@ -46,7 +46,7 @@ class Killer(Display):
 
 def run(values: dict[str, Any], display: Display | None = None) -> Run:
     spec = KINDS[values["kind"]].model_validate(values)
-    drive(spec, "local", None, display or Display(io.StringIO()), NullSink())
+    launch(spec, "local", None, display or Display(io.StringIO()), NullSink())
     return open_run(spec.store, spec.name)
 
 
@@ -172,7 +172,7 @@ def evaluation(store: Path, **model: Any) -> dict[str, Any]:
         "store": str(store),
         "model": model,
         "data": {"name": "digits", "limit": 100},
-        "examples": 20,
+        "num_examples": 20,
         "attacks": [{"attack": "fgsm", "threat": {"norm": "linf", "eps": 0.1}}],
     }
 
@@ -284,7 +284,7 @@ def test_a_pipeline_names_the_stage_and_does_not_wait_for_it(tmp_path):
     stages = {key: {**training(tmp_path / "runs", tmp_path), "name": f"line-{key}"} for key in ("first", "second")}
     bounds = {"kind": "bounds.report", "name": "line-bounds", "store": str(tmp_path / "runs"), "runs": ["line-first"]}
     line = {"kind": "pipeline", "name": "line", "store": str(tmp_path / "runs")}
-    line["stages"] = {**stages, "bounds": {**bounds, "examples": 10}}
+    line["stages"] = {**stages, "bounds": {**bounds, "num_examples": 10}}
     run(line)
     npz(tmp_path / "images.npz", 1)
     message = refused(line)
@@ -317,7 +317,8 @@ def test_every_path_and_run_that_a_spec_can_name_is_an_input():
     declared = {
         "DataSpec.root", "JsonlText.path", "ParquetText.path", "JsonlQuestions.path", "CsvQuestions.path",
         "ParquetQuestions.path", "LanguageModelSpec.folder",
-        "LanguageModelSpec.run", "SubjectSpec.run", "SubjectSpec.file", "SubjectSpec.function", "ReverifySpec.run",
+        "LanguageModelSpec.run", "TargetModelSpec.run", "TargetModelSpec.file", "TargetModelSpec.function",
+        "RecheckSpec.run",
         "RobustManifoldSpec.runs", "BoundsReportSpec.runs", "LatentSpec.vae",
     }  # fmt: skip
     found: set[str] = set()

@@ -22,12 +22,12 @@ import pytest
 import yaml
 
 from poise import kinds
-from poise.engine.drive import drive
-from poise.engine.session import claim, identity
+from poise.engine.launch import launch
+from poise.engine.lifecycle import claim, spec_hash
+from poise.engine.ray.tune import _TrialCallback
 from poise.engine.sweep import Tally, history, outcome, run_sweep
-from poise.engine.trials import _Overseer
 from poise.errors import PoiseError, UserError
-from poise.kinds.specs.sweep import SweepSpec
+from poise.kinds.sweep.spec import SweepSpec
 from poise.observe.progress import Display
 from poise.observe.rows import Rows, read_rows
 from poise.observe.sinks import NullSink
@@ -43,7 +43,7 @@ BASE = {
     "threats": {"linf": {"eps": "8/255", "steps": 2}},
     "objective": {"name": "at"},
     "train": {"epochs": 1, "optimizer": {"name": "sgd", "lr": 0.1}},
-    "evaluate": {"examples": 40},
+    "evaluate": {"num_examples": 40},
 }
 SWEEP = {"kind": "sweep", "name": "s", "seed": 3, "metric": "robust/union", "mode": "max", "base": BASE}
 RATES = {"train.optimizer.lr": {"grid": [0.1, 0.01, "1/20"]}}
@@ -59,7 +59,7 @@ def sweep_of(tmp_path: Path) -> Callable[..., SweepSpec]:
 
 
 def locally(spec: SweepSpec, display: Display | None = None) -> Run:
-    drive(spec, "local", None, display or Display(io.StringIO()), NullSink())
+    launch(spec, "local", None, display or Display(io.StringIO()), NullSink())
     return open_run(spec.store, spec.name)
 
 
@@ -68,7 +68,7 @@ def trials_of(spec: SweepSpec) -> list[Run]:
 
 
 def summary(run: Run) -> dict[str, Any]:
-    return dict(json.loads(run.read("artifacts/summary.json")))
+    return dict(json.loads(run.read("result.json")))
 
 
 def facts(spec: SweepSpec) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def two_drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def drawn(store: Path, **changes: Any) -> SweepSpec:
-    base = {**BASE, "evaluate": {"examples": 40, "validation": True}}
+    base = {**BASE, "evaluate": {"num_examples": 40, "validation": True}}
     search = {"name": "random", "samples": 2}
     tree = {**SWEEP, "store": str(store), "base": base, "space": DRAWN, "search": search, **changes}
     return SweepSpec.model_validate(SweepSpec.expand(tree)[0])
@@ -224,7 +224,7 @@ def test_trials_are_judged_on_validation_under_the_attacks_of_the_evaluation(two
     for trial, run in zip(spec.trials(), trials_of(spec), strict=True):
         found = outcome(spec, trial)
         assert found.metric == summary(run)["validation"]["best"]["robust/union"]
-        assert (found.examples, found.tested) == (40, 40)
+        assert (found.num_examples, found.num_tested) == (40, 40)
     assert spec.source.examples == "validation"
 
 
@@ -242,14 +242,14 @@ def test_what_a_trial_trained_on_is_never_taken_for_what_it_held_out(sweep_of):
 def test_a_trial_stopped_by_another_judgement_goes_on(sweep_of):
     spec = sweep_of(base={**BASE, "train": {"epochs": 4}}, scheduler={"name": "asha"})
     first, run = spec.trials()[0], trials_of(spec)[0]
-    overseer = _Overseer([first], {0}, Tally(spec, Display(io.StringIO()), 0))
+    callback = _TrialCallback([first], {0}, Tally(spec, Display(io.StringIO()), 0))
     with pytest.raises(PoiseError), claim(run, first.spec):
         raise PoiseError("taken away")
-    overseer.stopped.add(0)
+    callback.stopped.add(0)
     place = SimpleNamespace(config={"index": 0})
-    overseer.on_trial_result(0, (), place, {"steps": 5, "epochs": 1.0, "metric": 0.25})
-    overseer.on_trial_complete(0, (), place)
-    overseer.settle_all()
+    callback.on_trial_result(0, (), place, {"steps": 5, "epochs": 1.0, "metric": 0.25})
+    callback.on_trial_complete(0, (), place)
+    callback.record_all_ends()
     assert run.manifest().status == "stopped"
     kept = outcome(spec, first)
     assert (kept.status, kept.metric, kept.step) == ("stopped", 0.25, 5), "a stopped trial keeps what it has reported"
@@ -289,9 +289,9 @@ def test_trials_that_have_ended_are_not_run_again_and_the_result_is_the_same(swe
     whole, cut = sweep_of("whole"), sweep_of("cut")
     locally(whole)
     first, second, _ = cut.trials()
-    drive(first.spec, "local", None, Display(io.StringIO()), NullSink())
+    launch(first.spec, "local", None, Display(io.StringIO()), NullSink())
     stopped = open_run(cut.store, second.spec.name)
-    drive(second.spec, "local", None, Display(io.StringIO()), NullSink())
+    launch(second.spec, "local", None, Display(io.StringIO()), NullSink())
     stopped.finish("stopped", final_step=9)
     before = [run.manifest() for run in trials_of(cut)[:2]]
     locally(cut)
@@ -304,9 +304,9 @@ def test_trials_that_have_ended_are_not_run_again_and_the_result_is_the_same(swe
 def test_how_many_at_a_time_and_on_how_many_workers_does_not_make_another_sweep(sweep_of):
     workers = {"count": 2, "cpus": 1}
     same = [sweep_of(), sweep_of(concurrent=3), sweep_of(workers=workers), sweep_of("elsewhere")]
-    assert len({identity(spec) for spec in same}) == 1
-    assert identity(sweep_of(seed=4)) != identity(sweep_of())
-    assert identity(sweep_of(base={**BASE, "train": {"epochs": 2}})) != identity(sweep_of())
+    assert len({spec_hash(spec) for spec in same}) == 1
+    assert spec_hash(sweep_of(seed=4)) != spec_hash(sweep_of())
+    assert spec_hash(sweep_of(base={**BASE, "train": {"epochs": 2}})) != spec_hash(sweep_of())
 
 
 def test_trials_in_turn_cannot_stop_each_other(sweep_of):
@@ -352,12 +352,12 @@ def test_what_the_process_of_a_trial_says_reaches_the_terminal_and_the_result(sw
     spec = sweep_of()
     stream = io.StringIO()
     tally = Tally(spec, Display(stream), 0)
-    overseer = _Overseer(spec.trials(), {0, 1, 2}, tally)
+    callback = _TrialCallback(spec.trials(), {0, 1, 2}, tally)
     place = SimpleNamespace(config={"index": 1})
-    overseer.on_trial_result(0, (), place, {"note": "waiting: s-0001 needs 2 GPU"})
-    overseer.on_trial_result(0, (), place, {"error": "workers.gpus is 1 and torch sees no GPU here"})
-    overseer.on_trial_complete(0, (), place)
-    overseer.settle_all()
+    callback.on_trial_result(0, (), place, {"note": "waiting: s-0001 needs 2 GPU"})
+    callback.on_trial_result(0, (), place, {"error": "workers.gpus is 1 and torch sees no GPU here"})
+    callback.on_trial_complete(0, (), place)
+    callback.record_all_ends()
     assert "waiting: s-0001 needs 2 GPU\n" in stream.getvalue()
     assert "[s-0001] failed: workers.gpus is 1 and torch sees no GPU here\n" in stream.getvalue()
     assert tally.outcome(spec.trials()[1]).error == "workers.gpus is 1 and torch sees no GPU here"
@@ -422,16 +422,16 @@ def test_a_sweep_that_is_told_to_end_says_what_goes_on_and_leaves_nothing_behind
 
 @pytest.mark.parametrize(("stopped", "status"), [({0}, "stopped"), (set(), "failed")])
 def test_what_the_scheduler_stopped_has_not_failed_whatever_its_process_wrote(stopped, status, sweep_of):
-    """Tune takes the gang of a stopped trial away, and its process may live to record that as a failure."""
+    """Tune takes the worker group of a stopped trial away, and its process may live to record that as a failure."""
     spec = sweep_of(space={"train.optimizer.lr": {"grid": [0.1]}})
     (trial,), (run,) = spec.trials(), trials_of(spec)
     with pytest.raises(PoiseError, match="its controller is gone"), claim(run, trial.spec):
         raise PoiseError("its controller is gone")
-    overseer = _Overseer([trial], {0}, Tally(spec, Display(io.StringIO()), 0))
-    overseer.stopped |= stopped
-    overseer.on_trial_complete(0, (), SimpleNamespace(config={"index": 0}))
-    overseer.settle_all()
-    assert not overseer.unsettled
+    callback = _TrialCallback([trial], {0}, Tally(spec, Display(io.StringIO()), 0))
+    callback.stopped |= stopped
+    callback.on_trial_complete(0, (), SimpleNamespace(config={"index": 0}))
+    callback.record_all_ends()
+    assert not callback.unrecorded
     assert run.manifest().status == status
     assert ("stopped early" in [event["event"] for event in run.events()]) == bool(stopped)
 
@@ -439,7 +439,7 @@ def test_what_the_scheduler_stopped_has_not_failed_whatever_its_process_wrote(st
 @pytest.fixture(scope="module")
 def private_cluster():
     """A Ray cluster of this process, with as many CPUs as two workers take."""
-    from poise.engine.gang import cluster
+    from poise.engine.ray.worker_group import cluster
 
     spec = SweepSpec.model_validate(SweepSpec.expand({**SWEEP, "space": RATES, "workers": {"count": 2}})[0])
     with cluster(None, [spec.base]) as private:
@@ -448,10 +448,10 @@ def private_cluster():
 
 def by_tune_here(spec: SweepSpec) -> tuple[dict[str, Any], str]:
     """The summary of a sweep by Tune on the cluster of this process, and what was printed."""
-    from poise.engine.trials import by_tune
+    from poise.engine.ray.tune import run_trials_with_tune
 
     stream = io.StringIO()
-    run_sweep(spec, Display(stream), NullSink(), by_tune)
+    run_sweep(spec, Display(stream), NullSink(), run_trials_with_tune)
     return summary(open_run(spec.store, spec.name)), stream.getvalue()
 
 
@@ -507,7 +507,7 @@ def test_asha_stops_a_trial_of_one_worker_that_stands_still(sweep_of, private_cl
 
 @pytest.mark.slow
 def test_more_than_a_cluster_has_is_refused_or_waited_for_with_a_word(sweep_of, private_cluster):
-    from poise.engine.gang import check_resources
+    from poise.engine.ray.worker_group import check_resources
 
     wide = sweep_of(workers={"count": 2, "gpus": 1}).base
     with pytest.raises(UserError, match="s needs 2 GPU, and there are 0 on this machine"):

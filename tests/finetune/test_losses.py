@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from poise.finetune.losses import IGNORED, cross_entropy, entropy, fused_linear_gem, gem_loss
+from poise.finetune.losses import IGNORE_INDEX, cross_entropy, entropy, fused_linear_gem, gem_loss
 
 VARIANTS = ["linear", "logsigmoid"]
 
@@ -16,7 +16,7 @@ def problem(n: int = 12, classes: int = 9, seed: int = 0) -> tuple[Tensor, Tenso
     generator = torch.Generator().manual_seed(seed)
     logits = (3 * torch.randn(n, classes, generator=generator, dtype=torch.double)).requires_grad_()
     labels = torch.randint(classes, (n,), generator=generator)
-    labels[[1, n - 1]] = IGNORED
+    labels[[1, n - 1]] = IGNORE_INDEX
     return logits, labels
 
 
@@ -32,7 +32,7 @@ def close(one: Tensor, other: Tensor, atol: float = 1e-15) -> bool:
 def test_linear_gem_has_the_gradient_of_cross_entropy_at_a_temperature(beta):
     logits, labels = problem()
     found = gradient(gem_loss(logits, labels, beta), logits)
-    kept = labels != IGNORED
+    kept = labels != IGNORE_INDEX
     onehot = nn.functional.one_hot(labels[kept], logits.shape[1])
     assert close(found[kept], ((logits / beta).softmax(-1)[kept] - onehot) / kept.sum())
     assert not found[~kept].any()
@@ -42,7 +42,7 @@ def test_linear_gem_has_the_gradient_of_cross_entropy_at_a_temperature(beta):
 @pytest.mark.parametrize("beta", [0.1, 0.7])
 def test_logsigmoid_gem_has_the_gradient_of_its_formula(beta):
     logits, labels = problem()
-    kept = labels != IGNORED
+    kept = labels != IGNORE_INDEX
     z, y = logits.detach()[kept], labels[kept]
     weights = (z / beta).softmax(-1) * (0.01 * (z - z.gather(1, y[:, None]))).sigmoid()
     onehot = nn.functional.one_hot(y, z.shape[1])
@@ -67,7 +67,7 @@ def test_at_beta_one_the_gradient_is_that_of_cross_entropy_and_the_value_is_not(
 def test_the_opponent_is_held_fixed():
     """With its gradient let through, linear GEM at beta 1 would be CE - H, which is another loss."""
     logits, labels = problem()
-    z, y = logits[labels != IGNORED], labels[labels != IGNORED]
+    z, y = logits[labels != IGNORE_INDEX], labels[labels != IGNORE_INDEX]
     leaking = (z.softmax(-1) * (z - z.gather(1, y[:, None]))).sum() / len(y)
     assert close(leaking, gem_loss(logits, labels, 1.0), 1e-14)
     assert not close(gradient(leaking, logits), gradient(gem_loss(logits, labels, 1.0), logits), 1e-3)
@@ -76,7 +76,7 @@ def test_the_opponent_is_held_fixed():
 def test_a_small_beta_is_the_perceptron():
     logits, labels = problem()
     labels[3] = logits[3].argmax()
-    kept = labels != IGNORED
+    kept = labels != IGNORE_INDEX
     found = gradient(gem_loss(logits, labels, 1e-3), logits)[kept] * kept.sum()
     top, y = logits[kept].argmax(1), labels[kept]
     assert close(found, (nn.functional.one_hot(top, 9) - nn.functional.one_hot(y, 9)).double(), 1e-12)
@@ -115,7 +115,7 @@ def test_the_tabular_optimum_is_the_power_of_the_data():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_partition_function_cancels(variant):
     logits, labels = problem()
-    kept = labels != IGNORED
+    kept = labels != IGNORE_INDEX
     z, y = logits.detach()[kept], labels[kept]
     log_p, margins = z.log_softmax(-1), z - z.gather(1, y[:, None])
     w = 1 if variant == "linear" else (0.01 * margins).sigmoid()
@@ -146,7 +146,7 @@ def test_the_fused_loss_is_the_eager_one_in_value_and_in_both_gradients(variant,
 
 def test_the_fused_loss_leaves_a_frozen_head_alone():
     hidden, head = torch.randn(4, 5, requires_grad=True), torch.randn(9, 5)
-    fused_linear_gem(hidden, head, torch.tensor([1, 2, IGNORED, 4])).backward()
+    fused_linear_gem(hidden, head, torch.tensor([1, 2, IGNORE_INDEX, 4])).backward()
     assert head.grad is None
     assert hidden.grad[[0, 1, 3]].any()
     assert not hidden.grad[2].any()
@@ -172,8 +172,8 @@ def test_uneven_micro_batches_have_the_gradient_of_their_union(variant, ranks):
         return gem_loss(logits, labels, 0.7, variant, normalizer=normalizer)
 
     logits, labels = problem(n=16)
-    labels[4:8] = IGNORED  # the second of four parts has no supervised token at all
-    count = int((labels != IGNORED).sum())
+    labels[4:8] = IGNORE_INDEX  # the second of four parts has no supervised token at all
+    count = int((labels != IGNORE_INDEX).sum())
     parts = [loss(logits[i : i + 4], labels[i : i + 4], count / ranks) / ranks for i in range(0, 16, 4)]
     assert close(gradient(torch.stack(parts).sum(), logits), gradient(loss(logits, labels), logits), 3e-16)
 
@@ -181,7 +181,7 @@ def test_uneven_micro_batches_have_the_gradient_of_their_union(variant, ranks):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_part_without_supervised_tokens_is_a_zero_with_a_gradient(variant):
     logits, labels = problem()
-    nothing = torch.full_like(labels, IGNORED)
+    nothing = torch.full_like(labels, IGNORE_INDEX)
     for loss in (
         gem_loss(logits, nothing, 0.7, variant, normalizer=5),
         cross_entropy(logits, nothing, normalizer=5),

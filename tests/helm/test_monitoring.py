@@ -78,7 +78,8 @@ def test_a_metric_that_does_not_exist_is_caught():
 
 
 def test_the_name_with_and_without_the_prefix_is_the_one_that_is_exported():
-    """The driver, which no Ray exports, counts the gang's restarts and its own failures; all else is the workers'."""
+    """The driver, which no Ray exports, counts the worker group's restarts and its own failures; all else is the
+    workers'."""
     names = {selector.name for text in EXPRESSIONS.values() for selector in selectors(text)}
     assert {name for name in names if not name.startswith("ray_")} == {"poise_restarts_total", "poise_failures_total"}
     assert not {"ray_poise_restarts_total", "ray_poise_failures_total"} & names

@@ -28,7 +28,7 @@ def assert_measured() -> Callable[[RunSpec, Run], None]:
     def check(spec: RunSpec, run: Run) -> None:
         rows = read_rows(run.read(name) for name in run.files("metrics/") if name.endswith(".parquet")).to_pylist()
         found = {(row["split"], row["name"]) for row in rows}
-        numbers = _numbers(json.loads(run.read("artifacts/summary.json")))
+        numbers = _numbers(json.loads(run.read("result.json")))
         declared = spec.metrics()
         assert declared
         for name, source in declared.items():

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from poise.errors import UserError
 from poise.models.examine import examine_folder
-from poise.models.folder import read_folder
 from poise.models.language import open_folder
+from poise.models.model_folder import read_folder
 
 FAMILIES = ("llama", "qwen2", "gpt2", "gemma2", "mistral")
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from poise.data.examples import TextExample
-from poise.data.text import IGNORED, text_batch
-from poise.kinds.language import held_out
+from poise.data.text.batches import IGNORE_INDEX, text_batch
+from poise.data.text.examples import TextExample
+from poise.kinds.common.language_evaluation import held_out
 from poise.models.language import answer_logprobs, open_folder
 from poise.models.scoring import position_logits
 from poise.store.runs import open_run
@@ -28,7 +28,7 @@ def examples(n: int = 23) -> list[TextExample]:
 def test_portions_of_any_size_give_the_logits_of_the_whole(family, bounds, family_folder):
     model = open_folder(family_folder(family))[0].eval()
     batch = text_batch(examples())
-    selected = batch.labels != IGNORED
+    selected = batch.labels != IGNORE_INDEX
     with torch.no_grad():
         whole = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
         seen = torch.zeros_like(batch.ids)

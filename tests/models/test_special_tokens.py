@@ -10,14 +10,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from poise.data.examples import TextExample, answer_after, encode_completion, encode_example, encode_prompt
-from poise.data.text import text_batch
+from poise.data.text.batches import text_batch
+from poise.data.text.examples import (
+    TextExample,
+    answer_after,
+    encode_completion,
+    encode_example,
+    encode_prompt,
+)
 from poise.errors import UserError
-from poise.models.folder import read_folder
+from poise.inference.sampler import Decoding, Request
+from poise.inference.transformers_sampler import TransformersSampler
 from poise.models.language import answer_logprobs, export, open_folder, open_tokenizer
-from poise.models.sampling import Decoding, Request
+from poise.models.model_folder import read_folder
 from poise.models.special_tokens import added_tokens, reconcile
-from poise.models.transformers_sampler import TransformersSampler
 
 FAMILIES = ("llama", "qwen2", "gpt2", "gemma2", "mistral")
 BEGIN = {"llama": (1,), "gemma2": (2,), "mistral": (1,)}

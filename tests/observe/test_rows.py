@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from poise.errors import DamagedError
+from poise.errors import IntegrityError
 from poise.observe.rows import Rows, read_rows, schema
 
 
@@ -67,5 +67,5 @@ def test_damage_is_named() -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table({"step": [1]}), sink)
     for broken in (b"", b"PAR1", blob[: len(blob) // 2], bytes(sink.getvalue())):
-        with pytest.raises(DamagedError, match="metrics file"):
+        with pytest.raises(IntegrityError, match="metrics file"):
             read_rows([blob, broken])

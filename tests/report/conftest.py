@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
+from poise.kinds.common.attack_description import AttackDescription
+from poise.kinds.robust_train.result import RobustTrainResult
 from poise.observe.names import PHASES
 from poise.observe.rows import Rows, read_rows
 from poise.report.record import RunRecord
@@ -36,6 +38,16 @@ def _rows(level: float, epochs: int) -> Rows:
     return rows
 
 
+def attack(words: str) -> AttackDescription:
+    """An attack that is described by `words`."""
+    return AttackDescription(attack="pgd", norm="linf", eps=8 / 255, steps=20, step_size=None, restarts=1, words=words)
+
+
+@pytest.fixture(scope="session")
+def describe_attack() -> Callable[[str], AttackDescription]:
+    return attack
+
+
 @pytest.fixture(scope="session")
 def make_record() -> Callable[..., RunRecord]:
     return build_record
@@ -57,20 +69,18 @@ def build_record(name: str = "digits-adt", level: float = 0.7, epochs: int = 12)
             "packages": {"torch": "2.13.0", "ray": "2.60.0"},
             "cpus": 2,
         },
-        summary={
-            "run": name,
-            "kind": "robust.train",
-            "objective": "adt",
-            "seed": 7,
-            "step": steps,
-            "selected": "best",
-            "split": "test",
-            "examples": 360,
-            "attacks": {t: f"PGD-20 in the {t} ball, eps 8/255, 1 restart" for t in THREATS},
-            "accuracy": {"best": best, "final": final},
-            "best_step": steps - 2 * STEPS_PER_EPOCH,
-            "parameters": 123_456,
-        },
+        result=RobustTrainResult(
+            run=name,
+            seed=7,
+            objective="adt",
+            step=steps,
+            best_step=steps - 2 * STEPS_PER_EPOCH,
+            selected="best",
+            num_examples=360,
+            attacks={threat: attack(f"PGD-20 in the {threat} ball, eps 8/255, 1 restart") for threat in THREATS},
+            accuracy={"best": best, "final": final},
+            parameters=123_456,
+        ),
         rows=read_rows([_rows(level, epochs).to_parquet()]),
         events=[
             {"time": 1767225600.0, "event": "start", "step": 0, "attempt": 0, "workers": 2},

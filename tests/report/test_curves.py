@@ -12,17 +12,17 @@ from poise.report.curves import Curve, colour, curve, label, names, ordered, pha
 def test_thinning_keeps_means_and_the_ends() -> None:
     steps = np.arange(10_000)
     long = Curve(steps, steps / 100, np.sin(steps / 500))
-    thin = long.thinned(400)
+    thin = long.downsample(400)
     assert len(thin) == 400
     assert thin.steps[-1] == 9_999
     assert thin.values.mean() == pytest.approx(long.values.mean(), abs=1e-12)
     assert thin.values[0] == pytest.approx(long.values[:25].mean())
-    assert long.thinned(10_000) is long
+    assert long.downsample(10_000) is long
 
 
 def test_thinning_leaves_out_what_is_not_a_number() -> None:
     values = np.array([1.0, math.nan, 3.0, math.inf, math.nan, math.nan])
-    thin = Curve(np.arange(6), np.arange(6.0), values).thinned(3)
+    thin = Curve(np.arange(6), np.arange(6.0), values).downsample(3)
     assert thin.values[:2].tolist() == [1.0, 3.0]
     assert math.isnan(thin.values[2])
 

@@ -4,17 +4,34 @@ from __future__ import annotations
 
 import pytest
 
+from poise.kinds.finetune_sft.report import SECTION, curves
+from poise.kinds.finetune_sft.result import FinetuneSftResult, TokenCounts
 from poise.observe.rows import Rows, read_rows
-from poise.report.language import SECTION, curves
 from poise.report.record import RunRecord
 
-SUMMARY = {
-    "objective": "gem (linear, beta 0.7)", "tuning": "lora (rank 4)", "seed": 2, "step": 96, "best_step": 16,
-    "selected": "best", "tokens": {"learned_from": 15_360}, "tokens_per_answer": 2.5,
-}  # fmt: skip
-WORLD = {
-    "floor": 0.61, "measured": {"ce": 0.3, "entropy": 0.31, "answer_ce": 0.82, "excess": 0.21, "answer_entropy": 0.62}
-}  # fmt: skip
+WORLD = {"ce": 0.3, "entropy": 0.31, "answer_ce": 0.82, "excess": 0.21, "answer_entropy": 0.62}
+FLOOR = 0.61
+
+
+def result_of(measured: dict[str, float], floor: float | None = None) -> FinetuneSftResult:
+    """The result of a run, in a world where there is a floor."""
+    return FinetuneSftResult(
+        run="a",
+        seed=2,
+        objective="gem (linear, beta 0.7)",
+        tuning="lora (rank 4)",
+        trainable=1_024,
+        step=96,
+        best_step=16,
+        selected="best",
+        parameters=65_536,
+        measured=measured,
+        floor=floor,
+        tokens=TokenCounts(examples=64, all=640, supervised=160, learned_from=15_360),
+        supervised_share=0.25,
+        tokens_per_answer=2.5,
+        preview=[],
+    )
 
 
 def rows(**values: float):
@@ -26,14 +43,14 @@ def rows(**values: float):
 
 
 def lines(*records: RunRecord) -> list[tuple[str, list[str]]]:
-    (grid,) = SECTION.grids(records)
-    assert all(len(line.cells) == len(grid.columns) for line in grid.lines)
-    return [(line.note, [cell.text for cell in line.cells]) for line in grid.lines]
+    (table,) = SECTION.tables(records)
+    assert all(len(line.cells) == len(table.columns) for line in table.rows)
+    return [(line.note, [cell.text for cell in line.cells]) for line in table.rows]
 
 
 def test_a_run_in_a_world_beside_one_on_files_and_one_under_way():
-    in_world = RunRecord("a", summary={**SUMMARY, **WORLD})
-    on_files = RunRecord("b", summary={**SUMMARY, "floor": None, "measured": {"ce": 2.0, "entropy": 1.5}})
+    in_world = RunRecord("a", result=result_of(WORLD, FLOOR))
+    on_files = RunRecord("b", result=result_of({"ce": 2.0, "entropy": 1.5}))
     first, second, third = lines(in_world, on_files, RunRecord("c"))
     assert first == (
         "gem (linear, beta 0.7), lora (rank 4), best, step 16, seed 2",
@@ -44,7 +61,7 @@ def test_a_run_in_a_world_beside_one_on_files_and_one_under_way():
 
 
 def test_without_a_world_there_are_no_columns_of_one():
-    ((_, cells),) = lines(RunRecord("b", summary={**SUMMARY, "measured": {}}))
+    ((_, cells),) = lines(RunRecord("b", result=result_of({})))
     assert cells == ["15,360", "\u2013", "\u2013"]
 
 
@@ -59,6 +76,6 @@ def test_curves_are_in_the_unit_of_the_floor():
 
 
 def test_figures_of_a_run_with_and_without_rows():
-    details = list(SECTION.details("run-1", RunRecord("a", summary={**SUMMARY, **WORLD}, rows=rows(answer_ce=0.5))))
+    details = list(SECTION.details("run-1", RunRecord("a", result=result_of(WORLD, FLOOR), rows=rows(answer_ce=0.5))))
     assert [drawn.title for drawn in details if drawn] == ["Cross entropy", "Entropy"]
     assert list(SECTION.details("run-1", RunRecord("a"))) == [None, None]

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 
+from poise.kinds.robust_train import figures as figures_robust
+from poise.kinds.robust_train.report import SECTION
+from poise.kinds.robust_train.result import EarlyStopResult, RobustTrainResult
 from poise.observe.rows import Rows, read_rows, schema
-from poise.report import figures_robust
 from poise.report.record import RunRecord
-from poise.report.robust import SECTION
 
 
 def _watched():
@@ -25,18 +26,21 @@ def _watched():
 
 def test_an_averaged_model_has_its_line_and_the_difference_a_table(make_record: Callable[..., RunRecord]) -> None:
     record = make_record()
-    accuracy = record.summary["accuracy"]
-    summary = {
-        **record.summary,
-        "accuracy": {**accuracy, "averaged": {name: value + 0.02 for name, value in accuracy["final"].items()}},
-        "best_minus_final": {name: accuracy["best"][name] - value for name, value in accuracy["final"].items()},
-        "stopped": {"step": 1080, "why": "catastrophic overfitting"},
-    }
-    main, differences, *_ = SECTION.grids([replace(record, summary=summary)])
-    (line,) = [line for line in main.lines if line.note.startswith("averaged")]
+    assert isinstance(record.result, RobustTrainResult)
+    accuracy = record.result.accuracy
+    averaged = {name: value + 0.02 for name, value in accuracy["final"].items()}
+    result = record.result.model_copy(
+        update={
+            "accuracy": {**accuracy, "averaged": averaged},
+            "best_minus_final": {name: accuracy["best"][name] - value for name, value in accuracy["final"].items()},
+            "stopped": EarlyStopResult(step=1080, why="catastrophic overfitting"),
+        }
+    )
+    main, differences, *_ = SECTION.tables([replace(record, result=result)])
+    (line,) = [line for line in main.rows if line.note.startswith("averaged")]
     assert line.cells[0].text == "92.0"
     assert not line.selected
-    (row,) = differences.lines
+    (row,) = differences.rows
     assert [cell.text for cell in row.cells] == ["+1.3"] * 6
     assert row.note == "stopped at step 1,080: catastrophic overfitting"
 
@@ -55,4 +59,4 @@ def test_without_monitors_nothing_is_drawn(make_record: Callable[..., RunRecord]
     empty = schema().empty_table()
     for figure in (figures_robust.gap_curves, figures_robust.overfitting_curves, figures_robust.step_sizes):
         assert figure(empty) is None
-    assert len(list(SECTION.grids([make_record()]))) == 2  # accuracies and attacks
+    assert len(list(SECTION.tables([make_record()]))) == 2  # accuracies and attacks

@@ -1,4 +1,4 @@
-"""Oracles for the robust room: what an optimal adversary does to a linear model inside the box, in closed form."""
+"""Oracles for robust training: what an optimal adversary does to a linear model inside the box, in closed form."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from poise.data.readers import idx
+from poise.data.images.readers import idx
 
 
 def _gain_linf(g: Tensor, room: Tensor, eps: float) -> Tensor:

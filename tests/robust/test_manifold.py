@@ -14,7 +14,7 @@ from scipy.stats import norm as normal
 from torch import Tensor, nn
 
 from poise.robust.attacks import perturb, pgd
-from poise.robust.manifold import Decoded, Eigenbasis, Latent, Within, departure, eigenbasis
+from poise.robust.manifold import DecodedClassifier, Eigenbasis, EigenspaceThreat, Latent, eigenbasis, subspace_residual
 from poise.robust.threats import Threat
 
 ORDER = {"linf": math.inf, "l2": 2, "l1": 1}
@@ -100,12 +100,12 @@ def test_the_best_l2_perturbation_of_a_linear_model_gains_eps_times_the_projecte
     """eps * ||B g|| within, eps * ||g - B^T B g|| off the eigenspace; nothing of it leaves the subspace."""
     basis, w, y = basis_of(seed, rank), drawn(seed + 1, 30) - 0.5, torch.zeros(6, dtype=torch.long)
     x = torch.full((6, 30), 0.5, dtype=torch.double)  # the box is out of reach
-    threat = Within("l2", eps, basis=basis, labels=y, off=off)
+    threat = EigenspaceThreat("l2", eps, basis=basis, labels=y, off=off)
     found = perturb(Binary(w), x, y, threat, steps=2, random_start=False, loss=rise) - x
     inside = basis.directions[0] @ w
     best = w - basis.directions[0].T @ inside if off else inside
     assert torch.allclose(found @ w, eps * best.norm().expand(6), rtol=1e-9)
-    left = departure(x, x + found, threat)
+    left = subspace_residual(x, x + found, threat)
     assert left.residual.max() < 1e-12
     assert left.share.max() < 1e-12 / eps
     assert left.clipped.max() == 0
@@ -120,7 +120,7 @@ def test_linf_within_a_subspace_comes_near_the_optimum_of_the_linear_program(see
     directions = basis.directions[0].numpy()
     forbidden = directions if off else np.linalg.svd(directions)[2][rank:]
     solved = linprog(-w.numpy(), A_eq=forbidden, b_eq=np.zeros(len(forbidden)), bounds=(-eps, eps))
-    threat = Within("linf", eps, basis=basis, labels=y, off=off)
+    threat = EigenspaceThreat("linf", eps, basis=basis, labels=y, off=off)
     x = 0.4 + 0.2 * drawn(seed + 2, 3, 30)
     found = perturb(Binary(w), x, y, threat, steps=40, random_start=False, loss=rise) - x
     assert found.abs().max() <= eps * (1 + 1e-12)
@@ -144,7 +144,7 @@ def test_l1_within_a_subspace_comes_nearer_to_the_optimum_of_the_linear_program_
         A_ub=np.ones((1, 2 * size)),
         b_ub=[eps],
     )
-    threat = Within("l1", eps, basis=basis, labels=y, off=off)
+    threat = EigenspaceThreat("l1", eps, basis=basis, labels=y, off=off)
     x, best = torch.full((3, size), 0.5, dtype=torch.double), -solved.fun
     shares = []
     for steps in (5, 20, 60):
@@ -165,10 +165,10 @@ def test_a_subspace_that_spans_everything_is_no_constraint() -> None:
     basis = eigenbasis(drawn(1, 60, 12), torch.arange(60) % 3, 12)
     options = {"steps": 10, "restarts": 2}
     whole = pgd(net, x, y, Threat("l2", 0.5), **options)
-    within = pgd(net, x, y, Within("l2", 0.5, basis=basis, labels=y), **options)
+    within = pgd(net, x, y, EigenspaceThreat("l2", 0.5, basis=basis, labels=y), **options)
     assert torch.equal(whole.correct, within.correct)
     assert torch.allclose(whole.adversarial, within.adversarial, atol=1e-9)
-    off = pgd(net, x, y, Within("l2", 0.5, basis=basis, labels=y, off=True), **options)
+    off = pgd(net, x, y, EigenspaceThreat("l2", 0.5, basis=basis, labels=y, off=True), **options)
     assert torch.allclose(off.adversarial, x, atol=1e-12)
 
 
@@ -182,9 +182,9 @@ def test_what_is_orthogonal_to_the_class_means_fools_nobody(norm: str) -> None:
     x = 0.5 + spread + difference * (2 * y[:, None] - 1)
     net = Binary(difference, -0.5 * difference.sum())
     eps = {"linf": 0.2, "l2": 0.4, "l1": 1.0}[norm]
-    on = Within(norm, eps, basis=eigenbasis(x, y, 16), labels=y)
+    on = EigenspaceThreat(norm, eps, basis=eigenbasis(x, y, 16), labels=y)
     assert pgd(net, x, y, on, steps=20).correct.all()
-    off = Within(norm, eps, basis=on.basis, labels=y, off=True)
+    off = EigenspaceThreat(norm, eps, basis=on.basis, labels=y, off=True)
     assert not pgd(net, x, y, off, steps=20).correct.any()
 
 
@@ -196,13 +196,13 @@ def test_every_point_lies_in_the_ball_and_the_box_and_near_the_subspace(
 ) -> None:
     eps = share * {"linf": 0.3, "l2": 1.5, "l1": 4.0}[norm]
     x, y = drawn(seed, 8, 2, 3, 4).mul(1.6).sub(0.3).clamp(0, 1), torch.arange(8) % 2
-    threat = Within(norm, eps, basis=basis_of(seed, rank, (2, 3, 4), classes=2), labels=y, off=off)
+    threat = EigenspaceThreat(norm, eps, basis=basis_of(seed, rank, (2, 3, 4), classes=2), labels=y, off=off)
     found = perturb(Binary(drawn(seed + 1, 24) - 0.5), x, y, threat, steps=4, noise=torch.Generator().manual_seed(seed))
     delta = (found - x).flatten(1)
     assert torch.linalg.vector_norm(delta, ord=ORDER[norm], dim=1).max() <= eps * (1 + 1e-9) + 1e-14
     assert found.min() >= 0
     assert found.max() <= 1
-    left = departure(x, found, threat)
+    left = subspace_residual(x, found, threat)
     for row, label in enumerate(y):
         directions = threat.basis.directions[label]
         inside = delta[row] @ directions.T
@@ -214,8 +214,8 @@ def test_every_point_lies_in_the_ball_and_the_box_and_near_the_subspace(
 def test_where_the_box_is_in_the_way_the_residual_says_so() -> None:
     basis, y = basis_of(0, 5), torch.zeros(4, dtype=torch.long)
     x = torch.zeros(4, 30, dtype=torch.double)
-    threat = Within("l2", 0.5, basis=basis, labels=y)
-    left = departure(x, perturb(Binary(drawn(1, 30) - 0.5), x, y, threat, steps=5), threat)
+    threat = EigenspaceThreat("l2", 0.5, basis=basis, labels=y)
+    left = subspace_residual(x, perturb(Binary(drawn(1, 30) - 0.5), x, y, threat, steps=5), threat)
     assert left.share.min() > 0.01
     assert left.clipped.min() > 0
 
@@ -226,26 +226,28 @@ def test_each_example_is_attacked_in_the_eigenspace_of_its_own_class_whoever_is_
     x, basis = 0.3 + 0.4 * drawn(0, 60, 2, 3, 4), basis_of(1, 6, (2, 3, 4), classes=3)
     y = (net(x) - net(x).mean(0)).argmax(1)
     net[1].bias.data -= net(x).mean(0)
-    result = pgd(net, x, y, Within("l2", 0.2, basis=basis, labels=y), steps=5, restarts=3)
+    result = pgd(net, x, y, EigenspaceThreat("l2", 0.2, basis=basis, labels=y), steps=5, restarts=3)
     fooled = ~result.correct
     assert 10 < fooled.sum() < 50
     for label in range(3):
         rows = fooled & (y == label)
         shares = [
-            departure(
-                x[rows], result.adversarial[rows], Within("l2", 0.2, basis=basis, labels=0 * y[rows] + other)
+            subspace_residual(
+                x[rows], result.adversarial[rows], EigenspaceThreat("l2", 0.2, basis=basis, labels=0 * y[rows] + other)
             ).share
             for other in range(3)
         ]
         assert len(shares[0]) > 1
         assert [share.max() < 1e-12 for share in shares] == [other == label for other in range(3)]
-    alone = pgd(net, x[7:8], y[7:8], Within("l2", 0.2, basis=basis, labels=y[7:8]), steps=5, random_start=False)
-    beside = pgd(net, x, y, Within("l2", 0.2, basis=basis, labels=y), steps=5, random_start=False)
+    alone = pgd(
+        net, x[7:8], y[7:8], EigenspaceThreat("l2", 0.2, basis=basis, labels=y[7:8]), steps=5, random_start=False
+    )
+    beside = pgd(net, x, y, EigenspaceThreat("l2", 0.2, basis=basis, labels=y), steps=5, random_start=False)
     assert torch.allclose(alone.adversarial, beside.adversarial[7:8], atol=1e-12)
 
 
 def test_labels_that_have_no_eigenspace_are_refused() -> None:
-    threat = Within("l2", 0.1, basis=basis_of(0, 3, classes=2), labels=torch.tensor([0, 2]))
+    threat = EigenspaceThreat("l2", 0.1, basis=basis_of(0, 3, classes=2), labels=torch.tensor([0, 2]))
     with pytest.raises(ValueError, match="labels go up to 2 and there are eigenspaces of 2 classes"):
         threat.project(drawn(0, 2, 30), torch.zeros(2, 30, dtype=torch.double))
 
@@ -267,7 +269,7 @@ def test_robust_error_of_gaussian_classes_is_the_closed_form(off: bool) -> None:
     projected = directions @ w
     gain = math.sqrt(w @ w - projected @ projected) if off else projected.norm().item()
     expected = normal.cdf((eps * gain - w @ mu) / (factor.T @ w).norm())
-    result = pgd(Binary(w, -0.5 * w.sum()), x, y, Within("l2", eps, basis=basis, labels=y, off=off), steps=2)
+    result = pgd(Binary(w, -0.5 * w.sum()), x, y, EigenspaceThreat("l2", eps, basis=basis, labels=y, off=off), steps=2)
     error = 1 - result.correct.double().mean().item()
     assert error == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / n))
     assert 0.05 < expected < 0.95
@@ -284,7 +286,9 @@ def test_with_an_identity_decoder_codes_are_attacked_like_images_without_a_box(n
     code, y = code_of(0, 6, 8, 2)
     w = torch.cat([drawn(1, 8) - 0.5, torch.tensor([50.0, -50.0], dtype=torch.double)])
     threat = Latent(norm, 0.7, width=8)
-    found = perturb(Decoded(Binary(w), nn.Identity()), code, 0 * y, threat, steps=2, random_start=False, loss=rise)
+    found = perturb(
+        DecodedClassifier(Binary(w), nn.Identity()), code, 0 * y, threat, steps=2, random_start=False, loss=rise
+    )
     assert torch.equal(found[:, 8:], code[:, 8:])
     dual = w[:8].norm() if norm == "l2" else w[:8].abs().sum()
     assert torch.allclose((found - code) @ w, 0.7 * dual.expand(6), rtol=1e-9)
@@ -300,7 +304,7 @@ def test_attacked_codes_stay_in_their_ball_and_success_is_counted_at_what_they_d
     decoder = nn.Sequential(nn.Linear(7, 12), nn.Sigmoid()).double()
     classifier = nn.Linear(12, 3).double()
     code, y = code_of(seed, 12, 4, 3)
-    result = pgd(Decoded(classifier, decoder), code, y, Latent(norm, radius, width=4), steps=3, restarts=2)
+    result = pgd(DecodedClassifier(classifier, decoder), code, y, Latent(norm, radius, width=4), steps=3, restarts=2)
     moved = result.adversarial - code
     assert torch.linalg.vector_norm(moved, ord=ORDER[norm], dim=1).max() <= radius * (1 + 1e-9) + 1e-14
     assert torch.equal(result.adversarial[:, 4:], code[:, 4:])
@@ -311,7 +315,7 @@ def test_at_radius_zero_the_attack_on_codes_is_the_accuracy_on_reconstructions()
     torch.manual_seed(0)
     decoder, classifier = nn.Linear(7, 12).double(), nn.Linear(12, 3).double()
     code, y = code_of(0, 30, 4, 3)
-    result = pgd(Decoded(classifier, decoder), code, y, Latent("linf", 0.0, width=4), steps=3)
+    result = pgd(DecodedClassifier(classifier, decoder), code, y, Latent("linf", 0.0, width=4), steps=3)
     assert torch.equal(result.correct, classifier(decoder(code)).argmax(1) == y)
     assert torch.equal(result.adversarial, code)
 

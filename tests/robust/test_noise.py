@@ -11,15 +11,15 @@ from poise.robust.noise import Noise, as_noise
 
 def test_the_numbers_of_an_example_do_not_hang_on_its_batch() -> None:
     noise = Noise.of(3, "a", range(50))
-    whole = noise.at(7).uniform(9)
+    whole = noise.fold_in(7).uniform(9)
     rows = torch.tensor([4, 40, 11])
-    assert torch.equal(noise.pick(rows).at(7).uniform(9), whole[rows])
-    assert torch.equal(Noise.of(3, "a", [40]).at(7).uniform(9), whole[40:41])
-    assert torch.equal(noise.at(7).uniform(5), whole[:, :5])
+    assert torch.equal(noise.select(rows).fold_in(7).uniform(9), whole[rows])
+    assert torch.equal(Noise.of(3, "a", [40]).fold_in(7).uniform(9), whole[40:41])
+    assert torch.equal(noise.fold_in(7).uniform(5), whole[:, :5])
 
 
 @pytest.mark.parametrize(
-    "other", [Noise.of(4, "a", range(9)), Noise.of(3, "b", range(9)), Noise.of(3, "a", range(9)).at(0)]
+    "other", [Noise.of(4, "a", range(9)), Noise.of(3, "b", range(9)), Noise.of(3, "a", range(9)).fold_in(0)]
 )
 def test_seed_name_and_label_each_make_another_stream(other: Noise) -> None:
     assert not (Noise.of(3, "a", range(9)).uniform(40) == other.uniform(40)).any()
@@ -28,7 +28,7 @@ def test_seed_name_and_label_each_make_another_stream(other: Noise) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_uniform_and_normal_have_their_distributions_along_and_across_examples(dtype: torch.dtype) -> None:
     noise = Noise.of(0, "x", range(400))
-    uniform, normal = noise.uniform(500, dtype), noise.at(1).normal(500, dtype)
+    uniform, normal = noise.uniform(500, dtype), noise.fold_in(1).normal(500, dtype)
     assert uniform.min() >= 0
     assert uniform.max() < 1
     assert stats.kstest(uniform.flatten().numpy(), "uniform").pvalue > 1e-3

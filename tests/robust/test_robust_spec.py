@@ -213,8 +213,8 @@ def test_the_cost_of_a_batch_is_that_of_the_page(objective: Any, threats: Threat
 
 
 def test_evaluation_defaults_to_all_examples_and_the_training_threats() -> None:
-    assert EvaluateSpec() == EvaluateSpec(threats=None, examples=None, batch_size=256)
-    for wrong in ({"batch_size": 0}, {"examples": 0}, {"batch_size": 10**9}):
+    assert EvaluateSpec() == EvaluateSpec(threats=None, num_examples=None, batch_size=256)
+    for wrong in ({"batch_size": 0}, {"num_examples": 0}, {"batch_size": 10**9}):
         with pytest.raises(ValidationError):
             EvaluateSpec.model_validate(wrong)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from poise.robust.attacks import perturb
 from poise.robust.noise import Noise
-from poise.robust.threats import Beside, Threat, project_l1_ball
+from poise.robust.threats import StackedThreats, Threat, project_l1_ball
 
 NORMS = ["linf", "l2", "l1"]
 ORDER = {"linf": math.inf, "l2": 2, "l1": 1}
@@ -161,7 +161,7 @@ def test_random_start_is_uniform_in_the_ball(norm: str) -> None:
 def test_a_step_has_its_length_and_is_the_steepest(norm: str, seed: int, scale: float) -> None:
     """No other step of that length gains more: its gain is size times the dual norm of the gradient."""
     grad = scale * torch.randn(4, 2, 5, generator=torch.Generator().manual_seed(seed))
-    step = Threat(norm, 1.0).steepest(grad, 0.3)
+    step = Threat(norm, 1.0).steepest_step(grad, 0.3)
     torch.testing.assert_close(_length(step, norm), torch.full((4,), 0.3))
     dual = {"linf": "l1", "l2": "l2", "l1": "linf"}[norm]
     gain = (step * (grad / scale)).flatten(1).sum(1)
@@ -172,7 +172,7 @@ def test_a_step_has_its_length_and_is_the_steepest(norm: str, seed: int, scale: 
 def test_a_zero_gradient_gives_a_zero_step(norm: str) -> None:
     grad = torch.zeros(3, 4)
     grad[1] = torch.tensor([0.0, 2.0, 0.0, -1.0])
-    step = Threat(norm, 1.0).steepest(grad, 0.5, at=torch.full((3, 4), 0.5), sparsity=2)
+    step = Threat(norm, 1.0).steepest_step(grad, 0.5, at=torch.full((3, 4), 0.5), sparsity=2)
     assert torch.equal(step[[0, 2]], torch.zeros(2, 4))
     assert step[1].abs().sum() > 0
 
@@ -180,20 +180,20 @@ def test_a_zero_gradient_gives_a_zero_step(norm: str) -> None:
 def test_an_l1_step_passes_over_blocked_pixels_and_shares_its_length() -> None:
     grad = torch.tensor([[5.0, -4.0, 3.0, -2.0, 1.0]])
     at = torch.tensor([[1.0, 0.0, 0.5, 0.5, 0.5]])
-    step = Threat("l1", 1.0).steepest(grad, 0.6, at=at, sparsity=2)
+    step = Threat("l1", 1.0).steepest_step(grad, 0.6, at=at, sparsity=2)
     torch.testing.assert_close(step, torch.tensor([[0.0, 0.0, 0.3, -0.3, 0.0]]))
 
 
 def test_an_l1_step_spends_on_the_next_pixel_what_a_nearly_blocked_one_cannot_use() -> None:
     grad = torch.tensor([[5.0, -4.0, 3.0, -2.0]])
     at = torch.tensor([[0.9, 0.05, 0.5, 0.5]])
-    step = Threat("l1", 1.0).steepest(grad, 0.6, at=at, sparsity=1)
+    step = Threat("l1", 1.0).steepest_step(grad, 0.6, at=at, sparsity=1)
     torch.testing.assert_close(step, torch.tensor([[0.1, -0.05, 0.45, 0.0]]))
 
 
 def test_an_l1_step_takes_a_count_for_each_example_and_at_most_all_pixels() -> None:
     grad = torch.tensor([[4.0, 3.0, 2.0], [4.0, 3.0, 2.0], [4.0, 3.0, 2.0]])
-    step = Threat("l1", 1.0).steepest(grad, 0.6, sparsity=torch.tensor([1, 2, 99]))
+    step = Threat("l1", 1.0).steepest_step(grad, 0.6, sparsity=torch.tensor([1, 2, 99]))
     torch.testing.assert_close(step, torch.tensor([[0.6, 0.0, 0.0], [0.3, 0.3, 0.0], [0.2, 0.2, 0.2]]))
 
 
@@ -207,9 +207,9 @@ def test_each_block_of_examples_faces_its_own_threat(small_net: nn.Module, image
     (x, y), parts = images, (Threat("l2", 0.7), Threat("l1", 3.0), Threat("linf", 0.05))
     noise = Noise.of(0, "beside", range(3 * len(x)))
     points = perturb(
-        small_net, torch.cat([x] * 3), torch.cat([y] * 3), Beside(parts=parts), steps=3, sparsity=4, noise=noise
+        small_net, torch.cat([x] * 3), torch.cat([y] * 3), StackedThreats(parts=parts), steps=3, sparsity=4, noise=noise
     )
     for index, (part, block) in enumerate(zip(parts, points.chunk(3), strict=True)):
-        own = noise.pick(torch.arange(index * len(x), (index + 1) * len(x)))
+        own = noise.select(torch.arange(index * len(x), (index + 1) * len(x)))
         alone = perturb(small_net, x, y, part, steps=3, sparsity=4, noise=own)
         torch.testing.assert_close(block, alone, rtol=1e-4, atol=1e-6)

@@ -112,7 +112,7 @@ CHANGES = [
     ("workers", {"count": 4, "min_count": 2}, "does not divide by 3 workers"),
     ("workers.environment", {"AWS_SECRET_ACCESS_KEY": "x"}, "never in a spec"),
     ("workers.environment", {"A": 1}, "valid string"),
-    ("evaluate.examples", 0, "greater than or equal to 1"),
+    ("evaluate.num_examples", 0, "greater than or equal to 1"),
 ]
 
 # (text, what the message must contain)

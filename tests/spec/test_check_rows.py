@@ -11,8 +11,9 @@ import yaml
 from click.testing import CliRunner
 
 from poise.cli import cli
-from poise.kinds import KINDS, check_rows
+from poise.kinds import KINDS
 from poise.kinds.check import Mistake, find_mistakes
+from poise.kinds.check import rows as check_rows
 
 PAIR = {"prompt": "a", "completion": " b"}
 QUESTION = {"question": "who", "answer": ["me"]}

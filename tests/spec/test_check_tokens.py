@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from poise.data.examples import encode_prompt
-from poise.data.text import load_text
+from poise.data.text.batches import load_text
+from poise.data.text.examples import encode_prompt
 from poise.errors import UserError
 from poise.kinds import KINDS
 from poise.kinds.check import Mistake, find_mistakes

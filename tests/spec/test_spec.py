@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from poise.kinds import KINDS
-from poise.spec import Real, SpecError, dump, json_schema, load
+from poise.spec import ExactNumber, SpecError, dump, json_schema, load
 from poise.spec.problems import dotted
 
 
@@ -34,7 +34,7 @@ def test_the_resolved_spec_reads_back_as_itself(valid, write):
 @given(st.fractions(min_value=-1000, max_value=1000, max_denominator=10**6))
 @settings(max_examples=100, deadline=None)
 def test_reals_keep_every_fraction(value):
-    real = Real(f"{value.numerator}/{value.denominator}")
+    real = ExactNumber(f"{value.numerator}/{value.denominator}")
     assert real.exact == value
     assert real == float(value)
     assert pickle.loads(pickle.dumps(real)).exact == value
@@ -43,7 +43,7 @@ def test_reals_keep_every_fraction(value):
 @given(st.floats(allow_nan=False, allow_infinity=False))
 @settings(max_examples=100, deadline=None)
 def test_reals_keep_every_float(value):
-    assert float(Real(value)) == value
+    assert float(ExactNumber(value)) == value
 
 
 def test_set_changes_values_and_makes_sections(valid, write):
@@ -159,3 +159,11 @@ def test_the_keys_of_robust_train_are_frozen():
     ]  # fmt: skip
     assert found["ThreatSpec"] == ["attack", "eps", "random_start", "restarts", "sparsity", "step_size", "steps"]
     assert found["WorkersSpec"] == ["count", "cpus", "environment", "gpus", "max_failures", "min_count"]
+
+
+def test_a_spec_travels_between_processes_as_it_was_written(write, valid):
+    spec = load(write(valid), KINDS)
+    received = pickle.loads(pickle.dumps(spec))
+    assert received == spec
+    assert dump(received) == dump(spec)
+    assert received.threats.linf.eps.exact == spec.threats.linf.eps.exact

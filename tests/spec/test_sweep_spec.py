@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from poise.kinds import KINDS
-from poise.spec import Real, SpecError, dump, load
+from poise.spec import ExactNumber, SpecError, dump, load
 
 SWEEP = """\
 kind: sweep
@@ -99,7 +99,7 @@ def test_a_drawn_simplex_is_dirichlet_and_sums_to_one_exactly(concentration, swe
     """Mean 1/k and variance (k - 1) / (k^2 (k c + 1)) of each share."""
     n = 1500
     draws = drawn(sweep, f"{{simplex: {{over: [linf, l2], concentration: {concentration}}}}}", n, "objective.weights")
-    shares = [[Real(value).exact for value in values.values()] for values in draws]
+    shares = [[ExactNumber(value).exact for value in values.values()] for values in draws]
     assert {sum(share) for share in shares} == {Fraction(1)}
     first, variance = [float(share[0]) for share in shares], 1 / (4 * (2 * concentration + 1))
     assert math.fsum(first) / n == pytest.approx(1 / 2, abs=5 * math.sqrt(variance / n))
@@ -209,7 +209,7 @@ def test_a_kind_that_leaves_no_number_cannot_be_swept(write):
     base = {"kind": "bounds.report", "runs": ["a"]}
     tree = {"kind": "sweep", "name": "s", "metric": "examples", "mode": "max", "base": base}
     with pytest.raises(SpecError, match=r"a bounds\.report leaves no number"):
-        load(write(yaml.safe_dump({**tree, "space": {"examples": {"grid": [2, 3]}}})), KINDS)
+        load(write(yaml.safe_dump({**tree, "space": {"num_examples": {"grid": [2, 3]}}})), KINDS)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from poise.errors import DamagedError, RunBusyError, StoreError, UserError
+from poise.errors import IntegrityError, RunBusyError, StoreError, UserError
 from poise.store.checkpoints import Checkpoints
 from poise.store.folder import FolderStorage
 from poise.store.storage import Entry, Storage, open_storage
@@ -44,7 +44,7 @@ def checkpoints(storage: Storage, tmp_path: Path) -> Checkpoints:
 def newest(checkpoints: Checkpoints, tmp_path: Path) -> tuple[int | None, list[str]]:
     """The newest sound step, whose files are checked here, and what was said of the newer ones."""
     into = tmp_path / "into"
-    commit, damages = checkpoints.newest_sound(into)
+    commit, damages = checkpoints.latest_valid(into)
     if commit is None:
         assert not into.exists()
         return None, [str(damage) for damage in damages]
@@ -123,7 +123,7 @@ def test_each_damage_is_named_skipped_and_mended(
     assert damages[0].startswith("step-00000030/")
     assert said in damages[0]
     assert [str(found) for found in checkpoints.verify()] == damages
-    with pytest.raises(DamagedError, match=r"step-00000030/"):
+    with pytest.raises(IntegrityError, match=r"step-00000030/"):
         checkpoints.fetch(last, tmp_path / "fetched")
     assert not (tmp_path / "fetched").exists()
     assert checkpoints.storage.list() == before  # reading deletes nothing
@@ -180,7 +180,7 @@ def test_a_writer_that_lost_its_lease_changes_nothing(checkpoints: Checkpoints, 
     damage(checkpoints.storage, 30, "model.safetensors", flip)
     before = checkpoints.storage.list()
     with pytest.raises(RunBusyError):
-        checkpoints.commit(30, payload(tmp_path / "saved", 30), info={}, guard=refuse)
+        checkpoints.commit(30, payload(tmp_path / "saved", 30), info={}, check_lease=refuse)
     assert checkpoints.storage.list() == before
 
 
@@ -195,7 +195,7 @@ def test_a_writer_that_loses_its_lease_while_uploading_does_not_commit(
             raise RunBusyError("taken over")
 
     with pytest.raises(RunBusyError):
-        checkpoints.commit(40, payload(tmp_path / "saved", 40), info={}, guard=refuse_later)
+        checkpoints.commit(40, payload(tmp_path / "saved", 40), info={}, check_lease=refuse_later)
     assert len(calls) == 2
     assert newest(checkpoints, tmp_path) == (30, ["step-00000040/COMMITTED: missing: the upload was not finished"])
 
@@ -206,7 +206,7 @@ def test_an_upload_cut_short_by_the_store_is_not_committed(tmp_path: Path) -> No
             self.write(key, path.read_bytes()[:-1])
 
     checkpoints = Checkpoints(Truncating(tmp_path / "store"), PREFIX)
-    with pytest.raises(DamagedError, match="2999 bytes instead of 3000"):
+    with pytest.raises(IntegrityError, match="2999 bytes instead of 3000"):
         checkpoints.commit(10, payload(tmp_path / "saved", 10), info={})
     assert checkpoints.commits() == []
 
@@ -223,7 +223,7 @@ def test_of_two_writers_of_one_step_one_is_told(tmp_path: Path) -> None:
             checkpoints.storage.create(mark, b"another manifest")
 
     with pytest.raises(StoreError, match="another writer"):
-        checkpoints.commit(10, payload(tmp_path / "saved", 10), info={}, guard=rival)
+        checkpoints.commit(10, payload(tmp_path / "saved", 10), info={}, check_lease=rival)
     assert checkpoints.storage.read(mark) == b"another manifest"
 
 
@@ -361,8 +361,8 @@ class Mortal(Storage):
     def create(self, key: str, data: bytes) -> bool:
         return bool(self._change(self.storage.create, key, data))
 
-    def swap(self, key: str, data: bytes, expected: bytes) -> bool:
-        return bool(self._change(self.storage.swap, key, data, expected))
+    def compare_and_swap(self, key: str, data: bytes, expected: bytes) -> bool:
+        return bool(self._change(self.storage.compare_and_swap, key, data, expected))
 
     def append(self, key: str, data: bytes) -> None:
         self._change(self.storage.append, key, data)

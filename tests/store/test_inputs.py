@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from pydantic import Field
 
 from poise.data.spec import DataSpec, JsonlText
-from poise.engine.session import claim
-from poise.errors import DamagedError, UserError
-from poise.spec import RunSpec
+from poise.engine.lifecycle import claim
+from poise.errors import IntegrityError, UserError
+from poise.spec import Input, RunSpec
 from poise.store import hashes
 from poise.store.inputs import check_inputs, read_inputs, record_inputs
+from poise.store.result import RunResult, write_result
 from poise.store.runs import Run, open_run
 
 PARQUET = ("train-0.parquet", "train-1.parquet", "test.parquet", "readme.md")
@@ -139,7 +141,7 @@ def test_one_file_is_looked_for_by_itself(tmp_path, monkeypatch):
 def test_a_damaged_record_is_named(tmp_path, images):
     run, spec = reading(tmp_path, images)
     run.write("inputs.json", b"[{]")
-    with pytest.raises(DamagedError, match=r"inputs\.json is damaged .*remove that one file"):
+    with pytest.raises(IntegrityError, match=r"inputs\.json is damaged .*remove that one file"):
         record(run, spec)
 
 
@@ -163,3 +165,29 @@ def test_reading_that_takes_long_is_announced_and_its_rate_is_said(tmp_path, ima
     with claim(run, spec, notes.append):
         pass
     assert len(notes) == 2
+
+
+class Judging(RunSpec):
+    """A kind that reads a run."""
+
+    judged: str
+
+    def inputs(self) -> Iterator[Input]:
+        yield Input(("judged",), "run", self.judged)
+
+
+def test_a_run_that_is_made_of_others_has_changed_when_one_of_them_has(tmp_path: Path) -> None:
+    def made(name: str, result: RunResult) -> None:
+        one = open_run(tmp_path, name)
+        one.start("x", "0" * 64)
+        write_result(one, result)
+        one.finish("finished")
+
+    made("part", RunResult(kind="x", run="part", seed=0))
+    made("whole", RunResult(kind="x", run="whole", seed=0, parts=["part"]))
+    spec, run = Judging(kind="x", name="one", store=str(tmp_path), judged="whole"), open_run(tmp_path, "one")
+    record(run, spec)
+    record(run, spec)
+    made("part", RunResult(kind="x", run="part", seed=1))
+    with pytest.raises(UserError, match="judged: run 'whole' has changed"):
+        record(run, spec)

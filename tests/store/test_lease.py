@@ -219,12 +219,12 @@ def test_a_store_that_fails_for_a_while_does_not_end_the_lease(tmp_path: Path) -
     class Failing(FolderStorage):
         failures = 0
 
-        def swap(self, key: str, data: bytes, expected: bytes) -> bool:
+        def compare_and_swap(self, key: str, data: bytes, expected: bytes) -> bool:
             if self.failures < 3:
                 self.failures += 1
-                super().swap(key, data, expected)  # done, but the answer is lost
+                super().compare_and_swap(key, data, expected)  # done, but the answer is lost
                 raise StoreError("no answer")
-            return super().swap(key, data, expected)
+            return super().compare_and_swap(key, data, expected)
 
     storage = Failing(tmp_path)
     with Lease(storage, "digits", renew_s=0.01) as lease:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from poise.errors import DamagedError
+from poise.errors import IntegrityError
 from poise.store.runs import Run
 from poise.store.storage import Storage
 
@@ -55,7 +55,7 @@ def test_a_changed_result_of_an_unfinished_run_is_named_and_not_read(
     run: Run, name: str, how: Callable[[bytes], bytes]
 ) -> None:
     change(run, name, how)
-    with pytest.raises(DamagedError, match=name):
+    with pytest.raises(IntegrityError, match=name):
         run.read(name)
     assert [damage.file for damage in run.verify()] == [name]
     run.finish("finished")
@@ -65,7 +65,7 @@ def test_a_changed_result_of_an_unfinished_run_is_named_and_not_read(
 def test_lost_rows_are_named_and_not_passed_over(run: Run) -> None:
     run.storage.delete([run.key(ROWS[1])])
     assert run.committed_files("metrics/") == ROWS
-    with pytest.raises(DamagedError, match=rf"{ROWS[1]} is missing"):
+    with pytest.raises(IntegrityError, match=rf"{ROWS[1]} is missing"):
         run.read(ROWS[1])
     assert [str(damage) for damage in run.verify()] == [f"digits/{ROWS[1]}: missing"]
 
@@ -110,7 +110,7 @@ def test_a_file_that_nobody_recorded_is_named(run: Run) -> None:
 def test_a_changed_manifest_of_a_finished_run_is_named(run: Run) -> None:
     run.finish("finished", final_step=30, best_step=20)
     change(run, "manifest.json", lambda data: data.replace(b'"best_step": 20', b'"best_step": 30'))
-    with pytest.raises(DamagedError, match=r"manifest.json is damaged \(its sha256 differs\)"):
+    with pytest.raises(IntegrityError, match=r"manifest.json is damaged \(its sha256 differs\)"):
         run.manifest()
     assert [damage.file for damage in run.verify()] == ["manifest.json"]
 
@@ -119,7 +119,7 @@ def test_a_downloaded_result_is_checked_too(run: Run, tmp_path: Path) -> None:
     run.download("artifacts/averaged.safetensors", tmp_path / "sound")
     assert (tmp_path / "sound").read_bytes() == b"weights"
     change(run, "artifacts/averaged.safetensors", flip)
-    with pytest.raises(DamagedError, match="averaged"):
+    with pytest.raises(IntegrityError, match="averaged"):
         run.download("artifacts/averaged.safetensors", tmp_path / "changed")
     assert not (tmp_path / "changed").exists()
 

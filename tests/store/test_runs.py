@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from poise.errors import DamagedError, PoiseError, RunBusyError, UserError
+from poise.errors import IntegrityError, PoiseError, RunBusyError, UserError
 from poise.store.runs import Run, list_runs, open_run
 from poise.store.storage import Storage
 
@@ -217,7 +217,7 @@ def test_verify_finds_damage_in_checkpoints_and_artifacts(run: Run, tmp_path: Pa
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"name": 1}', b"\xff"])
 def test_a_damaged_manifest_is_named(run: Run, data: bytes) -> None:
     run.write("manifest.json", data)
-    with pytest.raises(DamagedError, match=r"digits/manifest\.json is damaged .*remove that one file"):
+    with pytest.raises(IntegrityError, match=r"digits/manifest\.json is damaged .*remove that one file"):
         run.manifest()
     assert [damage.file for damage in run.verify()] == ["manifest.json"]
     assert [summary.status for summary in list_runs(run.storage)] == ["damaged"]

@@ -59,7 +59,7 @@ def test_a_body_that_is_cut_short_is_read_again(s3_behind: Behind, tmp_path: Pat
     assert fates["GET"] == 8
     storage.download("a", tmp_path / "a")  # which boto3 itself asks for 5 times
     assert (tmp_path / "a").read_bytes() == data
-    assert storage.swap("a", b"next", data)
+    assert storage.compare_and_swap("a", b"next", data)
 
 
 @pytest.mark.usefixtures("no_pause")
@@ -132,10 +132,10 @@ def test_a_checksum_that_disagrees_is_damage_where_the_bytes_are_other_ones_and_
         (saved / "model.bin").write_bytes(bytes([step]) * 100)
         checkpoints.commit(step, saved, info={})
     fate[0] = "change"
-    commit, damages = checkpoints.newest_sound(tmp_path / "one")
+    commit, damages = checkpoints.latest_valid(tmp_path / "one")
     assert (commit.step if commit else None, damages) == (20, [])  # the bytes are what was committed
     storage.write("digits/checkpoints/step-00000020/model.bin", bytes(100))
-    commit, damages = checkpoints.newest_sound(tmp_path / "two")
+    commit, damages = checkpoints.latest_valid(tmp_path / "two")
     assert commit is not None
     assert commit.step == 10
     assert [str(damage) for damage in damages] == ["step-00000020/model.bin: sha256 differs"]

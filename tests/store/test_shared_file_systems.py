@@ -68,7 +68,7 @@ storage.create("run/count", b"0 by nobody")
 won = 0
 while won < 20:
     seen = storage.read("run/count")
-    won += storage.swap("run/count", b"%d by %s" % (int(seen.split()[0]) + 1, name.encode()), seen)
+    won += storage.compare_and_swap("run/count", b"%d by %s" % (int(seen.split()[0]) + 1, name.encode()), seen)
 """
 
 LEASE = """
@@ -96,7 +96,7 @@ run, scratch = open_run(sys.argv[1], "digits"), Path(tempfile.mkdtemp())
 for step in (10, 20):
     (scratch / "model.bin").write_bytes(bytes([step]) * 100)
     run.checkpoints.commit(step, scratch, info={})
-commit, damages = run.checkpoints.newest_sound(scratch / "into")
+commit, damages = run.checkpoints.latest_valid(scratch / "into")
 print(commit.step, *damages)
 """
 

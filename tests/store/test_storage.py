@@ -31,7 +31,7 @@ def test_a_missing_object_is_named(storage: Storage, tmp_path: Path, key: str) -
             act(key)
     assert not target.exists()
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(RESERVED)] == []
-    assert storage.swap(key, b"2", b"1") is False
+    assert storage.compare_and_swap(key, b"2", b"1") is False
 
 
 def test_listing_is_sorted_has_sizes_and_takes_any_prefix(storage: Storage) -> None:
@@ -75,10 +75,10 @@ def test_one_of_16_racing_swaps_wins_each_round(storage: Storage) -> None:
     for turn in range(5):
         contents = [f"round {turn} writer {index}".encode() for index in range(16)]
         with ThreadPoolExecutor(16) as pool:
-            won = list(pool.map(lambda data, seen=seen: storage.swap("lock", data, seen), contents))
+            won = list(pool.map(lambda data, seen=seen: storage.compare_and_swap("lock", data, seen), contents))
         assert won.count(True) == 1
         assert storage.read("lock") == contents[won.index(True)]
-        assert storage.swap("lock", b"late", seen) is False
+        assert storage.compare_and_swap("lock", b"late", seen) is False
         seen = storage.read("lock")
 
 
@@ -152,12 +152,14 @@ def test_no_accepted_key_leaves_the_folder(key: str) -> None:
     assert path == f"{root}/{key}"  # nothing was collapsed: one object has one key
 
 
-@pytest.mark.parametrize("act", ["read", "write", "create", "swap", "append", "delete", "move", "download", "sha256"])
+@pytest.mark.parametrize(
+    "act", ["read", "write", "create", "compare_and_swap", "append", "delete", "move", "download", "sha256"]
+)
 def test_every_way_in_checks_the_key(storage: Storage, tmp_path: Path, act: str) -> None:
     arguments = {
         "write": (b"",),
         "create": (b"",),
-        "swap": (b"", b""),
+        "compare_and_swap": (b"", b""),
         "append": (b"",),
         "move": ("fine",),
         "download": (tmp_path / "x",),
@@ -245,7 +247,7 @@ def test_everything_works_when_s3_fails_one_request_in_three(flaky_s3: str, tmp_
     for index in range(24):
         assert storage.create(f"lock-{index}", f"owner {index}".encode()) is True  # though some answers were lost
         assert storage.create(f"lock-{index}", b"rival") is False
-        assert storage.swap(f"lock-{index}", b"next", f"owner {index}".encode()) is True
+        assert storage.compare_and_swap(f"lock-{index}", b"next", f"owner {index}".encode()) is True
     storage.upload(source, "file")
     storage.download("file", tmp_path / "target")
     assert (tmp_path / "target").read_bytes() == source.read_bytes()

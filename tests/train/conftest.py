@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from poise.observe.rows import read_rows
-from poise.spec import Real
+from poise.spec import ExactNumber
 from poise.store.runs import Run, open_run
 from poise.train.context import Context
-from poise.train.loop import Fitted, fit
-from poise.train.spec import AdamW, Checkpointing, Cosine, Every, Sgd, TrainSpec
+from poise.train.loop import FitResult, fit
+from poise.train.spec import AdamW, Checkpointing, Cosine, Interval, Sgd, TrainSpec
 from poise.train.task import StepOutput, Task
 
 STEPS, PER_EPOCH = 12, 4
@@ -25,12 +25,12 @@ STEPS, PER_EPOCH = 12, 4
 def spec(**changes: Any) -> TrainSpec:
     values: dict[str, Any] = {
         "steps": STEPS,
-        "optimizer": Sgd(lr=Real("0.05")),
+        "optimizer": Sgd(lr=ExactNumber("0.05")),
         "schedule": Cosine(warmup_steps=3),
-        "checkpoint": Checkpointing(every=Every(steps=3), keep=100),
-        "evaluate_every": Every(steps=4),
+        "checkpoint": Checkpointing(every=Interval(steps=3), keep=100),
+        "evaluate_every": Interval(steps=4),
         "log_every": 2,
-        "clip_norm": Real(1),
+        "clip_norm": ExactNumber(1),
     }
     return TrainSpec(**{**values, **changes})
 
@@ -51,9 +51,9 @@ def task(interrupt: Callable[[int], None] = lambda index: None) -> Task:
         interrupt(index)
         return images[index % PER_EPOCH], labels[index % PER_EPOCH]
 
-    def step(model, batch, state, turn):
+    def step(model, batch, state, step_context):
         x, y = batch
-        noise = torch.randn(x.shape, generator=turn.generator)
+        noise = torch.randn(x.shape, generator=step_context.generator)
         loss = nn.functional.cross_entropy(model(x + 0.1 * noise), y)
         return StepOutput(loss, {"noise": noise.mean()}, {"seen": state["seen"] + len(x)})
 
@@ -78,7 +78,7 @@ class Bench:
     def run(self, name: str) -> Run:
         return open_run(self.store, name)
 
-    def fit(self, name: str, interrupt: Callable[[int], None] = lambda index: None, **changes: Any) -> Fitted:
+    def fit(self, name: str, interrupt: Callable[[int], None] = lambda index: None, **changes: Any) -> FitResult:
         return fit(task(interrupt), spec(**changes), Context(self.run(name)))
 
     def tensors(self, name: str, step: int, scratch: Path) -> dict[str, torch.Tensor]:
@@ -127,4 +127,4 @@ def make_task():
 
 @pytest.fixture
 def adamw() -> AdamW:
-    return AdamW(lr=Real("0.01"))
+    return AdamW(lr=ExactNumber("0.01"))

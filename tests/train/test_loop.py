@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from poise.errors import PoiseError, UserError
-from poise.spec import Real
+from poise.spec import ExactNumber
 from poise.spec.seeds import derive_seed
 from poise.train.context import Context
 from poise.train.loop import fit
 from poise.train.plan import EpochPlan
 from poise.train.schedule import factor
-from poise.train.spec import Checkpointing, Every
+from poise.train.spec import Checkpointing, Interval
 from poise.train.state import seed_rng
 from poise.train.task import StepOutput
 
@@ -26,16 +26,16 @@ def by_hand(task, spec, accumulate: int = 1) -> nn.Module:
     seed_rng(task.seed, 0)
     generator, state = torch.Generator(), task.state
 
-    class Turn:
+    class StepContext:
         pass
 
     epochs = [[4 * epoch + batch for batch in range(4)] for epoch in range(spec.steps)]
     parts = [epoch[start : start + accumulate] for epoch in epochs for start in range(0, 4, accumulate)]
     for step in range(spec.steps):
-        turn = Turn()
-        turn.generator = generator.manual_seed(derive_seed(task.seed, "step", step, 0))
+        step_context = StepContext()
+        step_context.generator = generator.manual_seed(derive_seed(task.seed, "step", step, 0))
         for index in parts[step]:
-            loss, _, state = task.step(model, task.batch(index), state, turn)
+            loss, _, state = task.step(model, task.batch(index), state, step_context)
             (loss / len(parts[step])).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
@@ -47,7 +47,7 @@ def by_hand(task, spec, accumulate: int = 1) -> nn.Module:
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_the_loop_is_the_loop_written_by_hand_bit_by_bit(accumulate, bench, make_spec, make_task):
-    never = Every(steps=10**6)
+    never = Interval(steps=10**6)
     spec = make_spec(accumulate=accumulate, evaluate_every=never, checkpoint=Checkpointing(every=never))
     mine, theirs = make_task(), make_task()
     mine.evaluate = theirs.evaluate = None
@@ -101,7 +101,7 @@ def test_accumulated_batches_give_the_gradient_of_their_union(bench, make_spec):
             part = slice((index % cut) * size, (index % cut + 1) * size)
             return x[part], y[part]
 
-        def step(model, batch, state, turn):
+        def step(model, batch, state, step_context):
             return StepOutput(nn.functional.cross_entropy(model(batch[0]), batch[1]), {}, state)
 
         fit(Task(model, batch, step, cut, size), make_spec(accumulate=accumulate), Context(bench.run(f"cut-{cut}")))
@@ -111,7 +111,7 @@ def test_accumulated_batches_give_the_gradient_of_their_union(bench, make_spec):
 
 
 def test_best_and_final_checkpoints_are_kept_and_named(bench, make_spec):
-    fitted = bench.fit("a", checkpoint=Checkpointing(every=Every(steps=1), keep=1))
+    fitted = bench.fit("a", checkpoint=Checkpointing(every=Interval(steps=1), keep=1))
     scores = {row["step"]: row["value"] for row in bench.rows("a") if row["name"] == "score"}
     assert fitted.final_step == 12
     assert fitted.best_step == max(scores, key=scores.__getitem__)
@@ -130,9 +130,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_committed(be
     task = make_task()
     inner = task.step
 
-    def step(model, batch, state, turn):
-        output = inner(model, batch, state, turn)
-        return output._replace(loss=output.loss * (float("nan") if turn.step == 7 else 1))
+    def step(model, batch, state, step_context):
+        output = inner(model, batch, state, step_context)
+        return output._replace(loss=output.loss * (float("nan") if step_context.step == 7 else 1))
 
     task.step = step
     with pytest.raises(PoiseError, match=r"loss is nan .* up to step 8"):
@@ -144,9 +144,9 @@ def test_bf16_computes_forward_passes_in_bf16_and_keeps_fp32_weights(bench, make
     task, seen = make_task(), []
     inner = task.step
 
-    def step(model, batch, state, turn):
+    def step(model, batch, state, step_context):
         seen.append(model[0](batch[0]).dtype)
-        return inner(model, batch, state, turn)
+        return inner(model, batch, state, step_context)
 
     task.step = step
     fit(task, make_spec(precision="bf16"), Context(bench.run("a")))
@@ -155,7 +155,7 @@ def test_bf16_computes_forward_passes_in_bf16_and_keeps_fp32_weights(bench, make
 
 
 def test_clipping_bounds_the_gradient(bench, make_spec):
-    bench.fit("a", clip_norm=Real("1e-3"))
+    bench.fit("a", clip_norm=ExactNumber("1e-3"))
     norms = [row["value"] for row in bench.rows("a") if row["name"] == "grad_norm"]
     assert min(norms) > 1e-3  # the norm before clipping, so clipping was at work in every window
 

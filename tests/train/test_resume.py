@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from poise.errors import DamagedError
+from poise.errors import IntegrityError
 from poise.train.state import TrainState, capture_rng, load_state, restore_rng, save_state
 
 
@@ -108,12 +108,12 @@ def test_no_flipped_bit_in_the_rows_of_an_unfinished_run_is_read(bench, tmp_path
     sound = rows.read_bytes()
     for index in range(0, len(sound), 29):
         rows.write_bytes(sound[:index] + bytes([sound[index] ^ 4]) + sound[index + 1 :])
-        with pytest.raises(DamagedError, match="rows-00000006"):
+        with pytest.raises(IntegrityError, match="rows-00000006"):
             bench.rows("harmed")
     assert "rows-00000006.parquet: sha256 differs" in str(run.verify()[0])
     rows.unlink()
     assert "rows-00000006.parquet: missing" in str(run.verify()[0])
-    with pytest.raises(DamagedError, match=r"rows-00000006.parquet is missing"):
+    with pytest.raises(IntegrityError, match=r"rows-00000006.parquet is missing"):
         [run.read(name) for name in run.committed_files("metrics/")]
 
 
@@ -143,5 +143,5 @@ def test_the_state_on_disk_is_the_state_in_memory(tmp_path, adamw, make_task):
 
 
 def test_a_best_checkpoint_that_is_gone_is_a_named_error(bench):
-    with pytest.raises(DamagedError, match="step 5 is not there"):
+    with pytest.raises(IntegrityError, match="step 5 is not there"):
         bench.run("none").checkpoints.at(5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from poise.spec import Real
+from poise.spec import ExactNumber
 from poise.train.schedule import factor
 from poise.train.spec import Constant, Cosine, Linear, OneCycle, Piecewise
 
@@ -33,14 +33,14 @@ def test_constant_and_warm_up():
 
 
 def test_piecewise_is_torchs_multistep():
-    schedule = Piecewise(milestones=[Real("1/2"), Real("3/4")], factor=Real("0.1"))
+    schedule = Piecewise(milestones=[ExactNumber("1/2"), ExactNumber("3/4")], factor=ExactNumber("0.1"))
     assert curve(schedule) == pytest.approx(
         torchs(lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [TOTAL // 2, 3 * TOTAL // 4], 0.1))
     )
 
 
 def test_cosine_is_torchs_annealing():
-    schedule = Cosine(final=Real("0.1"))
+    schedule = Cosine(final=ExactNumber("0.1"))
     assert curve(schedule) == pytest.approx(
         torchs(lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, TOTAL, eta_min=0.1))
     )
@@ -48,7 +48,12 @@ def test_cosine_is_torchs_annealing():
 
 def test_linear_follows_its_points():
     """The schedule of the multi-norm protocol: 0 to 1 in 40 %, to 0.05 at 80 %, to 0 at the end."""
-    points = [[Real(0), Real(0)], [Real("0.4"), Real(1)], [Real("0.8"), Real("0.05")], [Real(1), Real(0)]]
+    points = [
+        [ExactNumber(0), ExactNumber(0)],
+        [ExactNumber("0.4"), ExactNumber(1)],
+        [ExactNumber("0.8"), ExactNumber("0.05")],
+        [ExactNumber(1), ExactNumber(0)],
+    ]
     values = curve(Linear(points=points))
     assert [values[0], values[8], values[16], values[24], values[32], values[36]] == pytest.approx(
         [0, 0.5, 1, 0.525, 0.05, 0.025]
@@ -57,7 +62,7 @@ def test_linear_follows_its_points():
 
 
 def test_one_cycle_goes_up_to_one_and_down():
-    values = curve(OneCycle(peak=Real("0.25"), start=Real("0.04"), final=Real(0)))
+    values = curve(OneCycle(peak=ExactNumber("0.25"), start=ExactNumber("0.04"), final=ExactNumber(0)))
     assert values[0] == pytest.approx(0.04)
     assert values[10] == pytest.approx(1)
     assert max(values) == values[10]

@@ -9,17 +9,17 @@ import torch
 
 from poise.errors import PoiseError
 from poise.train.context import Context
-from poise.train.loop import Fitted, fit
+from poise.train.loop import FitResult, fit
 from poise.train.schedule import factor
-from poise.train.spec import Checkpointing, Every
-from poise.train.task import Watch
+from poise.train.spec import Checkpointing, Interval
+from poise.train.task import MonitorResult
 
 
 class Killed(BaseException):
     pass
 
 
-def _fit(bench, make_task, spec, name: str, *, at: int = 8, stop: bool = True, kill: int | None = None) -> Fitted:
+def _fit(bench, make_task, spec, name: str, *, at: int = 8, stop: bool = True, kill: int | None = None) -> FitResult:
     """The task with a watch that counts its own calls and gives the alarm at step `at`, the second of 4, 8, 12."""
 
     def interrupt(index: int) -> None:
@@ -30,14 +30,14 @@ def _fit(bench, make_task, spec, name: str, *, at: int = 8, stop: bool = True, k
     task.state["looks"] = torch.zeros(())
     own = task.step
 
-    def step(model, batch, state, turn):
-        output = own(model, batch, state, turn)
+    def step(model, batch, state, step_context):
+        output = own(model, batch, state, step_context)
         return output._replace(state=state | output.state)
 
     def watch(state):
         looks = state["looks"] + 1
         alarm = "too good" if 4 * looks == at else None
-        return Watch({"overfitting/looks": looks.item()}, state | {"looks": looks}, alarm, stop)
+        return MonitorResult({"overfitting/looks": looks.item()}, state | {"looks": looks}, alarm, stop)
 
     task.step, task.watch = step, watch
     return fit(task, spec, Context(bench.run(name)))
@@ -84,7 +84,7 @@ def test_an_alarm_that_does_not_stop_is_told_and_no_more(bench, make_task, make_
 
 
 def test_without_a_checkpoint_to_go_back_to_the_error_says_so(bench, make_task, make_spec):
-    spec = make_spec(checkpoint=Checkpointing(every=Every(steps=100)))
+    spec = make_spec(checkpoint=Checkpointing(every=Interval(steps=100)))
     with pytest.raises(PoiseError, match="too good, at step 4, and no checkpoint is older"):
         _fit(bench, make_task, spec, "early", at=4)
 

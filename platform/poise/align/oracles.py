@@ -1,4 +1,4 @@
-"""Oracles: who says which of two answers to a prompt is preferred. All texts are raw, without a chat template."""
+"""Oracles: which of two answers to a prompt is preferred. All texts are raw, without a chat template."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 
 from poise.align.games import Vector, preferences
 
-__all__ = ["UNLISTED", "MatrixOracle", "Oracle", "extended"]
+__all__ = ["UNLISTED", "MatrixOracle", "Oracle", "with_other_answer"]
 
 UNLISTED = 1e-3
-"""The probability with which what is no listed answer is preferred to a listed one; among themselves they tie."""
+"""The probability that an unlisted answer is preferred to a listed one. Unlisted answers tie with each other."""
 
 
 class Oracle(Protocol):
-    """A judge of pairs that keeps p(a, b) + p(b, a) = 1."""
+    """Compares pairs of answers, with p(a, b) + p(b, a) = 1."""
 
     def compare(self, prompts: Sequence[str], left: Sequence[str], right: Sequence[str]) -> Tensor:
         """P(left[i] is preferred to right[i] as an answer to prompts[i]): float64 (n,) in [0, 1]."""
@@ -33,34 +33,40 @@ class MatrixOracle:
         answers: the n listed answers of each prompt, in the order of the matrix.
 
     Raises:
-        ValueError: no preference matrix, or a prompt with other than n different answers.
+        ValueError: an invalid preference matrix, or a prompt that does not have n different answers.
     """
 
     def __init__(self, matrix: ArrayLike, answers: Mapping[str, Sequence[str]]) -> None:
-        self._table = extended(matrix)
-        self._places = {prompt: {text: place for place, text in enumerate(texts)} for prompt, texts in answers.items()}
-        if texts := [prompt for prompt, listed in answers.items() if isinstance(listed, str)]:
-            raise ValueError(f"the answers of {texts[0]!r} are a list of texts, not one text")
-        for prompt, places in self._places.items():
-            if len(places) != len(self._table) - 1:
+        self._table = with_other_answer(matrix)
+        self._other = len(self._table) - 1  # the index that stands for every unlisted text
+        self._indices: dict[str, dict[str, int]] = {}  # of the answers of each prompt
+        for prompt, texts in answers.items():
+            if isinstance(texts, str):
+                raise ValueError(f"the answers of {prompt!r} are a list of texts, not one text")
+            self._indices[prompt] = {text: index for index, text in enumerate(texts)}
+        for prompt, indices in self._indices.items():
+            if len(indices) != self._other:
                 raise ValueError(
-                    f"{prompt!r} has {len(places)} different answers and the game is one of {len(self._table) - 1}"
+                    f"{prompt!r} has {len(indices)} different answers and the game is one of {self._other}"
                 )
 
     def compare(self, prompts: Sequence[str], left: Sequence[str], right: Sequence[str]) -> Tensor:
         """See `Oracle.compare`. Raises KeyError for a prompt without listed answers."""
-        rows, columns = (
-            [self._places[prompt].get(text, len(self._table) - 1) for prompt, text in zip(prompts, texts, strict=True)]
-            for texts in (left, right)
-        )
+        rows = self._lookup(prompts, left)
+        columns = self._lookup(prompts, right)
         return torch.from_numpy(self._table[rows, columns])
 
+    def _lookup(self, prompts: Sequence[str], texts: Sequence[str]) -> list[int]:
+        """The index of each text among the answers of its prompt."""
+        return [self._indices[prompt].get(text, self._other) for prompt, text in zip(prompts, texts, strict=True)]
 
-def extended(matrix: ArrayLike) -> Vector:
+
+def with_other_answer(matrix: ArrayLike) -> Vector:
     """The game with one more answer that stands for every unlisted text: (n + 1, n + 1)."""
-    known = preferences(matrix)
-    table = np.full((len(known) + 1, len(known) + 1), UNLISTED)
+    listed = preferences(matrix)
+    size = len(listed) + 1
+    table = np.full((size, size), UNLISTED)
     table[:-1, -1] = 1 - UNLISTED
     table[-1, -1] = 0.5
-    table[:-1, :-1] = known
+    table[:-1, :-1] = listed
     return table

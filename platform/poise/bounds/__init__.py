@@ -1,1 +1,1 @@
-"""Operator norms, margins and the generalisation bounds that are made of them."""
+"""Operator norms, margins, and the generalisation bounds that are computed from them."""

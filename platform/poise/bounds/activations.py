@@ -1,4 +1,4 @@
-"""Activations as the bounds see them: Lipschitz constant, homogeneity, and whether they map 0 to 0."""
+"""The properties of activations that bounds need: Lipschitz constant, homogeneity, and whether they map 0 to 0."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Activation", "activation_of"]
 
 @dataclass(frozen=True)
 class Activation:
-    """What a bound needs of an elementwise function f.
+    """The properties of an elementwise function f that bounds need.
 
     `lipschitz`: the largest absolute slope. `homogeneous`: f(c x) = c f(x) for every c >= 0, which PAC-Bayes bounds use
     to balance the layers. `fixes_zero`: f(0) = 0, without which the covering arguments do not hold.
@@ -23,7 +23,7 @@ class Activation:
 
 
 _SELU_SLOPE = 1.0507009873554804934193349852946 * 1.6732632423543772848170429916717
-_LARGEST_SLOPES: dict[type[nn.Module], Activation] = {
+_FIXED_ACTIVATIONS: dict[type[nn.Module], Activation] = {
     nn.ReLU: Activation(1, homogeneous=True),
     nn.ReLU6: Activation(1),
     nn.Tanh: Activation(1),
@@ -41,12 +41,13 @@ _LARGEST_SLOPES: dict[type[nn.Module], Activation] = {
     nn.Hardsigmoid: Activation(1 / 6, fixes_zero=False),
 }
 """The activations whose constants do not depend on their options."""
+
 _GELU_SLOPES = {"none": 1.1289041451850000, "tanh": 1.1289930686582000}
 
 
 def activation_of(module: nn.Module) -> Activation | None:
-    """What is known of an activation module; None for any other module."""
-    for kind, activation in _LARGEST_SLOPES.items():
+    """The properties of an activation module; None for any other module."""
+    for kind, activation in _FIXED_ACTIVATIONS.items():
         if type(module) is kind:
             return activation
     if isinstance(module, nn.LeakyReLU):

@@ -1,4 +1,4 @@
-"""The module that does the same as a functional call or a method in a traced network."""
+"""The module that computes the same as a functional call or a method call in a traced network."""
 
 from __future__ import annotations
 
@@ -44,27 +44,29 @@ _METHODS: dict[str, type[nn.Module]] = {
     "tanh": nn.Tanh,
     "sigmoid": nn.Sigmoid,
 }
-_NOT_OF_A_MODULE = ("input", "inplace", "training", "return_indices", "count_include_pad")
+_CALL_ONLY = ("input", "inplace", "training", "return_indices", "count_include_pad")
+"""Arguments of functions that the modules do not need, or do not have."""
 
 
 def equivalent_module(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     """A module that maps the first argument of `node` as the call does; None where there is none.
 
-    A dropout that is active in eval mode has none: it is random.
+    A dropout that is active in eval mode has no equivalent module: it is random.
     """
     if node.op == "call_method":
-        kind = _METHODS.get(str(node.target))
-        return kind() if kind is not None else None
-    kind = _FUNCTIONS.get(node.target)
-    if kind is None:
+        module_type = _METHODS.get(str(node.target))
+        return module_type() if module_type is not None else None
+    module_type = _FUNCTIONS.get(node.target)
+    if module_type is None:
         return None
     arguments = node.normalized_arguments(traced, normalize_to_only_use_kwargs=True)
     options = dict(node.kwargs) if arguments is None else dict(arguments.kwargs)
-    if options.get("training") and issubclass(kind, (nn.Dropout, nn.Dropout2d)):
+    if options.get("training") and issubclass(module_type, (nn.Dropout, nn.Dropout2d)):
         return None
-    return kind(**{name: _value(value) for name, value in options.items() if name not in _NOT_OF_A_MODULE})
+    module_options = {name: _option(value) for name, value in options.items() if name not in _CALL_ONLY}
+    return module_type(**module_options)
 
 
-def _value(value: Any) -> Any:
-    """An option as modules take it: torch writes "as the kernel" as an empty list."""
+def _option(value: Any) -> Any:
+    """An option as modules take it: functions write "same as the kernel" as an empty list, modules as None."""
     return None if isinstance(value, (list, tuple)) and not value else value

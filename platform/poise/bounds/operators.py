@@ -1,6 +1,6 @@
-"""From a network to its affine layers as linear operators, in the order in which data meets them.
+"""From a network to its affine layers as linear operators, in the order of evaluation.
 
-The network is traced, never listed: residual arms, normalisations and poolings are found where they act.
+The network is traced; a list of its modules would not show where residual arms, normalisations and poolings act.
 """
 
 from __future__ import annotations
@@ -16,68 +16,69 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from poise.bounds.affine import LayerNorms, measure
-from poise.bounds.walk import BATCH, Block, NetworkWalk, Path, Unit
+from poise.bounds.paths import Block, LayerPath, PathElement
+from poise.bounds.walk import BATCH, NetworkWalk
 from poise.user_code import describe_error
 
-__all__ = ["Block", "LayerNorms", "Network", "Path", "Unit", "network_norms", "operator_norms"]
+__all__ = ["Block", "LayerNorms", "LayerPath", "Network", "PathElement", "network_norms", "operator_norms"]
 
 
 @dataclass(frozen=True)
 class Network:
-    """What the bounds need of a network.
+    """The properties of a network that bounds need.
 
-    `layers` and the `path` that data takes through them; `shift`, what the network subtracts from its input before
-    anything else (broadcasts against one example), so that its data radius is that of x - shift; `homogeneous`, whether
-    every activation is a ReLU or one with another slope below 0, as PAC-Bayes bounds ask; `fixes_zero`, whether every
-    activation maps 0 to 0, as covering arguments ask.
+    `layers`, and the `path` of data through them. `shift`: the constant that the network subtracts from its input
+    before anything else (broadcasts against one example), so that its data radius is that of x - shift. `homogeneous`:
+    whether every activation is a ReLU, or one with another slope below 0, as PAC-Bayes bounds require. `fixes_zero`:
+    whether every activation maps 0 to 0, as covering arguments require.
     """
 
     layers: Sequence[LayerNorms]
-    path: Path
+    path: LayerPath
     shift: Tensor
     homogeneous: bool
     fixes_zero: bool = True
 
     @classmethod
     def chain(cls, layers: Sequence[LayerNorms]) -> Network:
-        """Layers one after the other, ReLU between them."""
+        """A network of layers one after the other, with ReLU between them."""
         return cls(layers, tuple(range(len(layers))), torch.zeros(()), True)
 
     @property
     def width(self) -> int:
-        """The rows of the widest layer."""
+        """The number of rows of the widest layer."""
         return max(layer.width for layer in self.layers)
 
     @property
     def parameters(self) -> int:
-        """The numbers in all kernels, biases left out."""
+        """The number of parameters in all kernels, without biases."""
         return sum(layer.parameters for layer in self.layers)
 
 
 def operator_norms(model: nn.Module, input_shape: Sequence[int]) -> list[LayerNorms]:
     """One record per affine layer of `model` for inputs (N, *input_shape), in the order of evaluation.
 
-    See `network_norms`, which also says how the layers are joined.
+    See `network_norms`, whose result also has the path through the layers.
     """
     return list(network_norms(model, input_shape).layers)
 
 
 def network_norms(model: nn.Module, input_shape: Sequence[int]) -> Network:
-    """Trace `model` in eval mode and measure each affine layer as an operator, in float64; the model is not touched.
+    """Trace `model` in eval mode and measure each affine layer as an operator, in float64; the model is not changed.
 
-    Batch normalisation after a layer is folded into its rows; before a ReLU and a layer (pre-activated blocks), into
-    the columns of that layer: ReLU(s x) = |s| ReLU(sign(s) x). Elsewhere it is a fixed map of norm max |s|. Group and
-    layer normalisation is a fixed map of Lipschitz constant max |gain| / sqrt(eps), reached where a group is constant.
-    Of sums and products of the input with constants, scale * (x - shift), the scale is a fixed map. Constants that are
-    added anywhere else are biases.
+    Batch normalisation after a layer is folded into the rows of that layer. Before a ReLU and a layer (pre-activation
+    blocks) it is folded into the columns of that layer: ReLU(s x) = |s| ReLU(sign(s) x). Elsewhere it is a fixed map of
+    norm max |s|. Group and layer normalisation is a fixed map of Lipschitz constant max |gain| / sqrt(eps), reached
+    where a group is constant. Where the network begins with sums and products of the input with constants, scale * (x -
+    shift), the scale is a fixed map. Constants that are added anywhere else are biases.
 
     Raises:
-        ValueError: an operation that is not known, or a network that cannot be traced; the message names it.
+        ValueError: an unknown operation, or a network that cannot be traced; the message names it.
     """
     traced = _trace(model, input_shape)
     with torch.no_grad():
         walk = NetworkWalk(traced)
-        path = walk.to_the_end()
+        path = walk.path_to_output()
         if not walk.layers:
             raise ValueError("the network has no layer with weights: there are no norms to report")
         norms = [measure(layer) for layer in walk.layers]
@@ -86,7 +87,7 @@ def network_norms(model: nn.Module, input_shape: Sequence[int]) -> Network:
 
 
 def _trace(model: nn.Module, input_shape: Sequence[int]) -> fx.GraphModule:
-    """A float64 copy of the model as a graph, with the shape of every node; ValueError for any error of its forward."""
+    """A float64 copy of the model as a graph, with the shape of every node. ValueError for any error in its forward."""
     try:
         copied = copy.deepcopy(model).double().eval()
     except Exception as error:
@@ -102,7 +103,7 @@ def _trace(model: nn.Module, input_shape: Sequence[int]) -> fx.GraphModule:
     device = next((parameter.device for parameter in copied.parameters()), torch.device("cpu"))
     images = torch.zeros(BATCH, *input_shape, dtype=torch.float64, device=device)
     try:
-        with torch.no_grad(), redirect_stderr(io.StringIO()):  # it prints the traceback of an error
+        with torch.no_grad(), redirect_stderr(io.StringIO()):  # ShapeProp prints the traceback of an error
             ShapeProp(traced).propagate(images)
     except Exception as error:
         cause = error.__cause__ or error

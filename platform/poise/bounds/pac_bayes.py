@@ -12,8 +12,10 @@ __all__ = ["PacBayes", "spectral_pac_bayes"]
 
 @dataclass(frozen=True)
 class PacBayes:
-    """Base-10 logarithms: `shape`, the theorem without its constant; `divergence`, the explicit bound on KL; `gap`, the
-    explicit bound on the robust risk minus the robust margin loss, None where that loss is 1 and says nothing.
+    """Base-10 logarithms of the bound.
+
+    `shape`: the theorem without its constant. `divergence`: the explicit bound on KL. `gap`: the explicit bound on the
+    robust risk minus the robust margin loss; None where that loss is 1, so that the bound is empty.
     """
 
     shape: float
@@ -42,12 +44,16 @@ def spectral_pac_bayes(
     """
     if not (radius > 0 and margin > 0 and samples > 1 and 0 < delta < 1):
         raise ValueError(f"no bound for radius {radius}, margin {margin}, {samples} samples, delta {delta}")
+    # log10 of L^2 h radius^2 Phi / margin^2
     common = complexity + 2 * math.log10(radius * depth / margin) + math.log10(width)
-    statistics = math.log(depth * samples / delta) / (margin**2 * samples)
-    shape = 0.5 * log10_sum([common + math.log10(math.log(depth * width) / samples), math.log10(statistics)])
+    complexity_term = common + math.log10(math.log(depth * width) / samples)
+    confidence_term = math.log10(math.log(depth * samples / delta) / (margin**2 * samples))
+    shape = 0.5 * log10_sum([complexity_term, confidence_term])
     divergence = common + math.log10(42**2 * math.e**2 / 2 * math.log(4 * width * depth))
-    grid = math.log(depth) + math.log(samples) / (2 * depth)
-    union = math.log(6 * samples / delta) + grid
+    # ln(6 N G / delta), by logarithms
+    log_grid_size = math.log(depth) + math.log(samples) / (2 * depth)
+    union = math.log(6 * samples / delta) + log_grid_size
     gap = math.log10(4) + 0.5 * (log10_sum([divergence, math.log10(union)]) - math.log10(samples - 1))
-    useless = math.log10(margin) >= math.log10(2 * radius) + product
-    return PacBayes(shape, divergence, None if useless else gap)
+    # a margin that no output of the network can reach: the margin loss is 1
+    is_empty = math.log10(margin) >= math.log10(2 * radius) + product
+    return PacBayes(shape, divergence, None if is_empty else gap)

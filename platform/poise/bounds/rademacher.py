@@ -1,8 +1,8 @@
 """Bounds by covering numbers: adversarial Rademacher complexity, and the uniform cover. Results are base-10 logarithms.
 
 `radius` is the largest 2-norm of an input that the adversary can make (see `margins.data_radius`), `samples` the number
-of training examples. Norms are measured after training, and the unions over norm caps that this asks for are left
-out, as in the papers' own experiments.
+of training examples. Norms are measured after training. A bound for measured norms would need a union over norm caps;
+it is left out, as in the papers' own experiments.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ def arc_bound(product: float, *, parameters: int, depth: int, radius: float, sam
         24 / sqrt(N) * radius * sqrt(P ln(3 L)) * prod M.
 
     `product`: log10 of prod M, of Frobenius norms as in the paper or, tighter and by the same proof, of spectral norms.
-    `parameters`: P, sum of h_j h_{j-1} as in the paper or, with shared weights, of the numbers in the kernels.
-    Source: arXiv 2211.14966 with explicit constants (papers/bounds.md, 2).
+    `parameters`: P, sum of h_j h_{j-1} as in the paper or, with shared weights, the number of parameters in the
+    kernels. Source: arXiv 2211.14966 with explicit constants (papers/bounds.md, 2).
     """
     _check(radius, samples)
-    return product + math.log10(24 * radius * math.sqrt(parameters * math.log(3 * depth) / samples))
+    entropy = parameters * math.log(3 * depth)
+    return product + math.log10(24 * radius * math.sqrt(entropy / samples))
 
 
 def arc_gap(complexity: float, *, margin: float, samples: int, delta: float) -> float:
@@ -32,7 +33,8 @@ def arc_gap(complexity: float, *, margin: float, samples: int, delta: float) -> 
 
     2 (2 / margin) R + 3 sqrt(ln(2 / delta) / (2 N)) for log10 R = `complexity` (papers/bounds.md, 2).
     """
-    return log10_sum([math.log10(4 / margin) + complexity, _deviation(3, 2, delta, 2 * samples)])
+    leading = math.log10(4 / margin) + complexity
+    return log10_sum([leading, _deviation(3, 2, delta, 2 * samples)])
 
 
 def covering_bound(
@@ -43,11 +45,14 @@ def covering_bound(
         radius * lipschitz * R / sqrt(N) [+ sqrt(ln(1 / delta) / N)].
 
     `complexity`: log10 R, see `covering_complexity`; `lipschitz`: of the loss in the logits, 2 / margin for the ramp.
-    Source: arXiv 2406.05372, Theorem 1 (papers/bounds.md, 4). No constants are known: compare it, believe no gap of it.
+    Source: arXiv 2406.05372, Theorem 1 (papers/bounds.md, 4). Its constants are not known: use it to compare networks,
+    not as a bound on a gap.
     """
     _check(radius, samples)
     leading = complexity + math.log10(radius * lipschitz / math.sqrt(samples))
-    return leading if delta is None else log10_sum([leading, _deviation(1, 1, delta, samples)])
+    if delta is None:
+        return leading
+    return log10_sum([leading, _deviation(1, 1, delta, samples)])
 
 
 def _deviation(factor: float, numerator: float, delta: float, samples: int) -> float:

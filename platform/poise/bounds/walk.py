@@ -1,7 +1,7 @@
-"""Along the nodes of a traced network: where its affine layers act, and what lies between them.
+"""The path of data through the nodes of a traced network: its affine layers, and the maps between them.
 
-What cannot be read raises; nothing is skipped but the biases, which the theorems do not have (papers/bounds.md, 1.1 and
-1.4 to 1.6).
+An unknown operation raises. Nothing is skipped but the biases, which the theorems do not have (papers/bounds.md, 1.1
+and 1.4 to 1.6).
 """
 
 from __future__ import annotations
@@ -19,59 +19,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from poise.bounds.activations import Activation, activation_of
 from poise.bounds.affine import Affine
 from poise.bounds.functional import equivalent_module
+from poise.bounds.paths import InputMap, LayerPath, NodeState, join
 
-__all__ = ["BATCH", "Block", "NetworkWalk", "Path", "Unit"]
+__all__ = ["BATCH", "NetworkWalk"]
 
 BATCH = 2
-"""Examples in the batch that shapes are propagated with: with one, a view could not be told from a change of batch."""
-
-
-@dataclass(frozen=True)
-class Block:
-    """Two arms from one point that are summed; an arm without a layer is the identity."""
-
-    main: Path
-    shortcut: Path
-
-
-Unit = int | float | Block
-"""The index of a layer, the Lipschitz constant of a fixed map, or a residual block."""
-Path = tuple[Unit, ...]
-
-
-@dataclass(frozen=True)
-class _InputMap:
-    """The input x after nothing but sums and products with constants: scale * (x - shift)."""
-
-    scale: Tensor
-    shift: Tensor
-
-
-@dataclass(frozen=True)
-class _Flow:
-    """What a node carries: the path behind it, and factors per channel that the next layer has yet to take.
-
-    `input_map` is there as long as nothing but constants has met the input.
-    """
-
-    path: Path = ()
-    scale: Tensor | None = None
-    input_map: _InputMap | None = None
-
-    def through(self, constant: float) -> _Flow:
-        """Behind a fixed map."""
-        return self if constant == 1 else replace(self, path=(*self.path, constant))
-
-    def settled(self) -> _Flow:
-        """With the waiting factors taken as a fixed map: nothing else can take them."""
-        return self if self.scale is None else _Flow(self.path).through(self.scale.abs().max().item())
+"""The batch size that shapes are propagated with; not 1, so that a reshape that mixes examples can be recognised."""
 
 
 @dataclass
 class NetworkWalk:
-    """Follows the nodes of a traced network in their order, and collects its affine layers and their path.
+    """Goes through the nodes of a traced network in their order, and collects its affine layers and their path.
 
-    The graph has been propagated by `ShapeProp` with a batch of `BATCH` examples.
+    `ShapeProp` must have propagated a batch of `BATCH` examples through the graph.
     """
 
     traced: fx.GraphModule
@@ -80,26 +40,29 @@ class NetworkWalk:
     homogeneous: bool = True
     fixes_zero: bool = True
 
-    def to_the_end(self) -> Path:
-        flows: dict[fx.Node, _Flow] = {}
+    def path_to_output(self) -> LayerPath:
+        """The path from input to output; afterwards `layers` and the other fields are complete."""
+        states: dict[fx.Node, NodeState] = {}
         for node in self.traced.graph.nodes:
             if node.op == "output":
-                if not isinstance(node.args[0], fx.Node) or node.args[0] not in flows:
+                if not isinstance(node.args[0], fx.Node) or node.args[0] not in states:
                     raise ValueError("the network returns something else than one tensor")
-                return self._entered(node, flows[node.args[0]]).settled().path
+                return self._without_input_map(node, states[node.args[0]]).with_scale_in_path().path
             if node.op == "get_attr" or "tensor_meta" not in node.meta:
-                continue  # a parameter or buffer, read where it is used, or a size
+                continue  # a parameter or buffer, which is read where it is used, or a size
             operands = [arg for arg in (*node.args, *node.kwargs.values()) if isinstance(arg, fx.Node)]
+            inputs = [states[operand] for operand in operands if operand in states]
             try:
-                flows[node] = self._step(node, [flows[operand] for operand in operands if operand in flows])
-            except (IndexError, TypeError) as error:  # the steps look for their operands by their place
+                states[node] = self._step(node, inputs)
+            except (IndexError, TypeError) as error:  # the steps expect their operands by position
                 raise _unknown(node, f"{node.name} with operands by keyword, or without any,") from error
         raise ValueError("the network has no output")
 
-    def _step(self, node: fx.Node, inputs: list[_Flow]) -> _Flow:
+    def _step(self, node: fx.Node, inputs: list[NodeState]) -> NodeState:
+        """The state at a node from the states of its operands."""
         if node.op == "placeholder":
             one = torch.ones((), dtype=torch.float64)
-            return _Flow(input_map=_InputMap(one, torch.zeros_like(one)))
+            return NodeState(input_map=InputMap(one, torch.zeros_like(one)))
         if node.op == "call_module":
             return self._module(node, self.traced.get_submodule(str(node.target)), inputs)
         module = equivalent_module(self.traced, node)
@@ -110,46 +73,54 @@ class NetworkWalk:
             raise _unknown(node, getattr(node.target, "__name__", str(node.target)))
         return steps[node.target](self, node, *inputs)
 
-    def _module(self, node: fx.Node, module: nn.Module, inputs: list[_Flow]) -> _Flow:
-        flow = self._entered(node, inputs[0])
+    def _module(self, node: fx.Node, module: nn.Module, inputs: list[NodeState]) -> NodeState:
+        """The state after a module, or after a call that is equivalent to one."""
+        state = self._without_input_map(node, inputs[0])
         activation = activation_of(module)
         if activation is not None:
-            return self._activation(activation, flow)
+            return self._activation(activation, state)
         for kind, step in _MODULES.items():
             if isinstance(module, kind):
-                return step(self, node, module, flow)
+                return step(self, node, module, state)
         raise _unknown(node, type(module).__name__)
 
-    def _entered(self, node: fx.Node, flow: _Flow) -> _Flow:
-        """With the constants that met the input as one fixed map and as the shift of the network."""
-        known = flow.input_map
-        if known is None:
-            return flow
-        if self.shift is not None and not torch.equal(self.shift, known.shift):
+    def _without_input_map(self, node: fx.Node, state: NodeState) -> NodeState:
+        """The state with `input_map` turned into a fixed map and into the shift of the network."""
+        input_map = state.input_map
+        if input_map is None:
+            return state
+        if self.shift is not None and not torch.equal(self.shift, input_map.shift):
             raise _unknown(node, "a second use of the input, shifted by another constant than the first,")
-        self.shift = known.shift
-        return _Flow().through(known.scale.abs().max().item())
+        self.shift = input_map.shift
+        return NodeState().through(input_map.scale.abs().max().item())
 
-    def _activation(self, activation: Activation, flow: _Flow) -> _Flow:
+    def _activation(self, activation: Activation, state: NodeState) -> NodeState:
+        """The state after an activation."""
         self.homogeneous = self.homogeneous and activation.homogeneous
         self.fixes_zero = self.fixes_zero and activation.fixes_zero
-        return (flow if activation.homogeneous else flow.settled()).through(activation.lipschitz)
+        # a positive factor passes through a homogeneous activation: the next layer can still take it
+        before = state if activation.homogeneous else state.with_scale_in_path()
+        return before.through(activation.lipschitz)
 
-    def _affine(self, layer: Affine, flow: _Flow) -> _Flow:
-        self.layers.append(layer if flow.scale is None else layer.scaled(columns=flow.scale))
-        return _Flow((*flow.path, len(self.layers) - 1))
+    def _affine(self, layer: Affine, state: NodeState) -> NodeState:
+        """The state after `layer`, which takes the factors that wait."""
+        self.layers.append(layer if state.scale is None else layer.scaled(columns=state.scale))
+        return NodeState((*state.path, len(self.layers) - 1))
 
-    def linear(self, node: fx.Node, module: nn.Linear, flow: _Flow) -> _Flow:
+    def linear(self, node: fx.Node, module: nn.Linear, state: NodeState) -> NodeState:
+        """A Linear layer on vectors."""
         if len(_shape(node)) != 1:
             raise _unknown(node, f"Linear on maps of shape {_shape(node)}")
         layer = Affine(str(node.target), module.weight, _shape(node.all_input_nodes[0]), _shape(node))
-        return self._affine(layer, flow)
+        return self._affine(layer, state)
 
-    def convolution(self, node: fx.Node, module: nn.Conv2d, flow: _Flow) -> _Flow:
+    def convolution(self, node: fx.Node, module: nn.Conv2d, state: NodeState) -> NodeState:
+        """A convolution, with its padding as equal numbers of zeros on both sides."""
         if module.padding_mode != "zeros":
             raise _unknown(node, f"Conv2d with a padding of {module.padding_mode}")
         dilation = _pair(module.dilation)
-        weight, padding = module.weight, module.padding
+        weight = module.weight
+        padding = module.padding
         if padding == "same":
             weight, padding = _same_padding(node, weight, dilation)
         layer = Affine(
@@ -163,116 +134,134 @@ class NetworkWalk:
             groups=module.groups,
             parameters=module.weight.numel(),
         )
-        return self._affine(layer, flow)
+        return self._affine(layer, state)
 
-    def normalisation(self, node: fx.Node, module: _BatchNorm, flow: _Flow) -> _Flow:
+    def normalisation(self, node: fx.Node, module: _BatchNorm, state: NodeState) -> NodeState:
+        """Batch normalisation by running statistics: one factor per channel."""
         if module.running_var is None:
             raise _unknown(node, "BatchNorm without running statistics")
         gain = torch.ones_like(module.running_var) if module.weight is None else module.weight
-        scale = gain / (module.running_var + module.eps).sqrt()
-        before, last = node.all_input_nodes[0], flow.path[-1] if flow.path else None
+        scale = gain / (module.running_var + module.eps).sqrt()  # (C,)
+        before = node.all_input_nodes[0]
+        last = state.path[-1] if state.path else None
+        # right after a layer that nothing else uses, the factors go into the rows of that layer
         if isinstance(last, int) and len(before.users) == 1 and self._is_affine(before):
             self.layers[last] = self.layers[last].scaled(rows=scale)
-            return flow
-        return replace(flow, scale=scale.abs() if flow.scale is None else flow.scale * scale.abs())
+            return state
+        scale = scale.abs()
+        return replace(state, scale=scale if state.scale is None else state.scale * scale)
 
     def _is_affine(self, node: fx.Node) -> bool:
         affine = (nn.Conv2d, nn.Linear)
         return node.op == "call_module" and isinstance(self.traced.get_submodule(str(node.target)), affine)
 
     def example_normalisation(
-        self, node: fx.Node, module: nn.GroupNorm | nn.LayerNorm | nn.InstanceNorm2d, flow: _Flow
-    ) -> _Flow:
+        self, node: fx.Node, module: nn.GroupNorm | nn.LayerNorm | nn.InstanceNorm2d, state: NodeState
+    ) -> NodeState:
+        """Normalisation of each example by its own statistics: a fixed map with constant max |gain| / sqrt(eps)."""
         if getattr(module, "track_running_stats", False):
             raise _unknown(node, "InstanceNorm2d with running statistics")
         gain = 1.0 if module.weight is None else module.weight.abs().max().item()
         self.homogeneous = False
-        return flow.settled().through(gain / math.sqrt(module.eps))
+        return state.with_scale_in_path().through(gain / math.sqrt(module.eps))
 
-    def same(self, node: fx.Node, *rest: Any) -> _Flow:
-        flow: _Flow = rest[-1]
-        return flow
+    def same(self, node: fx.Node, *rest: Any) -> NodeState:
+        """An operation that is the identity in eval mode."""
+        state: NodeState = rest[-1]
+        return state
 
-    def reshape(self, node: fx.Node, *rest: Any) -> _Flow:
-        flow = self._entered(node, rest[-1])
-        before, after = _shape(node.all_input_nodes[0]), _shape(node)
+    def reshape(self, node: fx.Node, *rest: Any) -> NodeState:
+        """A reshape within each example."""
+        state = self._without_input_map(node, rest[-1])
+        before = _shape(node.all_input_nodes[0])
+        after = _shape(node)
         if math.prod(before) != math.prod(after) or node.meta["tensor_meta"].shape[0] != BATCH:
             raise _unknown(node, f"a reshape of {before} to {after}, which mixes examples,")
-        if flow.scale is None or before == after:
-            return flow
-        if after == (math.prod(before),):
-            return replace(flow, scale=flow.scale.repeat_interleave(math.prod(before[1:])))
-        return flow.settled()
+        if state.scale is None or before == after:
+            return state
+        if after == (math.prod(before),):  # flattened: the factor of a channel applies to all of its pixels
+            return replace(state, scale=state.scale.repeat_interleave(math.prod(before[1:])))
+        return state.with_scale_in_path()
 
-    def spatial_mean(self, node: fx.Node, flow: _Flow) -> _Flow:
-        flow = self._entered(node, flow)
+    def spatial_mean(self, node: fx.Node, state: NodeState) -> NodeState:
+        """The mean over height and width, a fixed map."""
+        state = self._without_input_map(node, state)
         before = _shape(node.all_input_nodes[0])
         axes: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis"))
         axes = [axes] if isinstance(axes, int) else axes
         if len(before) != 3 or axes is None or sorted(axis % 4 for axis in axes) != [2, 3]:
             raise _unknown(node, "a mean over anything but height and width")
-        return flow.through(1 / math.sqrt(math.prod(before[1:])))
+        return state.through(1 / math.sqrt(math.prod(before[1:])))
 
-    def max_pool(self, node: fx.Node, module: nn.MaxPool2d, flow: _Flow) -> _Flow:
+    def max_pool(self, node: fx.Node, module: nn.MaxPool2d, state: NodeState) -> NodeState:
+        """Max pooling: the square of its norm is the largest number of windows that contain one pixel."""
         if _pair(module.dilation) != (1, 1):
             raise _unknown(node, "MaxPool2d with dilation")
-        return flow.through(math.sqrt(_overlap(_pair(module.kernel_size), _pair(module.stride))))
+        return state.through(math.sqrt(_overlap(_pair(module.kernel_size), _pair(module.stride))))
 
-    def mean_pool(self, node: fx.Node, module: nn.AvgPool2d, flow: _Flow) -> _Flow:
+    def mean_pool(self, node: fx.Node, module: nn.AvgPool2d, state: NodeState) -> NodeState:
+        """Average pooling, a fixed map."""
         if module.ceil_mode or module.divisor_override or _pair(module.padding) != (0, 0):
             raise _unknown(node, "AvgPool2d with padding, ceil_mode or another divisor")
         kernel = _pair(module.kernel_size)
-        return flow.through(math.sqrt(_overlap(kernel, _pair(module.stride)) / math.prod(kernel)))
+        return state.through(math.sqrt(_overlap(kernel, _pair(module.stride)) / math.prod(kernel)))
 
-    def mean_pool_to(self, node: fx.Node, module: nn.AdaptiveAvgPool2d, flow: _Flow) -> _Flow:
-        inside, outside = _shape(node.all_input_nodes[0])[1:], _shape(node)[1:]
+    def mean_pool_to(self, node: fx.Node, module: nn.AdaptiveAvgPool2d, state: NodeState) -> NodeState:
+        """Average pooling to a size that divides the size of the input."""
+        inside = _shape(node.all_input_nodes[0])[1:]
+        outside = _shape(node)[1:]
         if any(side % into for side, into in zip(inside, outside, strict=True)):
             raise _unknown(node, f"AdaptiveAvgPool2d from {inside} to {outside}, windows of unequal size")
-        return flow.through(math.sqrt(math.prod(outside) / math.prod(inside)))
+        return state.through(math.sqrt(math.prod(outside) / math.prod(inside)))
 
-    def add(self, node: fx.Node, *flows: _Flow) -> _Flow:
-        if len(flows) == 1:
-            return self._plus(flows[0], self._constant(node))
+    def add(self, node: fx.Node, *states: NodeState) -> NodeState:
+        """The sum of two arms, or of a feature map and a constant."""
+        if len(states) == 1:
+            return self._plus(states[0], self._constant(node))
         if len({_shape(arg) for arg in node.all_input_nodes}) > 1:
             raise _unknown(node, "a sum that is not of two feature maps of one shape")
-        one, other = (self._entered(node, flow).settled().path for flow in flows)
-        return _Flow(_joined(one, other))
+        main, shortcut = (self._without_input_map(node, state).with_scale_in_path().path for state in states)
+        return NodeState(join(main, shortcut))
 
-    def subtract(self, node: fx.Node, *flows: _Flow) -> _Flow:
-        if len(flows) != 1:
+    def subtract(self, node: fx.Node, *states: NodeState) -> NodeState:
+        """The difference of a feature map and a constant, in either order."""
+        if len(states) != 1:
             raise _unknown(node, "a difference of two feature maps")
         constant = self._constant(node)
         if self._starts_with_constant(node):
-            return self._plus(self.negate(node, flows[0]), constant)
-        return self._plus(flows[0], -constant)
+            return self._plus(self.negate(node, states[0]), constant)
+        return self._plus(states[0], -constant)
 
-    def multiply(self, node: fx.Node, *flows: _Flow) -> _Flow:
-        if len(flows) != 1:
+    def multiply(self, node: fx.Node, *states: NodeState) -> NodeState:
+        """The product of a feature map and a constant."""
+        if len(states) != 1:
             raise _unknown(node, "a product of two feature maps")
-        return self._times(node, flows[0], self._constant(node))
+        return self._times(node, states[0], self._constant(node))
 
-    def divide(self, node: fx.Node, *flows: _Flow) -> _Flow:
-        if len(flows) != 1 or self._starts_with_constant(node):
+    def divide(self, node: fx.Node, *states: NodeState) -> NodeState:
+        """A feature map divided by a constant."""
+        if len(states) != 1 or self._starts_with_constant(node):
             raise _unknown(node, "a division by a feature map")
-        return self._times(node, flows[0], 1 / self._constant(node))
+        return self._times(node, states[0], 1 / self._constant(node))
 
-    def negate(self, node: fx.Node, flow: _Flow) -> _Flow:
-        return self._times(node, flow, -torch.ones((), dtype=torch.float64))
+    def negate(self, node: fx.Node, state: NodeState) -> NodeState:
+        return self._times(node, state, -torch.ones((), dtype=torch.float64))
 
-    def _plus(self, flow: _Flow, constant: Tensor) -> _Flow:
+    def _plus(self, state: NodeState, constant: Tensor) -> NodeState:
         """A constant on the input moves its shift; anywhere else it is a bias, which the theorems do not have."""
-        known = flow.input_map
-        if known is None:
-            return flow
-        return replace(flow, input_map=_InputMap(known.scale, known.shift - constant / known.scale))
+        input_map = state.input_map
+        if input_map is None:
+            return state
+        shift = input_map.shift - constant / input_map.scale
+        return replace(state, input_map=InputMap(input_map.scale, shift))
 
-    def _times(self, node: fx.Node, flow: _Flow, constant: Tensor) -> _Flow:
+    def _times(self, node: fx.Node, state: NodeState, constant: Tensor) -> NodeState:
         if not bool((constant != 0).all()) or not bool(constant.isfinite().all()):
             raise _unknown(node, "a product with 0 or with what is not finite")
-        known = flow.input_map
-        if known is None:
-            return flow.settled().through(constant.abs().max().item())
-        return replace(flow, input_map=_InputMap(known.scale * constant, known.shift))
+        input_map = state.input_map
+        if input_map is None:
+            return state.with_scale_in_path().through(constant.abs().max().item())
+        return replace(state, input_map=InputMap(input_map.scale * constant, input_map.shift))
 
     def _starts_with_constant(self, node: fx.Node) -> bool:
         """Whether the first operand is a number, a buffer or a parameter."""
@@ -296,7 +285,7 @@ class NetworkWalk:
         return torch.as_tensor(value, dtype=torch.float64)
 
 
-_MODULES: dict[type[nn.Module], Callable[..., _Flow]] = {
+_MODULES: dict[type[nn.Module], Callable[..., NodeState]] = {
     nn.Conv2d: NetworkWalk.convolution,
     nn.Linear: NetworkWalk.linear,
     nn.InstanceNorm2d: NetworkWalk.example_normalisation,
@@ -312,7 +301,7 @@ _MODULES: dict[type[nn.Module], Callable[..., _Flow]] = {
     nn.AvgPool2d: NetworkWalk.mean_pool,
     nn.AdaptiveAvgPool2d: NetworkWalk.mean_pool_to,
 }
-_FUNCTIONS: dict[Any, Callable[..., _Flow]] = {
+_FUNCTIONS: dict[Any, Callable[..., NodeState]] = {
     torch.flatten: NetworkWalk.reshape,
     torch.reshape: NetworkWalk.reshape,
     torch.mean: NetworkWalk.spatial_mean,
@@ -331,7 +320,7 @@ _FUNCTIONS: dict[Any, Callable[..., _Flow]] = {
     operator.neg: NetworkWalk.negate,
     torch.neg: NetworkWalk.negate,
 }
-_METHODS: dict[Any, Callable[..., _Flow]] = {
+_METHODS: dict[Any, Callable[..., NodeState]] = {
     "flatten": NetworkWalk.reshape,
     "view": NetworkWalk.reshape,
     "reshape": NetworkWalk.reshape,
@@ -352,9 +341,9 @@ _METHODS: dict[Any, Callable[..., _Flow]] = {
 
 
 def _same_padding(node: fx.Node, weight: Tensor, dilation: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
-    """The kernel and the padding that do with equal sides what padding "same" does.
+    """A kernel and an equal padding on both sides that compute the same as padding "same".
 
-    An even kernel is padded by one pixel more at the end; with a row of zeros before it, it is an odd one.
+    For an even kernel, padding "same" pads one pixel more at the end. A row of zeros before the kernel makes it odd.
     """
     padding = []
     for axis, spacing in enumerate(dilation):
@@ -367,15 +356,8 @@ def _same_padding(node: fx.Node, weight: Tensor, dilation: tuple[int, int]) -> t
     return weight, (padding[0], padding[1])
 
 
-def _joined(main: Path, shortcut: Path) -> Path:
-    """The common part of two paths, then what they do apart as one block."""
-    common = next((i for i, (a, b) in enumerate(zip(main, shortcut, strict=False)) if a != b), None)
-    common = min(len(main), len(shortcut)) if common is None else common
-    return (*main[:common], Block(main[common:], shortcut[common:]))
-
-
 def _overlap(kernel: tuple[int, int], stride: tuple[int, int]) -> int:
-    """The most windows that one pixel is in."""
+    """The largest number of windows that contain one pixel."""
     return math.prod(math.ceil(k / s) for k, s in zip(kernel, stride, strict=True))
 
 
@@ -385,9 +367,9 @@ def _shape(node: fx.Node) -> tuple[int, ...]:
 
 
 def _pair(value: Any) -> tuple[int, int]:
-    one, other = (value, value) if isinstance(value, int) else value
-    return one, other
+    height, width = (value, value) if isinstance(value, int) else value
+    return height, width
 
 
 def _unknown(node: fx.Node, what: str) -> ValueError:
-    return ValueError(f"{node.name}: the norms of {what} are not known; a bound that skipped it would be none")
+    return ValueError(f"{node.name}: the norms of {what} are not known; without them there is no bound")

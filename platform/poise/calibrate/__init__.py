@@ -1,1 +1,1 @@
-"""What a language model's confidence is worth: self-consistency by meaning, calibration errors, their intervals."""
+"""Confidence of language models: self-consistency by meaning, calibration errors, and their intervals."""

@@ -1,4 +1,4 @@
-"""Answers of equal meaning: a partition of the answers to one question into classes."""
+"""Clustering of answers: a partition of the answers to one question into classes of equal meaning."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 from poise.calibrate.extract import MARKERS
 from poise.calibrate.normalize import normalised
 
-__all__ = ["Clusterer", "Clusters", "exact", "normalised"]
+__all__ = ["Clusterer", "Clusters", "exact_match_clusters", "normalised"]
 
 
 class Clusters(NamedTuple):
@@ -21,18 +21,18 @@ class Clusters(NamedTuple):
     @property
     def counts(self) -> tuple[int, ...]:
         """Answers in each class [K]."""
-        found = Counter(self.assign)
-        return tuple(found[k] for k in range(len(self.labels)))
+        sizes = Counter(self.assign)
+        return tuple(sizes[k] for k in range(len(self.labels)))
 
 
 Clusterer = Callable[[str, Sequence[str]], Clusters]
 """(question, answers [n]) -> their classes, numbered by first occurrence, so that no judge's order breaks a tie."""
 
 
-def exact(question: str, answers: Sequence[str]) -> Clusters:
-    """Answers are alike when they are equal after `normalised`, whatever the question; markers of `extract` are apart.
+def exact_match_clusters(question: str, answers: Sequence[str]) -> Clusters:
+    """Classes of answers that are equal after `normalised`; the question has no effect.
 
-    TypeError for one text instead of a list of them.
+    The markers of `extract` are classes of their own. TypeError for one text instead of a list of texts.
     """
     if isinstance(answers, str):
         raise TypeError("answers are a list of texts, not one text")

@@ -1,4 +1,7 @@
-"""The short answer in what a model wrote. A rule that changes gets a new VERSION, since every number depends on it."""
+"""Extraction of the short answer from a response.
+
+Increase VERSION when a rule changes, since every measured number depends on it.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,10 @@ __all__ = ["EMPTY", "MARKERS", "NO_ANSWER", "VERSION", "Rule", "extract"]
 
 VERSION = 2
 
-EMPTY, NO_ANSWER = "<EMPTY>", "<NOANSWER>"
+EMPTY = "<EMPTY>"
+NO_ANSWER = "<NOANSWER>"
 MARKERS = frozenset({EMPTY, NO_ANSWER})
-"""What stands for an answer that is blank, and for one that never came: they are no answers, and never correct."""
+"""The markers of a blank answer and of a missing one. They are not answers, and never correct."""
 
 Rule = Literal["line", "whole"]
 """line: the rest of the line of the last `Answer:`; whole: the whole response."""
@@ -27,13 +31,13 @@ _EMPHASIS = re.compile(r"(\*\*|\*|`|(?<!\w)__|(?<!\w)_)(?=\S)(.{1,100}?)(?<=\S)\
 def extract(response: str, *, finished: bool, rule: Rule) -> str:
     """The answer in a response; `finished` is False where the response was cut at its largest length.
 
-    With rule="line": what follows the last `Answer:` on its line, or the next line with text where nothing follows,
-    without bold marks and without a `Confidence:` behind it. What a model goes on to ask and answer by itself, from a
-    line `Question:` after its answer on, is not looked at. With rule="whole": the whole response.
+    With rule="line": the text after the last `Answer:` on its line, or the next line with text if nothing follows,
+    without bold marks and without a `Confidence:` after it. From a line `Question:` after an answer on, the response is
+    ignored: there a model asks and answers further questions by itself. With rule="whole": the whole response.
 
-    A blank answer is EMPTY. NO_ANSWER stands where a response has no `Answer:`, or was cut before the answer ended;
-    never the tail of a response, which would be a guess. The time is linear in the length of the response. ValueError
-    for another rule.
+    A blank answer is EMPTY. The result is NO_ANSWER if the response has no `Answer:`, or was cut before the answer
+    ended; the end of such a response would be a guess. The time is linear in the length of the response. ValueError for
+    another rule.
     """
     if rule == "line":
         return _last_line(response, finished)
@@ -44,30 +48,39 @@ def extract(response: str, *, finished: bool, rule: Rule) -> str:
 
 def _last_line(response: str, finished: bool) -> str:
     lines = [_EMPHASIS.sub(r"\2", line) for line in _LINE_END.split(response)]
-    answer, is_open, number = None, False, -1
+    answer = None
+    is_open = False  # an `Answer:` with nothing after it: the next line with text is the answer
+    number = -1
     for number, line in enumerate(lines):
         if answer is not None and not is_open and _QUESTION.match(line):
             return _or_empty(answer)
         pieces = _ANSWER.split(line)
         if len(pieces) > 1:
-            answer, is_open = _before_confidence(pieces[-1]), not pieces[-1].strip()
-            ends_here = number
+            answer = _before_confidence(pieces[-1])
+            is_open = not pieces[-1].strip()
+            answer_line = number
         elif is_open and line.strip():
-            answer, is_open = _before_confidence(line), False
-            ends_here = number
+            answer = _before_confidence(line)
+            is_open = False
+            answer_line = number
     if answer is None:
         return NO_ANSWER
-    was_cut = not finished and ends_here == number and not _CONFIDENCE.search(lines[number])
-    return NO_ANSWER if was_cut or (is_open and not finished) else _or_empty(answer)
+    # a confidence after the answer shows that the answer had ended
+    was_cut = not finished and answer_line == number and not _CONFIDENCE.search(lines[number])
+    if was_cut or (is_open and not finished):
+        return NO_ANSWER
+    return _or_empty(answer)
 
 
 def _before_confidence(line: str) -> str:
-    found = _CONFIDENCE.search(line)
-    return line[: found.start()].rstrip(" \t,;.([-") if found else line
+    confidence = _CONFIDENCE.search(line)
+    if confidence is None:
+        return line
+    return line[: confidence.start()].rstrip(" \t,;.([-")
 
 
 def _or_empty(text: str) -> str:
-    """The text without white space around it, or EMPTY where nothing of it can be seen."""
-    seen = text.strip()
-    is_blank = all(unicodedata.category(character) in ("Cf", "Zs", "Zl", "Zp", "Cc") for character in seen)
-    return EMPTY if is_blank else seen
+    """The text without white space around it, or EMPTY if it has no visible character."""
+    stripped = text.strip()
+    is_blank = all(unicodedata.category(character) in ("Cf", "Zs", "Zl", "Zp", "Cc") for character in stripped)
+    return EMPTY if is_blank else stripped

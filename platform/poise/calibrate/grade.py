@@ -1,4 +1,4 @@
-"""Whether an answer is right."""
+"""Grading of short answers against a list of accepted answers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ __all__ = ["matches_alias"]
 
 
 def matches_alias(answer: str, accepted: Iterable[str]) -> bool:
-    """Whether `answer` equals any accepted answer after `normalised`. Part of an answer is not enough.
+    """Whether `answer` equals any accepted answer after `normalised`. A part of an accepted answer is not enough.
 
-    TypeError where `accepted` is one text: its letters are no answers.
+    The markers of `extract` are never correct. TypeError if `accepted` is one text: its letters are not answers.
     """
     if isinstance(accepted, str):
         raise TypeError("accepted answers are a list of texts, not one text")
-    return answer not in MARKERS and normalised(answer) in {normalised(alias) for alias in accepted}
+    if answer in MARKERS:
+        return False
+    return normalised(answer) in {normalised(alias) for alias in accepted}

@@ -1,4 +1,4 @@
-"""Which images, texts and questions a run reads, and how many there are, without reading them."""
+"""The specs of images, texts and questions that a run reads, and their sizes where these are known without reading."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from poise.spec import Input, Real, Section, mistake
+from poise.spec import ExactNumber, Input, SpecModel, field_error
 
 __all__ = [
     "CsvQuestions",
@@ -36,10 +36,10 @@ _IMAGE_FILES = {
     "npz": r"[^/]*\.npz",
     "images": _PARQUET,
 }
-"""Regular expressions of the names below `root` that a data set is read from."""
+"""Regular expressions of the file names below `root` that a data set is read from."""
 
 
-class DataSpec(Section):
+class DataSpec(SpecModel):
     """The `data` section."""
 
     name: Literal["digits", "mnist", "cifar10", "cifar100", "svhn", "npz", "images"] = Field(
@@ -48,13 +48,13 @@ class DataSpec(Section):
     root: str | None = Field(
         default=None,
         min_length=1,
-        description="folder or s3://bucket/prefix with the files; every set but digits has one",
+        description="folder or s3://bucket/prefix with the files; required for every data set but digits",
     )
     batch_size: int = Field(
         default=128, ge=1, le=65536, description="training examples per step, over all workers together"
     )
-    pad: int = Field(default=0, ge=0, le=64, description="random crop after padding each side by so many pixels")
-    pad_mode: Literal["reflect", "zero"] = Field(default="reflect", description="what the padding holds")
+    pad: int = Field(default=0, ge=0, le=64, description="pixels of padding on each side before a random crop")
+    pad_mode: Literal["reflect", "zero"] = Field(default="reflect", description="content of the padding")
     flip: bool = Field(default=False, description="mirror half of the training images, left to right")
     validation: int | None = Field(
         default=None,
@@ -64,7 +64,7 @@ class DataSpec(Section):
     limit: int | None = Field(
         default=None,
         ge=2,
-        description="use only so many training examples, the same share of each class, before holding any out",
+        description="number of training examples to use, the same share of each class, validation examples included",
     )
     device_resident: bool = Field(
         default=True, description="keep the training images in device memory; false copies each batch from the host"
@@ -79,13 +79,13 @@ class DataSpec(Section):
         return self
 
     def inputs(self) -> Iterator[Input]:
-        """The files of the data set; those of scikit-learn's digits are known by its version."""
+        """The files of the data set; none for the digits, which the version of scikit-learn identifies."""
         if self.root is not None:
             yield Input(("root",), "files", self.root, _IMAGE_FILES[self.name])
 
 
 class Sizes(NamedTuple):
-    """Examples in each split, the shape (C, H, W) of an image, the number of classes."""
+    """The number of examples in each split, the shape (C, H, W) of an image, and the number of classes."""
 
     train: int
     validation: int
@@ -104,7 +104,7 @@ _PUBLISHED = {
 
 
 def known_sizes(spec: DataSpec) -> Sizes | None:
-    """The sizes after `limit` and `validation` if the set is the published one; None for a set of one's own."""
+    """The sizes of a published data set after `limit` and `validation`; None for a data set of the user."""
     if spec.name not in _PUBLISHED:
         return None
     stored, test, shape, classes = _PUBLISHED[spec.name]
@@ -114,62 +114,68 @@ def known_sizes(spec: DataSpec) -> Sizes | None:
 
 
 def num_validation(spec: DataSpec | JsonlText | ParquetText, total: int) -> int:
-    """How many of `total` training examples are held out."""
+    """How many of `total` training examples are held out for validation."""
     return min(1000, total // 10) if spec.validation is None else spec.validation
 
 
-class WorldSpec(Section):
+class WorldSpec(SpecModel):
     """A generated world of facts: questions about entities, each with a known distribution of answers."""
 
-    seed: int = Field(0, ge=0, lt=2**63, description="which world; runs that share a model name the same one")
-    entities: int = Field(16, ge=2, le=500, description="things that are asked about")
-    relations: int = Field(8, ge=2, le=16, description="what is asked of each thing, such as its capital")
-    answers: int = Field(12, ge=4, le=500, description="names that answer the questions of one relation")
-    certain: Annotated[Real, Field(ge=0, le=1)] = Field(
-        Real("1/2"), description="share of the questions that have one answer"
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the world; runs that share a model need the same world")
+    entities: int = Field(16, ge=2, le=500, description="number of entities that the questions are about")
+    relations: int = Field(8, ge=2, le=16, description="number of questions about each entity, such as its capital")
+    answers: int = Field(12, ge=4, le=500, description="number of possible answers to the questions of one relation")
+    certain: Annotated[ExactNumber, Field(ge=0, le=1)] = Field(
+        ExactNumber("1/2"), description="share of the questions that have one answer"
     )
-    ambiguous: Annotated[Real, Field(ge=0, le=1)] = Field(
-        Real("3/8"), description="share with two to four answers; the rest of the questions is long-tailed"
+    ambiguous: Annotated[ExactNumber, Field(ge=0, le=1)] = Field(
+        ExactNumber("3/8"),
+        description="share of the questions that have two to four answers; the remaining questions are long-tailed",
     )
-    tail: int = Field(8, ge=2, le=500, description="answers of a long-tailed question, in Zipf's proportions")
+    tail: int = Field(8, ge=2, le=500, description="number of answers of a long-tailed question, in Zipf's proportions")
     pretrain: int = Field(64, ge=1, le=100_000, description="examples of each question in the split pretrain")
     tune: int = Field(4, ge=1, le=100_000, description="examples of each question in the split tune")
 
     @model_validator(mode="after")
     def _consistent(self) -> WorldSpec:
         if self.certain.exact + self.ambiguous.exact > 1:
-            raise mistake("ambiguous", f"the shares {self.certain} and {self.ambiguous} are more than 1 together")
+            raise field_error("ambiguous", f"the shares {self.certain} and {self.ambiguous} add up to more than 1")
         if self.tail > self.answers:
-            raise mistake("tail", f"a tail of {self.tail} is longer than the {self.answers} answers of a relation")
+            raise field_error("tail", f"a tail of {self.tail} is longer than the {self.answers} answers of a relation")
         return self
 
     @property
     def num_questions(self) -> int:
-        """Every relation is asked of every entity."""
+        """The number of questions: one for each relation of each entity."""
         return self.entities * self.relations
 
 
-class WorldText(Section):
+class WorldText(SpecModel):
     """Questions of a generated world with answers drawn from their true distributions."""
 
     name: Literal["world"]
-    split: Literal["pretrain", "tune"] = Field("pretrain", description="many examples of each question, or a few")
+    split: Literal["pretrain", "tune"] = Field(
+        "pretrain", description="pretrain has many examples of each question, tune a few"
+    )
     world: WorldSpec = Field(WorldSpec(), description="the world")
 
 
-class _TextFiles(Section):
-    path: str = Field(min_length=1, description="file, or folder of such files, here or on s3://")
+class _TextFiles(SpecModel):
+    path: str = Field(min_length=1, description="file, or folder of such files, local or on s3://")
     prompt: str = Field("prompt", description="field with the text before the answer")
-    completion: str = Field("completion", description="field with the answer, which alone is learned")
+    completion: str = Field("completion", description="field with the answer; only its tokens are learned")
     validation: int | None = Field(
         None, ge=0, description="examples held out by a seeded permutation (default: a tenth, at most 1000)"
     )
     max_tokens: int = Field(512, ge=2, le=1_000_000, description="longest prompt and completion together, in tokens")
-    too_long: Literal["error", "cut"] = Field("error", description="refuse longer examples, or drop what is beyond")
+    too_long: Literal["error", "cut"] = Field(
+        "error", description="error refuses longer examples, cut drops the tokens beyond the limit"
+    )
 
     def inputs(self) -> Iterator[Input]:
-        """The file, or those of the folder that have the suffix of the format."""
-        yield _rows_input(self.path, f".{getattr(self, 'name')}")  # noqa: B009 - each format has one, of a type of its own
+        """The file, or the files of the folder that have the suffix of the format."""
+        name = getattr(self, "name")  # noqa: B009 - each subclass declares `name` with a type of its own
+        yield _rows_input(self.path, f".{name}")
 
 
 class JsonlText(_TextFiles):
@@ -187,27 +193,28 @@ class ParquetText(_TextFiles):
 TextSpec = Annotated[WorldText | JsonlText | ParquetText, Field(discriminator="name")]
 
 
-class WorldQuestions(Section):
+class WorldQuestions(SpecModel):
     """Questions of a generated world."""
 
     name: Literal["world"]
     split: Literal["evaluate", "prefer"] = Field(
-        "evaluate", description="every question, or the ambiguous ones with three answers or more"
+        "evaluate", description="evaluate has every question, prefer the ambiguous ones with three answers or more"
     )
     world: WorldSpec = Field(WorldSpec(), description="the world")
 
 
-class _QuestionFiles(Section):
-    path: str = Field(min_length=1, description="file, or folder of such files, here or on s3://")
+class _QuestionFiles(SpecModel):
+    path: str = Field(min_length=1, description="file, or folder of such files, local or on s3://")
     question: str = Field("question", description="field with the question")
-    answers: str = Field("answer", description="field with the accepted answer, or a list of them")
+    answers: str = Field("answer", description="field with the accepted answer, or a list of accepted answers")
     limit: int | None = Field(
-        None, ge=1, description="use only so many questions: a shuffled choice, the same for every seed"
+        None, ge=1, description="number of questions to use: a shuffled subset, the same for every seed"
     )
 
     def inputs(self) -> Iterator[Input]:
-        """The file, or those of the folder."""
-        yield _rows_input(self.path, f".{getattr(self, 'name')}")  # noqa: B009 - each format has one, of a type of its own
+        """The file, or the files of the folder that have the suffix of the format."""
+        name = getattr(self, "name")  # noqa: B009 - each subclass declares `name` with a type of its own
+        yield _rows_input(self.path, f".{name}")
 
 
 class JsonlQuestions(_QuestionFiles):
@@ -217,7 +224,7 @@ class JsonlQuestions(_QuestionFiles):
 
 
 class CsvQuestions(_QuestionFiles):
-    """Questions in CSV files with a line of names, and the answers that count as correct."""
+    """Questions in CSV files whose first line names the columns, with the answers that count as correct."""
 
     name: Literal["csv"]
 
@@ -229,8 +236,9 @@ class ParquetQuestions(_QuestionFiles):
 
 
 def _rows_input(path: str, suffix: str) -> Input:
-    """Rows of a file, or of every file with this suffix below a folder."""
-    return Input(("path",), "files", path, "" if path.endswith(suffix) else rf".*\{suffix}")
+    """The input of a file, or of every file with this suffix below a folder."""
+    pattern = "" if path.endswith(suffix) else rf".*\{suffix}"
+    return Input(("path",), "files", path, pattern)
 
 
 QuestionsSpec = Annotated[

@@ -1,7 +1,7 @@
-"""How the processes of a gang reach each other: the network interface that they use, and how they join.
+"""How the processes of a worker group reach each other: the choice of a network interface, and joining the group.
 
-gloo, unless told otherwise, listens on the address that the host name resolves to. On stock Debian and Ubuntu that is
-loopback (127.0.1.1 in /etc/hosts), which no other machine reaches. NCCL takes the first interface that it finds.
+Without GLOO_SOCKET_IFNAME gloo listens on the address that the host name resolves to. On stock Debian and Ubuntu that
+is loopback (127.0.1.1 in /etc/hosts), which no other machine reaches. NCCL takes the first interface in its list.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ __all__ = [
     "use_interface_towards",
 ]
 
-GLOO, NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
+GLOO = "GLOO_SOCKET_IFNAME"
+NCCL = "NCCL_SOCKET_IFNAME"
 
 
 @dataclass(frozen=True)
 class Rank:
-    """The place of a process in its group, as torchrun says it."""
+    """The ranks and sizes of a process in its group, as torchrun defines them."""
 
     rank: int
     world_size: int
@@ -44,33 +45,33 @@ class Rank:
 
 
 def interface_of(address: str) -> str | None:
-    """The name of the network interface of this machine that holds the IP address; None if none does."""
-    wanted = ip_address(address.partition("%")[0])
+    """The name of the network interface of this machine that has the IP address; None if none has it."""
+    target = ip_address(address.partition("%")[0])  # without the zone of an IPv6 address
     for name, addresses in psutil.net_if_addrs().items():
         for each in addresses:
             is_ip = each.family in (socket.AF_INET, socket.AF_INET6)
-            if is_ip and ip_address(each.address.partition("%")[0]) == wanted:
+            if is_ip and ip_address(each.address.partition("%")[0]) == target:
                 return str(name)
     return None
 
 
 def use_interface(address: str) -> None:
-    """Make gloo and NCCL use the interface that holds `address`, in this process.
+    """Make gloo and NCCL use the interface that has `address`, in this process.
 
-    A variable that the user has set is left alone, and so is everything where no interface holds the address (behind
-    a translation of addresses): then the libraries choose, as they do without Poise.
+    Does not change a variable that the user has set. Does nothing if no interface has the address (behind network
+    address translation): then the libraries choose, as they do without Poise.
     """
     name = interface_of(address)
     if name is not None:
         os.environ.setdefault(GLOO, name)
-        os.environ.setdefault(NCCL, f"={name}")  # without "=" NCCL takes eth0 for a prefix, eth01 too
+        os.environ.setdefault(NCCL, f"={name}")  # without "=" NCCL matches prefixes: eth0 would match eth01 too
 
 
 def use_interface_towards(host: str, port: int) -> None:
     """Make gloo and NCCL use the interface from which this machine reaches `host`; for groups over several machines.
 
-    On the machine that is `host` itself, a name that resolves to loopback says nothing; then the one other interface
-    is taken, if there is one only.
+    On the machine `host` itself the name may resolve to loopback. Then the other interface is used, if there is exactly
+    one.
     """
     try:
         family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
@@ -78,7 +79,7 @@ def use_interface_towards(host: str, port: int) -> None:
             probe.connect(target)  # a datagram socket: nothing is sent
             address = str(probe.getsockname()[0])
     except OSError:
-        return  # what joins the group meets the same, and says so
+        return  # joining the group fails for the same reason, with a message
     if not ip_address(address.partition("%")[0]).is_loopback:
         use_interface(address)
         return
@@ -88,9 +89,9 @@ def use_interface_towards(host: str, port: int) -> None:
 
 
 def listen(address: str) -> socket.socket:
-    """A socket that listens on a free port at `address` alone: the group's store is open to no other network.
+    """A socket that listens on a free port of `address` only, so that other networks cannot reach the group's store.
 
-    Where no interface holds the address (behind a translation of addresses), it listens on all of them.
+    If no interface has the address (behind network address translation), it listens on all interfaces.
     """
     family = socket.AF_INET6 if ip_address(address).version == 6 else socket.AF_INET
     server = socket.socket(family, socket.SOCK_STREAM)
@@ -100,42 +101,42 @@ def listen(address: str) -> socket.socket:
 
 
 def join_process_group(
-    backend: str, address: str, port: int, place: Rank, timeout: timedelta, server: socket.socket | None = None
+    backend: str, address: str, port: int, rank: Rank, timeout: timedelta, server: socket.socket | None = None
 ) -> None:
-    """Enter the process group whose store is at `address`; rank 0 passes the `server` that listens there.
+    """Join the process group whose store is at `address`; rank 0 passes the `server` that listens there.
 
-    The environment says the same as under torchrun, for libraries that look there. PoiseError where the others are
-    not reached.
+    Sets the environment variables of torchrun, for libraries that read them. PoiseError if the other processes cannot
+    be reached within `timeout`.
     """
     import torch.distributed as dist
 
-    said = {
+    variables = {
         "MASTER_ADDR": address,
         "MASTER_PORT": port,
-        "RANK": place.rank,
-        "WORLD_SIZE": place.world_size,
-        "LOCAL_RANK": place.local_rank,
-        "LOCAL_WORLD_SIZE": place.local_world_size,
-        "NODE_RANK": place.node_rank,
+        "RANK": rank.rank,
+        "WORLD_SIZE": rank.world_size,
+        "LOCAL_RANK": rank.local_rank,
+        "LOCAL_WORLD_SIZE": rank.local_world_size,
+        "NODE_RANK": rank.node_rank,
     }
-    os.environ.update({name: str(value) for name, value in said.items()})
+    os.environ.update({name: str(value) for name, value in variables.items()})
     try:
-        store = dist.TCPStore(  # type: ignore[attr-defined]  # documented, and left out of its list of names
+        store = dist.TCPStore(  # type: ignore[attr-defined]  # documented, but missing from the stub's names
             address,
             port,
-            place.world_size,
+            rank.world_size,
             is_master=server is not None,
             timeout=timeout,
             wait_for_workers=False,
             master_listen_fd=None if server is None else server.detach(),
         )
-        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout)
-    except RuntimeError as error:  # torch.distributed has one class for each library, all of them RuntimeErrors
-        raise PoiseError(_unreached(backend, address, port, place.rank, error)) from error
+        dist.init_process_group(backend, store=store, rank=rank.rank, world_size=rank.world_size, timeout=timeout)
+    except RuntimeError as error:  # the base class of every error of torch.distributed
+        raise PoiseError(_unreached(backend, address, port, rank.rank, error)) from error
 
 
 def is_on_loopback_alone(address: str) -> bool:
-    """Whether HOST:PORT is of this machine's loopback, and nothing answers at that port on its other interfaces."""
+    """Whether HOST:PORT is on loopback and nothing answers at that port on the other interfaces of this machine."""
     host, _, port = address.rpartition(":")
     if host not in ("127.0.0.1", "localhost", "[::1]") or not port.isdigit():
         return False
@@ -143,12 +144,12 @@ def is_on_loopback_alone(address: str) -> bool:
 
 
 def cluster_address(address: str | None) -> str | None:
-    """The address of the cluster to join: the one given, or RAY_ADDRESS; None starts one for the command alone."""
+    """The address of the cluster to join: `address`, or else RAY_ADDRESS. None: start a private cluster."""
     return address if address is not None else os.environ.get("RAY_ADDRESS") or None
 
 
 def refusal(address: str) -> str | None:
-    """Why nothing can answer at HOST:PORT, told at once: no such host, or nobody listens. None where somebody may."""
+    """Why nothing answers at HOST:PORT: no such host, or nothing listens. None if something may; takes 2 s at most."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
@@ -170,20 +171,22 @@ def _answers(address: str, port: int) -> bool:
 def _outer_addresses() -> list[str]:
     """IPv4 addresses of the interfaces that are up, without loopback."""
     states = psutil.net_if_stats()
-    return [
-        each.address
-        for name, addresses in psutil.net_if_addrs().items()
-        for each in addresses
-        if each.family == socket.AF_INET and states[name].isup and not ip_address(each.address).is_loopback
-    ]
+    outer = []
+    for name, addresses in psutil.net_if_addrs().items():
+        for each in addresses:
+            is_up = each.family == socket.AF_INET and states[name].isup
+            if is_up and not ip_address(each.address).is_loopback:
+                outer.append(each.address)
+    return outer
 
 
 def _unreached(backend: str, address: str, port: int, rank: int, error: RuntimeError) -> str:
+    """The message for a worker that could not join the group, with the first line of torch's error."""
     variable = NCCL if backend == "nccl" else GLOO
-    said = re.sub(r"\[[^]]*/third_party/[^]]*\] ", "", str(error).strip().splitlines()[0])
+    reason = re.sub(r"\[[^]]*/third_party/[^]]*\] ", "", str(error).strip().splitlines()[0])
     return (
         f"worker {rank} on {socket.gethostname()} did not reach the other workers (meeting place {address}:{port}, "
-        f"{variable}={os.environ.get(variable, '')}): {said}. Check that the machines "
+        f"{variable}={os.environ.get(variable, '')}): {reason}. Check that the machines "
         f"reach each other on all ports, or name the network that joins them: "
         f"--set workers.environment.{variable}=INTERFACE"
     )

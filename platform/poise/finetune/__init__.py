@@ -1,1 +1,1 @@
-"""Fine-tuning of language models: losses that keep what a model knew, and what of it is tuned."""
+"""Fine-tuning of language models: losses that preserve diversity, and the choice of tuned parameters."""

@@ -1,15 +1,16 @@
 """Losses of supervised fine-tuning: cross entropy and GEM (Li et al., Preserving diversity, arXiv 2408.16673).
 
-GEM lets an opponent q = softmax(z / beta), held fixed, say which tokens the model prefers to the one that was written:
+In GEM an opponent q = softmax(z / beta), held fixed, weighs the tokens that the model prefers to the label y:
 
     L = sum_k q_k w_k (z_k - z_y)        dL/dz_k = q_k w_k - 1[k = y] sum_j q_j w_j
 
 with w = 1 (`linear`) or w_k = sigmoid(0.01 (z_k - z_y)), also fixed (`logsigmoid`). Linear GEM has the gradient of
-beta * CE(z / beta): its optimum is p_data^beta, renormalised. The value is not a likelihood: log cross entropy beside.
+beta * CE(z / beta): its optimum is p_data^beta, renormalised. The value is not a likelihood: log the cross entropy too.
 
-Everywhere: logits (..., V), labels (...) that already stand at the position that predicts them, IGNORED where none is
-supervised. A loss is a sum over supervised tokens divided by `normalizer`, by default their number. Softmax is at least
-fp32. Without a supervised token a loss is a zero that still has a gradient, so that no rank waits for another.
+Everywhere: logits (..., V), labels (...) that are already aligned with the position that predicts them, IGNORE_INDEX
+where a token is not supervised. A loss is a sum over supervised tokens divided by `normalizer`, by default their
+number. Softmax is computed in at least fp32. Without a supervised token a loss is zero but still has a gradient, so
+that in data parallel training no rank waits for another.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["IGNORED", "Variant", "cross_entropy", "entropy", "fused_linear_gem", "gem_loss"]
+__all__ = ["IGNORE_INDEX", "Variant", "cross_entropy", "entropy", "fused_linear_gem", "gem_loss"]
 
 Variant = Literal["linear", "logsigmoid"]
 
-IGNORED = -100
+IGNORE_INDEX = -100
 SLOPE = 0.01
+"""The factor of z_k - z_y in the sigmoid of the variant `logsigmoid`."""
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, *, normalizer: float | None = None) -> Tensor:
@@ -48,8 +50,9 @@ def gem_loss(
     """The GEM loss (see the module). ValueError for beta <= 0 or an unknown variant."""
     _check(beta, variant)
     z, y = _supervised(logits, labels)
-    margins = z - z.gather(1, y[:, None])
-    return (_weights(z.detach(), margins.detach(), beta, variant) * margins).sum() / _count(y, normalizer)
+    margins = z - z.gather(1, y[:, None])  # (N, V), z_k - z_y
+    weights = _weights(z.detach(), margins.detach(), beta, variant)  # constants for the gradient
+    return (weights * margins).sum() / _count(y, normalizer)
 
 
 def fused_linear_gem(
@@ -62,20 +65,21 @@ def fused_linear_gem(
     normalizer: float | None = None,
     rows: int = 2048,
 ) -> Tensor:
-    """`gem_loss(hidden @ head.T, ...)` that never holds the logits of more than `rows` tokens.
+    """`gem_loss(hidden @ head.T, ...)`, with the logits of at most `rows` tokens in memory at a time.
 
-    hidden (..., d), head (V, d). The gradients are computed on the way forward, chunk by chunk; that of `head` is
+    hidden (..., d), head (V, d). The gradients are computed during the forward pass, chunk by chunk; that of `head` is
     summed in at least fp32.
     """
     _check(beta, variant)
-    chosen = labels != IGNORED
-    h, y = hidden[chosen], labels[chosen]
+    is_supervised = labels != IGNORE_INDEX
+    h = hidden[is_supervised]  # (N, d)
+    y = labels[is_supervised]  # (N,)
     total: Tensor = _FusedLinearGem.apply(h, head, y, beta, variant, rows)  # type: ignore[no-untyped-call]
     return total / _count(y, normalizer)
 
 
 class _FusedLinearGem(torch.autograd.Function):
-    """The sum over tokens: h (N, d), head (V, d), y (N,)."""
+    """The sum of the GEM losses of N tokens: h (N, d), head (V, d), y (N,)."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, head: Tensor, y: Tensor, beta: float, variant: Variant, rows: int) -> Tensor:
@@ -84,10 +88,11 @@ class _FusedLinearGem(torch.autograd.Function):
         grad_head = torch.zeros_like(head, dtype=_wide(head)) if ctx.needs_input_grad[1] else None
         for start in range(0, len(h), rows):
             part = slice(start, start + rows)
-            z = (h[part] @ head.T).to(_wide(head))
+            z = (h[part] @ head.T).to(_wide(head))  # (rows, V)
             margins = z - z.gather(1, y[part, None])
             weights = _weights(z, margins, beta, variant)
             total += (weights * margins).sum()
+            # dL/dz_k = weight_k - 1[k = y] sum_j weight_j
             grad = weights.scatter_add(1, y[part, None], -weights.sum(1, keepdim=True))
             grad_h[part] = grad.to(head.dtype) @ head
             if grad_head is not None:
@@ -99,29 +104,27 @@ class _FusedLinearGem(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         grad_h, grad_head = ctx.saved_tensors
-        return (
-            (scale * grad_h).to(grad_h.dtype),
-            None if grad_head is None else scale * grad_head,
-            None,
-            None,
-            None,
-            None,
-        )
+        scaled_h = (scale * grad_h).to(grad_h.dtype)
+        scaled_head = None if grad_head is None else scale * grad_head
+        return scaled_h, scaled_head, None, None, None, None
 
 
 def _weights(z: Tensor, margins: Tensor, beta: float, variant: Variant) -> Tensor:
     """q_k w_k of each token (N, V)."""
     q = (z / beta).softmax(-1)
-    return q if variant == "linear" else q * (SLOPE * margins).sigmoid()
+    if variant == "linear":
+        return q
+    return q * (SLOPE * margins).sigmoid()
 
 
 def _supervised(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows that have a label, (N, V) in at least fp32 and (N,)."""
-    chosen = labels != IGNORED
-    return logits[chosen].to(_wide(logits)), labels[chosen]
+    """The supervised tokens: logits (N, V) in at least fp32, and labels (N,)."""
+    is_supervised = labels != IGNORE_INDEX
+    return logits[is_supervised].to(_wide(logits)), labels[is_supervised]
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
+    """The dtype of the tensor, or fp32 if that is wider."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 

@@ -1,52 +1,62 @@
-"""What can be run: one short file per kind of job, binding spec, data, model, loop and measures."""
+"""The kinds of runs: one folder per kind, which binds spec, data, model, training loop and evaluation."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import import_module
+from functools import cache
 from typing import TYPE_CHECKING
 
-from poise.kinds.specs.align import AlignSelfplaySpec
-from poise.kinds.specs.bounds import BoundsReportSpec
-from poise.kinds.specs.calibrate import CalibrateMeasureSpec
-from poise.kinds.specs.evaluation import RobustEvaluateSpec
-from poise.kinds.specs.finetune import FinetuneSftSpec
-from poise.kinds.specs.manifold import RobustManifoldSpec, RobustVaeSpec
-from poise.kinds.specs.pipeline import PipelineSpec
-from poise.kinds.specs.robust import RobustTrainSpec
-from poise.kinds.specs.sweep import SweepSpec
+from poise.kinds.registry import REGISTRY
 from poise.observe.terminal import plain_warnings
 from poise.spec import RunSpec
 from poise.store.inputs import record_inputs
+from poise.store.result import RunResult, read_result
+from poise.store.runs import Run
 
 if TYPE_CHECKING:
+    from poise.report.blocks import Section
     from poise.train.context import Context
 
-__all__ = ["KINDS", "run"]
+__all__ = ["KINDS", "read_any_result", "report_sections", "result_classes", "run"]
 
-KINDS: Mapping[str, type[RunSpec]] = {
-    "robust.train": RobustTrainSpec,
-    "robust.evaluate": RobustEvaluateSpec,
-    "robust.vae": RobustVaeSpec,
-    "robust.manifold": RobustManifoldSpec,
-    "bounds.report": BoundsReportSpec,
-    "finetune.sft": FinetuneSftSpec,
-    "align.selfplay": AlignSelfplaySpec,
-    "calibrate.measure": CalibrateMeasureSpec,
-    "sweep": SweepSpec,
-    "pipeline": PipelineSpec,
-}
+KINDS: Mapping[str, type[RunSpec]] = {name: kind.spec for name, kind in REGISTRY.items()}
+"""The class of the specs of each kind, by name."""
+
+
+@cache
+def report_sections() -> Mapping[str, Section]:
+    """The report section of each kind that has results, by name. Imports matplotlib."""
+    return {name: kind.section for name, kind in REGISTRY.items() if kind.result_class}
+
+
+@cache
+def result_classes() -> Mapping[str, type[RunResult]]:
+    """The result class of each kind that has results, by name."""
+    return {name: kind.result for name, kind in REGISTRY.items() if kind.result_class}
+
+
+def read_any_result(run: Run) -> RunResult | None:
+    """The result of a run of any kind; None where it has none yet.
+
+    Raises:
+        IntegrityError: `result.json` is damaged.
+    """
+    manifest = run.manifest()
+    kind = None if manifest is None else REGISTRY.get(manifest.kind)
+    if kind is None or kind.result_class is None:
+        return None
+    return read_result(run, kind.result)
 
 
 def run(spec: RunSpec, context: Context) -> None:
-    """Run `spec` in this worker; every worker of the gang calls it. What it finds is in the store afterwards.
+    """Run `spec` in this worker and leave its results in the store. Every worker of the group calls it.
 
-    `kind: a.b` is at home in `poise.kinds.a_b`. Rank 0 compares the inputs with the record first, as they are seen
-    here: a worker that is started again may meet other files than the one before it.
+    Rank 0 first compares the inputs with those that the run recorded at its first start, because a restarted worker may
+    see other files than the one before it.
 
     Raises:
-        UserError: an input is not the one that the run has begun with.
+        UserError: an input has changed since the run began.
     """
-    context.together(lambda: record_inputs(context.run, spec))
+    context.on_main(lambda: record_inputs(context.run, spec))
     with plain_warnings():
-        import_module(f"poise.kinds.{spec.kind.replace('.', '_')}").run(spec, context)
+        REGISTRY[spec.kind].run(spec, context)

@@ -1,1 +1,1 @@
-"""Architectures by name."""
+"""Network architectures for images, and language models."""

@@ -1,4 +1,4 @@
-"""From a `ModelSpec` to a module."""
+"""Building the network of a `ModelSpec`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from poise.errors import UserError
+from poise.models.architectures import RESIDUAL, VGG, Shape
+from poise.models.cnn_vgg import small_cnn, vgg
 from poise.models.layers import ACTIVATIONS, Normalize
-from poise.models.plain import small_cnn, vgg
-from poise.models.plans import RESIDUAL, VGG, Shape
 from poise.models.residual import residual_network
 from poise.models.spec import ModelSpec, check_shape
 
@@ -23,8 +23,8 @@ def build(
 ) -> nn.Sequential:
     """The network of `spec` on the CPU, in training mode: x (N, *shape) in [0, 1] to logits (N, classes).
 
-    It has two parts, `normalize` (first; see `Normalize`) and `body`. The weights are a function of `seed` alone and
-    the global random state is left as it was.
+    It has two parts: `normalize` (see `Normalize`), then `body`. The weights are a function of `seed` alone; the
+    global random state is not changed.
 
     Raises:
         UserError: images too small, fewer than 2 classes, `mean` or `std` that do not fit the channels.
@@ -33,16 +33,17 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         body = _body(spec, shape, classes)
-        _initialise(body)
-    first = _normalize(shape[0], mean, std) if spec.normalize == "data" else nn.Identity()
-    network = nn.Sequential(OrderedDict(normalize=first, body=body))
+        _initialize(body)
+    normalize = _normalize(shape[0], mean, std) if spec.normalize == "data" else nn.Identity()
+    network = nn.Sequential(OrderedDict(normalize=normalize, body=body))
     if spec.channels_last and not any(_overruns(module) for module in network.modules()):
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network
 
 
 def _body(spec: ModelSpec, shape: Shape, classes: int) -> nn.Sequential:
-    width, activation = spec.base_width, ACTIVATIONS[spec.activation]
+    width = spec.base_width
+    activation = ACTIVATIONS[spec.activation]
     if spec.name in RESIDUAL:
         plan = RESIDUAL[spec.name]
         return residual_network(plan, width=width, channels=shape[0], classes=classes, activation=activation)
@@ -52,7 +53,7 @@ def _body(spec: ModelSpec, shape: Shape, classes: int) -> nn.Sequential:
 
 
 def _overruns(module: nn.Module) -> bool:
-    """Whether the weight gradient would write past its buffer with channels innermost: oneDNN, AVX2 and AVX-512.
+    """Whether oneDNN (AVX2 and AVX-512) would write past the buffer of the weight gradient with channels innermost.
 
     It does for a strided 1x1 convolution of fewer channels than a vector register holds (uxlfoundation/oneDNN#6035).
     """
@@ -61,7 +62,8 @@ def _overruns(module: nn.Module) -> bool:
     return module.stride != (1, 1) and module.in_channels < 16
 
 
-def _initialise(body: nn.Module) -> None:
+def _initialize(body: nn.Module) -> None:
+    """Kaiming-normal weights and zero biases in convolutions; other layers keep torch's defaults."""
     for module in body.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")

@@ -1,8 +1,8 @@
-"""Examination of a model folder: what Poise cannot do with it is said in one line, before anything is loaded.
+"""Examination of a model folder before anything is loaded, with a one-line error for what Poise cannot use.
 
 Only small files are read: config.json, the tokenizer's files and the headers of the safetensors files. torch and
-transformers are not imported, so that `poise check` can examine a folder in a fraction of a second. What only the
-opened model can show (weights that its architecture lacks, attention to later tokens) is checked by `open_folder`.
+transformers are not imported, so that `poise check` can examine a folder in a fraction of a second. Faults that only
+the opened model shows (missing weights, attention to later tokens) are checked by `open_folder`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,16 @@ __all__ = ["FolderFacts", "context_length", "examine_folder", "has_tokenizer", "
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json",
-                    "vocab.txt", "tekken.json", "*.tiktoken")  # fmt: skip
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+    "*.tiktoken",
+)
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "embeddings", "tokens_embed")
 _HEADS = ("lm_head.weight", "embed_out.weight")
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -45,8 +53,14 @@ _RECURRENT = "falcon_mamba mamba mamba2 recurrent_gemma reformer rwkv xlstm"
 
 @dataclass(frozen=True)
 class FolderFacts:
-    """What the files of a model folder say: its config, the shape of every stored weight by name, how many different
-    tokens its embedding has and how long a sequence it can hold (None where its files do not say)."""
+    """The facts that the files of a model folder state.
+
+    Attributes:
+        config: the content of config.json.
+        shapes: the shape of every stored weight by name.
+        vocabulary: rows of the token embedding; None where the files do not state it.
+        context: longest sequence in tokens; None where the files do not state it.
+    """
 
     path: Path
     config: Mapping[str, Any]
@@ -56,16 +70,16 @@ class FolderFacts:
 
 
 def examine_folder(folder: str | Path, *, tokenizer: bool = True) -> FolderFacts:
-    """The facts of a local folder with a language model, as `save_pretrained` of transformers leaves it.
+    """The facts of a local folder with a language model, as `save_pretrained` of transformers writes it.
 
     Takes milliseconds; imports neither torch nor transformers.
 
     Args:
-        folder: as the user has written it; `~` is resolved.
+        folder: as the user wrote it; `~` is resolved.
         tokenizer: whether the folder must hold a tokenizer too.
 
     Raises:
-        UserError: in one line, what Poise cannot do with the folder and what to do instead.
+        UserError: Poise cannot use the folder; the message says in one line why, and what to do instead.
     """
     path = _existing(folder)
     _check_adapter(path)
@@ -113,7 +127,7 @@ def _existing(folder: str | Path) -> Path:
 
 
 def _check_adapter(path: Path) -> None:
-    """transformers would follow an adapter to the base model that it names, wherever that is."""
+    """UserError for an adapter: transformers would load the base model that it names, wherever that is."""
     if not (path / "adapter_config.json").is_file():
         return
     base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
@@ -124,6 +138,7 @@ def _check_adapter(path: Path) -> None:
 
 
 def _config(path: Path) -> dict[str, Any]:
+    """The content of config.json; UserError for a folder in another format."""
     if (path / "config.json").is_file():
         return read_json(path / "config.json")
     if any(path.glob("*.gguf")):
@@ -150,10 +165,10 @@ def _check_architecture(path: Path, config: Mapping[str, Any]) -> None:
         )
     if kind in _RECURRENT.split():
         raise UserError(f"{path} holds a recurrent model ({kind}): Poise trains and samples attention models only")
-    named = [name for name in config.get("architectures") or () if isinstance(name, str)]
-    if named and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in named):
+    names = [name for name in config.get("architectures") or () if isinstance(name, str)]
+    if names and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
         raise UserError(
-            f"{path} holds a {named[0]}, which has no head for the next token: name a causal language model"
+            f"{path} holds a {names[0]}, which has no head for the next token: name a causal language model"
         )
 
 
@@ -171,14 +186,15 @@ def _stored_weights(path: Path) -> dict[str, StoredTensor]:
 
 
 def _weight_files(path: Path) -> list[str]:
+    """The names of the safetensors files that transformers would load; UserError where one is missing."""
     if (path / "model.safetensors").is_file():
         return ["model.safetensors"]
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        places = read_json(index).get("weight_map")
-        if not isinstance(places, dict) or not places:
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{index} does not say which file holds which weight (weight_map)")
-        names = sorted({str(name) for name in places.values()})
+        names = sorted({str(name) for name in weight_map.values()})
         if missing := [name for name in names if not (path / name).is_file()]:
             raise UserError(f"{path}: {len(missing)} of {len(names)} weight files are missing, first {missing[0]}")
         return names
@@ -193,7 +209,10 @@ def _weight_files(path: Path) -> list[str]:
 
 
 def _check_tied(path: Path, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> None:
-    """UserError for a head beside the embedding that it is tied to: transformers would use it, and vLLM would not."""
+    """UserError for a stored head that differs from the embedding that it is tied to.
+
+    transformers would use the stored head, vLLM the embedding.
+    """
     if config.get("tie_word_embeddings") is not True:
         return
     heads = [tensor for name, tensor in tensors.items() if name.endswith(_HEADS)]
@@ -206,25 +225,27 @@ def _check_tied(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Sto
 
 
 def _check_layers(path: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """transformers leaves out stored layers beyond those that config.json counts, without an error."""
-    stated = _stated(config, _LAYERS)
-    numbers = [int(found[1]) for name in shapes if (found := _LAYER.search(name))]
-    if stated is None or not numbers:
+    """UserError for more stored layers than config.json states: transformers would ignore them without an error."""
+    layers = _number(config, _LAYERS)
+    matches = [_LAYER.search(name) for name in shapes]
+    numbers = [int(match[1]) for match in matches if match]
+    if layers is None or not numbers:
         return
-    extra = _stated(config, ("num_nextn_predict_layers", "mtp_num_hidden_layers")) or 0  # heads for further tokens
-    if max(numbers) >= stated + extra:
-        raise UserError(f"{path}: config.json says {stated} layers and {max(numbers) + 1} are stored")
+    # layers that predict further tokens are numbered after the others
+    extra = _number(config, ("num_nextn_predict_layers", "mtp_num_hidden_layers")) or 0
+    if max(numbers) >= layers + extra:
+        raise UserError(f"{path}: config.json says {layers} layers and {max(numbers) + 1} are stored")
 
 
 def _vocabulary(path: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-    """The rows of the token embedding, which must be what config.json says."""
-    stated = _stated(config, ("vocab_size",))
+    """The rows of the token embedding; UserError where config.json states another number."""
+    vocab_size = _number(config, ("vocab_size",))
     rows = [shape[0] for name, shape in shapes.items() if _is_embedding(name, shape)]
-    if not rows or stated is None:
-        return rows[0] if rows else stated
-    if stated not in rows:
-        raise UserError(f"{path}: config.json says vocab_size {stated} and the stored embedding has {rows[0]} rows")
-    return stated
+    if not rows or vocab_size is None:
+        return rows[0] if rows else vocab_size
+    if vocab_size not in rows:
+        raise UserError(f"{path}: config.json says vocab_size {vocab_size} and the stored embedding has {rows[0]} rows")
+    return vocab_size
 
 
 def _is_embedding(name: str, shape: tuple[int, ...]) -> bool:
@@ -233,12 +254,12 @@ def _is_embedding(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def context_length(config: Mapping[str, Any]) -> int | None:
-    """The longest sequence of a model with this config, under the first of the names that models have for it."""
-    return _stated(config, _POSITIONS)
+    """The longest sequence, in tokens, of a model with this config; None where the config does not state it."""
+    return _number(config, _POSITIONS)
 
 
-def _stated(config: Mapping[str, Any], names: Iterable[str]) -> int | None:
-    """The first of these numbers in a config, or in the part of it that is about text."""
+def _number(config: Mapping[str, Any], names: Iterable[str]) -> int | None:
+    """The first positive number under one of these names in a config, or in its section `text_config`."""
     nested = config.get("text_config")
     for part in (config, nested if isinstance(nested, dict) else {}):
         for name in names:
@@ -254,6 +275,7 @@ def has_tokenizer(path: Path) -> bool:
 
 
 def _check_tokenizer(path: Path) -> None:
+    """UserError for a folder without a tokenizer, or whose JSON files for it cannot be read."""
     if not has_tokenizer(path):
         raise UserError(
             f"{path} holds a model without a tokenizer (no tokenizer.json): copy the tokenizer's files from the model "

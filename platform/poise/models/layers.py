@@ -18,7 +18,7 @@ ACTIVATIONS: dict[str, Activation] = {"relu": nn.ReLU, "silu": nn.SiLU, "softplu
 class Normalize(nn.Module):
     """`(x - mean) / std` per channel, for x (N, C, H, W) in [0, 1].
 
-    It is a layer of the model, so that attacks and threats stay in pixel units (papers/adversarial.md, 1).
+    Normalization is a layer of the model, so that attacks and threats are in pixel units (papers/adversarial.md, 1).
     """
 
     mean: Tensor
@@ -34,7 +34,7 @@ class Normalize(nn.Module):
 
 
 def conv3x3(inside: int, outside: int, stride: int = 1, *, bias: bool = False) -> nn.Conv2d:
-    """A 3x3 convolution that keeps the side, or halves it (rounding up) with stride 2."""
+    """A 3x3 convolution that keeps the sides of the image; stride 2 halves them, rounding up."""
     return nn.Conv2d(inside, outside, 3, stride=stride, padding=1, bias=bias)
 
 

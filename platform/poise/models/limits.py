@@ -1,4 +1,4 @@
-"""How many different tokens a language model has, and how long a sequence it can hold."""
+"""The limits of a language model: the size of its vocabulary and the length of its context."""
 
 from __future__ import annotations
 
@@ -19,22 +19,25 @@ _UNLIMITED = 2**31
 
 @dataclass(frozen=True)
 class ModelLimits:
-    """The rows of the token embedding, and the longest sequence in tokens."""
+    """The number of rows of the token embedding, and the longest sequence in tokens."""
 
     vocabulary: int = _UNLIMITED
     context: int = _UNLIMITED
 
     def check_ids(self, tokens: Iterable[int]) -> None:
-        """UserError for a token that the embedding does not have."""
-        if (largest := max(tokens, default=0)) >= self.vocabulary:
+        """UserError for a token id that has no row in the embedding."""
+        largest = max(tokens, default=0)
+        if largest >= self.vocabulary:
             raise UserError(
                 f"its tokens go up to {largest} and the model has embeddings of {self.vocabulary}: the tokenizer is "
                 "not this model's"
             )
 
-    def check_room(self, prompts: Iterable[Sequence[int]], tokens: int, key: str = "max_tokens") -> None:
-        """UserError for an empty prompt, for one that the model has no embeddings for, and for one after which `tokens`
-        more, as `key` says, do not fit."""
+    def check_context_length(self, prompts: Iterable[Sequence[int]], tokens: int, key: str = "max_tokens") -> None:
+        """UserError for a prompt that is empty, has a token without embedding, or leaves no room for `tokens` more.
+
+        `key` is the setting of a spec that decides how many more, for the message.
+        """
         for prompt in prompts:
             if not prompt:
                 raise UserError("a prompt has no token; begin it with the model's BOS token")
@@ -50,6 +53,7 @@ NO_LIMITS = ModelLimits()
 
 
 def model_limits(model: nn.Module) -> ModelLimits:
-    """The limits of an opened model of transformers, the defaults of its class included."""
+    """The limits of an opened model of transformers, whose config has the defaults of its class filled in."""
     rows = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
-    return ModelLimits(rows, context_length(model.config.to_dict()) or _UNLIMITED)  # type: ignore[union-attr, operator]
+    config = model.config.to_dict()  # type: ignore[union-attr, operator]
+    return ModelLimits(rows, context_length(config) or _UNLIMITED)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from poise.models.architectures import ResidualPlan
 from poise.models.layers import Activation, conv3x3, pooled_linear
-from poise.models.plans import ResidualPlan
 
 __all__ = ["residual_network"]
 
@@ -17,10 +17,12 @@ class PostActBlock(nn.Module):
 
     def __init__(self, inside: int, outside: int, stride: int, activation: Activation) -> None:
         super().__init__()
-        self.conv1, self.bn1 = conv3x3(inside, outside, stride), nn.BatchNorm2d(outside)
-        self.conv2, self.bn2 = conv3x3(outside, outside), nn.BatchNorm2d(outside)
+        self.conv1 = conv3x3(inside, outside, stride)
+        self.bn1 = nn.BatchNorm2d(outside)
+        self.conv2 = conv3x3(outside, outside)
+        self.bn2 = nn.BatchNorm2d(outside)
         self.activation = activation()
-        self.shortcut = nn.Sequential()
+        self.shortcut = nn.Sequential()  # the identity where the shape does not change
         if stride != 1 or inside != outside:
             self.shortcut = nn.Sequential(_conv1x1(inside, outside, stride), nn.BatchNorm2d(outside))
 
@@ -32,7 +34,7 @@ class PostActBlock(nn.Module):
 
 
 class PreActBlock(nn.Module):
-    """Normalise and activate before each convolution (He et al. 2016).
+    """Two convolutions, each after a normalisation and an activation (He et al. 2016).
 
     Where the shape changes, the shortcut is a 1x1 convolution of the activated input, as in PreAct-ResNet-18 and in
     the wide ResNets.
@@ -40,8 +42,10 @@ class PreActBlock(nn.Module):
 
     def __init__(self, inside: int, outside: int, stride: int, activation: Activation) -> None:
         super().__init__()
-        self.bn1, self.conv1 = nn.BatchNorm2d(inside), conv3x3(inside, outside, stride)
-        self.bn2, self.conv2 = nn.BatchNorm2d(outside), conv3x3(outside, outside)
+        self.bn1 = nn.BatchNorm2d(inside)
+        self.conv1 = conv3x3(inside, outside, stride)
+        self.bn2 = nn.BatchNorm2d(outside)
+        self.conv2 = conv3x3(outside, outside)
         self.activation = activation()
         self.shortcut = _conv1x1(inside, outside, stride) if stride != 1 or inside != outside else None
 
@@ -58,18 +62,24 @@ def residual_network(
     last = plan.stages[-1] * width
     stem: list[nn.Module] = [conv3x3(channels, width)]
     final: list[nn.Module] = []
-    (final if plan.preactivated else stem).extend([nn.BatchNorm2d(last if plan.preactivated else width), activation()])
+    # blocks that activate first leave the sum of the last one to be normalised; the others need an activated stem
+    if plan.preactivated:
+        final = [nn.BatchNorm2d(last), activation()]
+    else:
+        stem += [nn.BatchNorm2d(width), activation()]
     return nn.Sequential(*stem, *_blocks(plan, width, activation), *final, pooled_linear(last, classes))
 
 
 def _blocks(plan: ResidualPlan, width: int, activation: Activation) -> Iterator[nn.Module]:
+    """The blocks of all stages in order; the first block of every stage but the first has stride 2."""
     block = PreActBlock if plan.preactivated else PostActBlock
     inside = width
     for stage, factor in enumerate(plan.stages):
+        outside = factor * width
         for index in range(plan.blocks):
             stride = 2 if stage > 0 and index == 0 else 1
-            yield block(inside, factor * width, stride, activation)
-            inside = factor * width
+            yield block(inside, outside, stride, activation)
+            inside = outside
 
 
 def _conv1x1(inside: int, outside: int, stride: int) -> nn.Conv2d:

@@ -1,9 +1,9 @@
-"""Logits of a language model at chosen positions, a bounded number of them at a time.
+"""Logits of a language model at selected positions, a bounded number at a time.
 
 The logits of a whole batch are by far the largest tensor of an evaluation: 256 sequences of 165 tokens with a
-vocabulary of 151,936 have 26 GB. Here the head is applied only where something is scored, to `VALUES_AT_ONCE` numbers
-at a time; a sequence that needs more is passed through the model again for each part. The results are those of one
-pass over everything, up to the rounding of its matrix products.
+vocabulary of 151,936 take 26 GB. Here the head is applied only to positions that are scored, for at most
+`VALUES_AT_ONCE` logits at a time; a sequence that needs more is passed through the model once for each part. The
+results equal those of a single pass up to the rounding of its matrix products.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 __all__ = ["TOKENS_AT_ONCE", "VALUES_AT_ONCE", "PositionLogits", "position_logits"]
 
 VALUES_AT_ONCE = 2**26
-"""Logits that a forward pass returns at most: 256 MiB in float32."""
+"""The largest number of logits that a forward pass returns: 256 MiB in float32."""
 
 TOKENS_AT_ONCE = 2**15
-"""Tokens of a forward pass, padding included."""
+"""The largest number of tokens of a forward pass, padding included."""
 
 
 class PositionLogits(NamedTuple):
-    """Logits (M, V) in float32 of M positions, and the row and column (M,) of each."""
+    """Logits (M, V) in float32 of M positions, with the row and the column (M,) of each position."""
 
     rows: Tensor
     columns: Tensor
@@ -47,58 +47,71 @@ def position_logits(
         model: in transformers' calling convention, already in evaluation mode; call this without gradients.
         ids: (B, T) int64, padded on the right.
         mask: (B, T), 0 on padding.
-        selected: (B, T) bool; what is selected of a row is a run of positions without gaps, or nothing.
-        values_at_once, tokens_at_once: bounds on a forward pass; a single position and a single row are the least.
+        selected: (B, T) bool; the selected positions of a row must be contiguous. A row may have none.
+        values_at_once, tokens_at_once: bounds on a forward pass, which has at least one position and one row.
     """
-    values, tokens = values_at_once or VALUES_AT_ONCE, tokens_at_once or TOKENS_AT_ONCE
-    vocabulary, keeps = int(model.config.vocab_size), _keeps_logits(model)  # type: ignore[union-attr, arg-type]
-    for group in _groups(mask, selected, max(1, values // vocabulary), tokens, whole_rows=not keeps):
-        width = int(mask[group].sum(1).max())
-        columns = selected[group].any(0).nonzero()[:, 0]
-        step = max(1, values // (vocabulary * len(group))) if keeps else len(columns)
+    values = values_at_once or VALUES_AT_ONCE
+    tokens = tokens_at_once or TOKENS_AT_ONCE
+    vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    partial_head = _has_partial_head(model)
+    for group in _groups(mask, selected, max(1, values // vocabulary), tokens, whole_rows=not partial_head):
+        width = int(mask[group].sum(1).max())  # without the padding that all rows of the group have
+        columns = selected[group].any(0).nonzero()[:, 0]  # selected in any row of the group
+        step = max(1, values // (vocabulary * len(group))) if partial_head else len(columns)
         for part in torch.split(columns, step):
-            options = {"logits_to_keep": part} if keeps else {}
+            options = {"logits_to_keep": part} if partial_head else {}
             inputs = {"input_ids": ids[group, :width], "attention_mask": mask[group, :width].long()}
             logits = model(**inputs, use_cache=False, **options).logits  # (group, part or width, V)
-            logits = logits if keeps else logits[:, part]
+            logits = logits if partial_head else logits[:, part]
             places = selected[group][:, part].nonzero()  # (M, 2)
+            # the copies in float32 are smaller than the logits themselves
             for place in torch.split(places, max(1, values // (4 * vocabulary))):
-                yield PositionLogits(group[place[:, 0]], part[place[:, 1]], logits[place[:, 0], place[:, 1]].float())
+                rows, positions = place.unbind(1)
+                yield PositionLogits(group[rows], part[positions], logits[rows, positions].float())
 
 
-def _keeps_logits(model: nn.Module) -> bool:
-    """Whether the model can apply its head to some positions only."""
+def _has_partial_head(model: nn.Module) -> bool:
+    """Whether the model can apply its head to a subset of the positions."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     return "logits_to_keep" in inspect.signature(base.forward).parameters
 
 
 class _Extent(NamedTuple):
-    """The first selected position of some rows, the one behind the last, and the length of the longest row."""
+    """The first position that some rows need logits at, the end of these positions, and the longest row's length."""
 
     first: int
-    behind: int
+    end: int
     length: int
 
-    def with_row(self, other: _Extent) -> _Extent:
-        return _Extent(min(self.first, other.first), max(self.behind, other.behind), max(self.length, other.length))
+    def union(self, other: _Extent) -> _Extent:
+        """The extent of the rows of both."""
+        return _Extent(min(self.first, other.first), max(self.end, other.end), max(self.length, other.length))
 
 
 def _groups(mask: Tensor, selected: Tensor, positions: int, tokens: int, *, whole_rows: bool) -> Iterator[Tensor]:
-    """Rows that are evaluated together: few positions of logits, few tokens, and similar places of what is selected."""
-    lengths, chosen = mask.sum(1).tolist(), selected.cpu()
-    extents = {
-        row: _Extent(0 if whole_rows else places[0], length if whole_rows else places[-1] + 1, length)
-        for row, length in enumerate(lengths)
-        if (places := chosen[row].nonzero()[:, 0].tolist())
-    }
+    """Groups of rows that are evaluated together, as index tensors; rows without selected positions are left out.
+
+    A group has at most `positions` positions of logits and `tokens` tokens, padding included, unless a single row has
+    more. `whole_rows`: the head is applied to all positions of a row. Rows are sorted by extent, so that rows of a
+    group have their selected positions at similar places.
+    """
+    lengths = mask.sum(1).tolist()
+    selected = selected.cpu()
+    extents: dict[int, _Extent] = {}
+    for row, length in enumerate(lengths):
+        places = selected[row].nonzero()[:, 0].tolist()
+        if places:
+            extents[row] = _Extent(0, length, length) if whole_rows else _Extent(places[0], places[-1] + 1, length)
     group: list[int] = []
     extent = _Extent(0, 0, 0)
     for row in sorted(extents, key=extents.__getitem__):
-        larger = extent.with_row(extents[row]) if group else extents[row]
+        larger = extent.union(extents[row]) if group else extents[row]
         number = len(group) + 1
-        if group and (number * (larger.behind - larger.first) > positions or number * larger.length > tokens):
+        # rows of a group are padded to one length, and their logits are computed at one range of positions
+        if group and (number * (larger.end - larger.first) > positions or number * larger.length > tokens):
             yield torch.tensor(group, device=mask.device)
-            group, larger = [], extents[row]
+            group = []
+            larger = extents[row]
         group.append(row)
         extent = larger
     if group:

@@ -1,6 +1,7 @@
-"""Whether the weights that a model folder stores have the shapes that its config.json gives them.
+"""The check that the weights of a model folder have the shapes that its config.json gives them.
 
-The weights are not read: their shapes are compared with those of a model that is built without memory for weights.
+The weights are not read. Their shapes are compared with those of a model that is built on torch's meta device, which
+needs no memory for weights.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ _HEADS = ("num_attention_heads", "n_head")
 def check_shapes(facts: FolderFacts) -> None:
     """Compare the shapes of stored weights with those that config.json gives them.
 
-    transformers, which takes seconds to import, builds the model only where the sizes that config.json states do not
-    explain the shapes of the usual layers.
+    The model is built only where the shapes of the usual layers do not follow from the sizes in config.json, since
+    importing transformers takes seconds.
 
     Raises:
-        UserError: weights of another shape; it names the first.
+        UserError: a weight has another shape; the message names the first.
     """
-    if all(_explains_usual_layers(facts)):
+    if all(_usual_layers_agree(facts)):
         return
     expected = _expected_shapes(facts)
     wrong = [name for name, shape in facts.shapes.items() if expected.get(name, shape) != shape]
@@ -41,10 +42,15 @@ def check_shapes(facts: FolderFacts) -> None:
         )
 
 
-def _explains_usual_layers(facts: FolderFacts) -> Iterator[bool]:
-    """Whether the numbers of config.json agree with what most decoders have: embedding, attention, feed-forward."""
-    width, heads = _number(facts, *_WIDTH), _number(facts, *_HEADS)
-    intermediate, groups = _number(facts, "intermediate_size"), _number(facts, "num_key_value_heads") or heads
+def _usual_layers_agree(facts: FolderFacts) -> Iterator[bool]:
+    """For each embedding, attention and feed-forward weight, whether its shape follows from config.json.
+
+    A number that config.json does not have agrees with every shape.
+    """
+    width = _number(facts, *_WIDTH)
+    heads = _number(facts, *_HEADS)
+    intermediate = _number(facts, "intermediate_size")
+    groups = _number(facts, "num_key_value_heads") or heads
     head_width = _number(facts, "head_dim") or (width // heads if width and heads else None)
     for name, shape in facts.shapes.items():
         if not name.endswith(".weight") or len(shape) != 2:
@@ -53,7 +59,8 @@ def _explains_usual_layers(facts: FolderFacts) -> Iterator[bool]:
         if layer in ("embed_tokens", "wte"):
             yield width in (None, shape[1])
         elif layer == "q_proj":
-            yield (heads is None or head_width is None or shape[0] == heads * head_width) and width in (None, shape[1])
+            rows_agree = heads is None or head_width is None or shape[0] == heads * head_width
+            yield rows_agree and width in (None, shape[1])
         elif layer in ("k_proj", "v_proj"):
             yield groups is None or head_width is None or shape[0] == groups * head_width
         elif layer in ("gate_proj", "up_proj"):
@@ -61,7 +68,7 @@ def _explains_usual_layers(facts: FolderFacts) -> Iterator[bool]:
 
 
 def _number(facts: FolderFacts, *names: str) -> int | None:
-    """The first of these numbers in the config, or in the part of it that is about text."""
+    """The first of these numbers in the config, or in its section `text_config`; None where there is none."""
     nested = facts.config.get("text_config")
     for config in (facts.config, nested if isinstance(nested, dict) else {}):
         for name in names:
@@ -71,7 +78,10 @@ def _number(facts: FolderFacts, *names: str) -> int | None:
 
 
 def _expected_shapes(facts: FolderFacts) -> dict[str, tuple[int, ...]]:
-    """The shapes that the architecture has by the names of the stored weights; {} where it cannot be built."""
+    """The shapes of the weights of the architecture, by name with and without the prefix of the base model.
+
+    {} where the architecture cannot be built.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -81,8 +91,8 @@ def _expected_shapes(facts: FolderFacts) -> dict[str, tuple[int, ...]]:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except _CANNOT_BUILD:  # the run, which opens the model with its weights, says why
+    except _CANNOT_BUILD:  # the run opens the model with its weights, and its error names the reason
         return {}
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    prefix = f"{model.base_model_prefix}."  # left out by some who save the model without its head
+    prefix = f"{model.base_model_prefix}."  # missing from the names of a model that was saved without its head
     return {name.removeprefix(prefix): shape for name, shape in shapes.items()} | shapes

@@ -1,16 +1,18 @@
 """The one convention for the tokens that begin, end and pad a text.
 
-Training, export, samplers, oracle and evaluation all take it from here:
+Training, export, samplers, oracle and evaluation follow it:
 
-- A prompt begins with what the tokenizer puts before every text, such as BOS, once: a rendered prompt that has it
-  already gets no second one. What a tokenizer appends to every text (EOS) is left out, since a prompt is continued.
-- A completion ends with EOS, the `eos_token` of the tokenizer; where the tokenizer has none, with the first stop token
-  of the model.
-- A response ends at its first stop token: those of generation_config.json (config.json where it names none), and EOS.
+- A prompt begins with the tokens that the tokenizer puts before every text, such as BOS. A rendered prompt that already
+  begins with them gets no second copy. Tokens that the tokenizer appends to every text (EOS) are left out, since a
+  prompt is continued.
+- A completion ends with EOS, the `eos_token` of the tokenizer; if the tokenizer has none, with the first stop token of
+  the model.
+- A response ends at its first stop token. Stop tokens are those of generation_config.json (of config.json if it names
+  none), and EOS.
 - Padding is on the right and masked; no loss, logit or metric depends on its id. An export names the padding token of
-  the tokenizer for whoever samples with other software.
+  the tokenizer for users of other samplers.
 
-Where a folder disagrees with itself, `notes` says how it is read, and an export is written so that it agrees.
+Where the files of a folder contradict each other, `notes` says how they are read; an export is written consistently.
 """
 
 from __future__ import annotations
@@ -34,10 +36,12 @@ _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "ep
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Ids of the tokens that end a text; `notes` are sentences for people.
+    """Ids of the tokens that end a text.
 
-    eos: what training puts behind a completion, one of `stop`; None where no token ends a text.
-    stop: a response ends at the first of these.
+    Attributes:
+        eos: the token that training appends to a completion, one of `stop`; None where no token ends a text.
+        stop: a response ends at the first of these tokens.
+        notes: sentences for the user about contradictions in the files of the model.
     """
 
     eos: int | None
@@ -46,31 +50,39 @@ class SpecialTokens:
 
 
 def read_special_tokens(path: Path, config: Any, tokenizer: Tokenizer | None, vocabulary: int) -> SpecialTokens:
-    """Those of a model folder, whose `config` is opened (what it does not state is the default of its class).
+    """The special tokens of a model folder.
+
+    Args:
+        path: the folder.
+        config: its opened config, with the defaults of its class filled in.
+        tokenizer: its tokenizer, if it has one.
+        vocabulary: rows of its token embedding.
 
     Raises:
-        UserError: EOS lies beyond the `vocabulary` rows of the embedding.
+        UserError: EOS lies beyond the rows of the embedding.
     """
     generation = path / "generation_config.json"
-    stated = read_json(generation).get("eos_token_id") if generation.is_file() else None
+    model_stop = read_json(generation).get("eos_token_id") if generation.is_file() else None
+    if model_stop is None:
+        model_stop = config.eos_token_id
     eos = None if tokenizer is None else tokenizer.eos_token_id
-    return _agreed(stated if stated is not None else config.eos_token_id, eos, vocabulary)
+    return _special_tokens(model_stop, eos, vocabulary)
 
 
 def reconcile(model: nn.Module, tokenizer: Tokenizer) -> SpecialTokens:
-    """Make an opened model and its tokenizer agree, in place, and return what they agree on.
+    """Make the special tokens of an opened model and its tokenizer consistent, in place, and return them.
 
     Afterwards the configs of the model name EOS first among the stop tokens, and the tokenizer has an EOS if there is
-    any stop token. BOS and padding of the configs become those of the tokenizer where it has them. Settings of sampling
-    that transformers opens and does not save are dropped.
+    any stop token. BOS and padding of the configs become those of the tokenizer where it has them. Sampling settings
+    that transformers can open but refuses to save are removed.
 
     Raises:
         UserError: EOS lies beyond the rows of the embedding.
     """
     configs: list[Any] = [model.config, model.generation_config]
-    stated = next((config.eos_token_id for config in reversed(configs) if config.eos_token_id is not None), None)
+    model_stop = next((config.eos_token_id for config in reversed(configs) if config.eos_token_id is not None), None)
     vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
-    special = _agreed(stated, tokenizer.eos_token_id, vocabulary)
+    special = _special_tokens(model_stop, tokenizer.eos_token_id, vocabulary)
     special = replace(special, notes=(*special.notes, *_drop_unused_settings(model.generation_config)))
     if special.eos is None:
         return special
@@ -80,15 +92,16 @@ def reconcile(model: nn.Module, tokenizer: Tokenizer) -> SpecialTokens:
     for config in configs:
         config.eos_token_id = [special.eos, *others] if others else special.eos
         for name in ("bos_token_id", "pad_token_id"):
-            if (known := getattr(tokenizer, name)) is not None and known < vocabulary:
-                setattr(config, name, known)
+            token = getattr(tokenizer, name)
+            if token is not None and token < vocabulary:
+                setattr(config, name, token)
     return special
 
 
 def _drop_unused_settings(generation: Any) -> list[str]:
-    """transformers opens a generation config that sets a temperature beside `do_sample: false`, and does not save it.
+    """Remove sampling settings from a generation config without `do_sample: true`, and return notes about them.
 
-    Returns what was dropped, as sentences.
+    transformers opens such a config, but refuses to save it.
     """
     unused = [name for name in _SAMPLING if getattr(generation, name, None) is not None]
     if generation.do_sample or not unused:
@@ -103,7 +116,7 @@ def _drop_unused_settings(generation: Any) -> list[str]:
 
 
 def added_tokens(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What the tokenizer puts before and behind every text, such as BOS and EOS: two tuples of ids."""
+    """The ids that the tokenizer puts before every text, such as BOS, and those that it puts after it, such as EOS."""
     whole = list(tokenizer("a").input_ids)
     plain = list(tokenizer("a", add_special_tokens=False).input_ids)
     for start in range(len(whole) - len(plain) + 1):
@@ -112,11 +125,15 @@ def added_tokens(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]
     return (), ()
 
 
-def _agreed(stated: Any, eos: int | None, vocabulary: int) -> SpecialTokens:
-    """From the stop tokens that a model states and the EOS of its tokenizer."""
-    found: list[Any] = list(stated) if isinstance(stated, list | tuple) else [] if stated is None else [stated]
-    ids = [token for token in found if isinstance(token, int)]
-    if wrong := [token for token in found if not isinstance(token, int)]:
+def _special_tokens(model_stop: Any, eos: int | None, vocabulary: int) -> SpecialTokens:
+    """The special tokens from the `eos_token_id` of a model, one or several, and the EOS of its tokenizer."""
+    stated: list[Any] = []
+    if isinstance(model_stop, list | tuple):
+        stated = list(model_stop)
+    elif model_stop is not None:
+        stated = [model_stop]
+    ids = [token for token in stated if isinstance(token, int)]
+    if wrong := [token for token in stated if not isinstance(token, int)]:
         raise UserError(f"eos_token_id of the model's configs holds {wrong[0]!r}, which is no token id")
     within = [token for token in ids if 0 <= token < vocabulary]
     notes = [f"the stop token {token} is beyond the embedding and never said" for token in ids if token not in within]
@@ -131,6 +148,6 @@ def _agreed(stated: Any, eos: int | None, vocabulary: int) -> SpecialTokens:
             f"the tokenizer ends a text with token {eos} and the model's configs with {within}: completions are "
             f"trained to end with {eos}, and responses end at any of them"
         )
-    chosen = eos if eos is not None else next(iter(within), None)
-    stop = frozenset(within) if chosen is None else frozenset({*within, chosen})
-    return SpecialTokens(chosen, stop, tuple(notes))
+    end = eos if eos is not None else next(iter(within), None)
+    stop = frozenset(within) if end is None else frozenset({*within, end})
+    return SpecialTokens(end, stop, tuple(notes))

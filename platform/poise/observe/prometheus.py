@@ -16,17 +16,21 @@ from poise.observe.names import METRICS, Metric, lookup
 __all__ = ["PrometheusSink"]
 
 KEPT_S = 60.0
-"""How long the series of a run that has ended are still served: as long as Prometheus waits between two scrapes."""
+"""Seconds for which the series of a run that has ended are served: the default interval between two scrapes of
+Prometheus."""
 
 _INTERVAL_S = 15.0
+"""The interval between two scrapes that is assumed until the second scrape."""
+
 _SENT_WITHIN_S = 0.5
+"""The time for the response to a scrape to be sent."""
 
 
 class PrometheusSink:
-    """A `Sink` that keeps every metric of the table in `registry` (its own one by default) and can serve it.
+    """A `Sink` with every metric of the table in `registry` (by default a new one), which it can serve over HTTP.
 
-    The series of a run that has ended are removed a minute later, with the next scrape or the next end of a run: a
-    sweep of a thousand trials serves those that are under way. `clock` returns seconds.
+    The series of a run that has ended are removed KEPT_S later, at the next scrape or the next end of a run: a sweep of
+    a thousand trials serves only those that are running. `clock` returns seconds.
     """
 
     def __init__(self, registry: CollectorRegistry | None = None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -34,8 +38,8 @@ class PrometheusSink:
         self._clock = clock
         self._lock = threading.Lock()
         self._ended: dict[str, float] = {}
-        self._scrapes = _Scrapes(self._scraped)
-        self.registry.register(self._scrapes)  # before the others, so that what has expired is not collected
+        self._scrapes = _ScrapeHook(self._on_scrape)
+        self.registry.register(self._scrapes)  # before the metrics, so that expired series are not collected
         self._last_scrape: float | None = None
         self._interval = _INTERVAL_S
         self._collectors = {name: _collector(metric, self.registry) for name, metric in METRICS.items()}
@@ -62,8 +66,10 @@ class PrometheusSink:
             self._ended[run] = self._clock()
 
     def wait_for_scrape(self) -> None:
-        """Wait until somebody has read the last values, for about as long as there was between two scrapes, at most
-        for KEPT_S; not at all where nobody has ever read any."""
+        """Wait until Prometheus has read the last values: for 1.5 intervals between scrapes, and KEPT_S at most.
+
+        Returns at once if there was no scrape so far.
+        """
         before = self._last_scrape
         deadline = self._clock() + min(1.5 * self._interval, KEPT_S)
         while before is not None and self._last_scrape == before and self._clock() < deadline:
@@ -72,7 +78,7 @@ class PrometheusSink:
             time.sleep(_SENT_WITHIN_S)
 
     def serve(self, port: int, *, address: str = "0.0.0.0") -> int:
-        """Serve `/metrics` from a daemon thread until `close()`; returns the port, which 0 leaves to the system.
+        """Serve `/metrics` from a daemon thread until `close()`. Returns the port; with 0 the system chooses one.
 
         The default address is every interface, since Prometheus scrapes from another host. UserError if the port is
         taken, out of range or not allowed.
@@ -92,7 +98,8 @@ class PrometheusSink:
         self._shutdown.append(shutdown)
         return int(server.server_port)
 
-    def _scraped(self) -> None:
+    def _on_scrape(self) -> None:
+        """Record the time of a scrape, and remove expired series."""
         with self._lock:
             now = self._clock()
             if self._last_scrape is not None:
@@ -101,35 +108,36 @@ class PrometheusSink:
             self._expire()
 
     def _expire(self) -> None:
-        """Remove the series of every run that ended KEPT_S ago."""
-        gone = [run for run, ended in list(self._ended.items()) if self._clock() - ended >= KEPT_S]
-        for run in gone:
+        """Remove the series of every run that ended KEPT_S ago or earlier."""
+        expired = [run for run, ended in list(self._ended.items()) if self._clock() - ended >= KEPT_S]
+        for run in expired:
             self._ended.pop(run, None)
             for collector in self._collectors.values():
                 collector.remove_by_labels({"run": run})
 
     def close(self) -> None:
-        """Stop what `serve` started."""
+        """Stop the servers that `serve` started."""
         while self._shutdown:
             self._shutdown.pop()()
 
 
-class _Scrapes(Collector):
-    """Tells when the registry is read; it has no metric of its own."""
+class _ScrapeHook(Collector):
+    """A collector without metrics that calls a function whenever the registry is read."""
 
-    def __init__(self, scraped: Callable[[], None]) -> None:
-        self._scraped = scraped
+    def __init__(self, on_scrape: Callable[[], None]) -> None:
+        self._on_scrape = on_scrape
 
     def describe(self) -> Iterable[Any]:
         return ()
 
     def collect(self) -> Iterable[Any]:
-        self._scraped()
+        self._on_scrape()
         return ()
 
 
 def _collector(metric: Metric, registry: CollectorRegistry) -> Counter | Gauge | Histogram:
+    """The metric of prometheus_client for a metric of the table."""
     if metric.buckets is not None:
         return Histogram(metric.name, metric.help, metric.labels, buckets=metric.buckets, registry=registry)
-    kind = Counter if metric.kind == "counter" else Gauge
-    return kind(metric.name, metric.help, metric.labels, registry=registry)
+    metric_type = Counter if metric.kind == "counter" else Gauge
+    return metric_type(metric.name, metric.help, metric.labels, registry=registry)

@@ -1,9 +1,9 @@
 """Metrics as Parquet rows in long format: (step, epoch, split, name, value).
 
-Names used by training: loss, accuracy, lr, sum_lr (the step sizes so far, added up), grad_norm, loss/<threat>, clean,
+Names used by training: loss, accuracy, lr, sum_lr (the sum of all step sizes so far), grad_norm, loss/<threat>, clean,
 robust/<threat>, robust/average, robust/union, weight/<threat>, gap/<threat>, overfitting/<measure>. Timing rows:
-examples_per_s, seconds/<phase>. Wall-clock numbers live in the split "timing" alone, so that the rows of two identical
-runs are equal bytes. pyarrow is imported at use: a spec is checked without it.
+examples_per_s, seconds/<phase>. Wall-clock times are only in the split "timing", so that the other rows of two
+identical runs have equal bytes. pyarrow is imported at use, since checking a spec does not need it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from poise.errors import DamagedError
+from poise.errors import IntegrityError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -25,12 +25,19 @@ def schema() -> pa.Schema:
     """Columns of every metrics file: step int64, epoch float64, split string, name string, value float64."""
     import pyarrow as pa
 
-    types = {"step": pa.int64(), "epoch": pa.float64(), "split": pa.string(), "name": pa.string()}
-    return pa.schema({**types, "value": pa.float64()})
+    return pa.schema(
+        {
+            "step": pa.int64(),
+            "epoch": pa.float64(),
+            "split": pa.string(),
+            "name": pa.string(),
+            "value": pa.float64(),
+        }
+    )
 
 
 class Rows:
-    """A buffer of rows on their way to one Parquet file."""
+    """A buffer of rows for one Parquet file."""
 
     def __init__(self) -> None:
         self._rows: list[tuple[int, float, str, str, float]] = []
@@ -45,11 +52,11 @@ class Rows:
         self._rows += [(step, float(epoch), split, name, float(value)) for name, value in values.items()]
 
     def clear(self) -> None:
-        """Forget the rows, after they were written."""
+        """Remove all rows, after they were written."""
         self._rows.clear()
 
     def to_parquet(self) -> bytes:
-        """The rows in the order they were added, zstd-compressed; equal rows give equal bytes."""
+        """A Parquet file of the rows in the order they were added, zstd-compressed; equal rows give equal bytes."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -63,7 +70,7 @@ class Rows:
 def read_rows(blobs: Iterable[bytes]) -> pa.Table:
     """The rows of several Parquet files as one table of `schema()`, sorted by step, split and name.
 
-    No blob gives an empty table; DamagedError for a blob that is no Parquet file of rows.
+    The table is empty without `blobs`. IntegrityError for a blob that is not a Parquet file of rows.
     """
     import pyarrow as pa
 
@@ -76,8 +83,8 @@ def _read(blob: bytes) -> pa.Table:
     import pyarrow.parquet as pq
 
     try:
-        # Without Arrow's thread pools: a command that ends while one starts is aborted by it.
+        # Without Arrow's thread pools: a process that exits while one starts is aborted.
         table = pq.ParquetFile(pa.BufferReader(blob)).read(use_threads=False)
         return table.select(schema().names).cast(schema())
     except (pa.ArrowException, KeyError, OSError) as error:
-        raise DamagedError(f"a metrics file cannot be read: {error}") from error
+        raise IntegrityError(f"a metrics file cannot be read: {error}") from error

@@ -1,4 +1,4 @@
-"""Where metrics go. A sink refuses a name or a label that the table of `poise.observe.names` does not have."""
+"""Sinks for metrics. A sink raises for a name or a label that is not in the table of `poise.observe.names`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["NullSink", "Sink", "series_of"]
 
 
 class Sink(Protocol):
-    """Takes metrics by name; labels are keywords, `run` always among them.
+    """Takes values of metrics by name. Labels are keywords; `run` is always one of them.
 
-    An unknown name raises KeyError; a wrong kind or wrong labels raise ValueError, at the call that made the mistake.
+    Raises KeyError for an unknown name, ValueError for a wrong kind or wrong labels.
     """
 
     def inc(self, name: str, value: float = 1.0, **labels: str) -> None:
@@ -27,11 +27,11 @@ class Sink(Protocol):
         """Count `value` into a histogram."""
 
     def end(self, run: str) -> None:
-        """A run has ended: its series are of use for one more scrape. More values make it a run under way again."""
+        """Mark a run as ended: its series are kept for one more scrape. Later values mark it as running again."""
 
 
 class NullSink:
-    """Keeps nothing, but checks names and labels as the others do."""
+    """Discards all values, but checks names and labels as the other sinks do."""
 
     def inc(self, name: str, value: float = 1.0, **labels: str) -> None:
         lookup(name, "counter", labels)
@@ -48,7 +48,7 @@ class NullSink:
 
 @contextmanager
 def series_of(sink: Sink, run: str) -> Iterator[None]:
-    """The block is a run: when it ends the sink is told, and before that, whether it failed."""
+    """Count a failure if the block, which is a run, raises, and mark the run as ended."""
     try:
         yield
     except Exception:

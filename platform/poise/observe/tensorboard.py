@@ -1,4 +1,4 @@
-"""Rows as TensorBoard event files, on request."""
+"""Writes metric rows as TensorBoard event files."""
 
 from __future__ import annotations
 

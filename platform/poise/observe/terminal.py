@@ -1,4 +1,4 @@
-"""Text that others wrote, on its way to a terminal."""
+"""Safe output to a terminal of text that other people wrote."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ __all__ = ["plain_warnings", "printable"]
 
 
 def printable(text: str) -> str:
-    """The text with every control character as its escape, line breaks and tabs aside.
+    """The text with every control character except line breaks and tabs replaced by its escape.
 
-    A terminal obeys what it is sent: the name of a run or a message in a store could move the cursor or clear lines.
+    Otherwise the name of a run or a message in a store could move the cursor of the terminal or clear lines.
     """
-    return "".join(sign if sign.isprintable() or sign in "\n\t" else repr(sign)[1:-1] for sign in text)
+    return "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text)
 
 
 @contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Inside, a warning is written as one line for the user of the command, without the line of code that gave it.
+    """While the block runs, write each warning as one line, without the line of code that raised it.
 
-    Filters and whoever records warnings are left alone.
+    Does not change filters or the recording of warnings.
     """
     before = warnings.formatwarning
     warnings.formatwarning = _plain_warning

@@ -1,7 +1,7 @@
-"""Where the time of a step goes: one context manager per phase, at the same points of every loop.
+"""Timers of the phases of a step: one context manager per phase, at the same points of every loop.
 
-Invariant: at any moment at most one phase runs. A phase opened inside another pauses it, so the seconds are exclusive
-and their sum never exceeds the wall clock.
+Invariant: at most one phase runs at a time. A phase opened inside another pauses it, so the sum of all seconds never
+exceeds the wall-clock time.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ __all__ = ["PhaseTimers"]
 
 
 class PhaseTimers:
-    """`with timers("attack"): ...` charges wall-clock seconds to a phase; about 1 us per use, not thread-safe.
+    """`with timers("attack"): ...` adds wall-clock seconds to a phase; about 1 us per use, not thread-safe.
 
-    `clock` returns seconds. On a GPU the host's clock sees launches, not kernels: pass a clock that synchronizes first
-    to see the device's time.
+    `clock` returns seconds. On a GPU the host's clock measures launches, not kernels: pass a clock that synchronizes
+    first to measure the device's time.
     """
 
     def __init__(self, phases: Sequence[str] = PHASES, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._seconds = dict.fromkeys(phases, 0.0)
-        self._taken = dict(self._seconds)
+        self._last_take = dict(self._seconds)
         self._spans = {phase: _Span(self, phase) for phase in phases}
         self._open: list[str] = []
         self._mark = 0.0
@@ -35,16 +35,18 @@ class PhaseTimers:
 
     @property
     def totals(self) -> dict[str, float]:
-        """Seconds of every phase since the beginning, the part of an open phase included."""
+        """Seconds of every phase since the start, including the elapsed part of an open phase."""
         self._charge()
         return dict(self._seconds)
 
     def take(self) -> dict[str, float]:
-        """Seconds of every phase since the last `take`, the part of an open phase included."""
-        before, self._taken = self._taken, self.totals
-        return {phase: seconds - before[phase] for phase, seconds in self._taken.items()}
+        """Seconds of every phase since the last `take`, including the elapsed part of an open phase."""
+        before = self._last_take
+        self._last_take = self.totals
+        return {phase: seconds - before[phase] for phase, seconds in self._last_take.items()}
 
     def _charge(self) -> None:
+        """Add the seconds since the last call to the innermost open phase."""
         now = self._clock()
         if self._open:
             self._seconds[self._open[-1]] += now - self._mark
@@ -52,12 +54,13 @@ class PhaseTimers:
 
 
 class _Span:
-    """Stateless, so that one object per phase serves every use and every depth."""
+    """The context manager of one phase. It has no state, so that one object serves all uses, nested ones too."""
 
     __slots__ = ("_phase", "_timers")
 
     def __init__(self, timers: PhaseTimers, phase: str) -> None:
-        self._timers, self._phase = timers, phase
+        self._timers = timers
+        self._phase = phase
 
     def __enter__(self) -> None:
         self._timers._charge()

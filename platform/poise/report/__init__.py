@@ -1,1 +1,1 @@
-"""Figures and pages."""
+"""Tables, figures and the HTML page of runs."""

@@ -1,4 +1,4 @@
-"""What a page is made of, whatever the kind of run: grids of cells, and figures. A terminal prints the same grids."""
+"""The parts of a page, for runs of any kind: tables of cells, and figures. A terminal prints the same tables."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from matplotlib.figure import Figure
 from poise.report import figures
 from poise.report.record import RunRecord
 from poise.stats import wilson
+from poise.store.result import RunResult
 
-__all__ = ["Cell", "Column", "Drawn", "Grid", "Line", "Section", "draw", "number", "percent", "warning_grids"]
+__all__ = ["Cell", "Column", "RenderedFigure", "Row", "Section", "Table", "draw", "number", "percent", "warning_tables"]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A value as text, what stands below it in small print (an interval), and whether it is the best of its column."""
+    """A value as text, the small print below it (an interval), and whether it is the best of its column."""
 
     text: str
     below: str = ""
@@ -27,21 +28,24 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """The heading of a column of numbers.
+    """A column of a table.
 
-    `colour` (CSS) ties it to a line of a figure; a column that is not `brief` is on the page only. A column of `prose`
-    holds sentences, which are broken into lines and never cut.
+    Attributes:
+        label: its heading.
+        colour: CSS colour of the line in a figure that shows the same measure.
+        in_terminal: whether a terminal shows the column; the page shows all columns.
+        prose: it holds sentences, which are wrapped and never truncated.
     """
 
     label: str
     colour: str = ""
-    brief: bool = True
+    in_terminal: bool = True
     prose: bool = False
 
 
 @dataclass(frozen=True)
-class Line:
-    """One line: its heading, small print below that, and a cell per column. A terminal shows only the `selected`."""
+class Row:
+    """One row: its heading, small print below it, and a cell per column. A terminal shows only `selected` rows."""
 
     head: str
     note: str
@@ -50,61 +54,81 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Grid:
+class Table:
     """A table: `title` for a terminal, `caption` (a sentence or two: unit, intervals, protocol) for the page."""
 
     title: str
     caption: str
     heading: str
     columns: Sequence[Column]
-    lines: Sequence[Line]
+    rows: Sequence[Row]
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A figure on its way into the page."""
+class RenderedFigure:
+    """A figure as SVG, with its title and caption."""
 
     title: str
     svg: Markup
     caption: str
 
 
+def _no_figures(records: Sequence[RunRecord]) -> Iterable[RenderedFigure | None]:
+    return ()
+
+
+def _no_details(anchor: str, record: RunRecord) -> Iterable[RenderedFigure | None]:
+    return ()
+
+
 @dataclass(frozen=True)
 class Section:
-    """How one kind of run is shown: grids and figures of all its runs beside each other, and figures of each alone.
+    """How the runs of one kind are shown.
 
-    `unit` is what its speed counts.
+    Attributes:
+        title: heading of the section.
+        result: class of the result of these runs.
+        tables: tables that compare the given runs.
+        rendered_figures: figures that compare the given runs.
+        details: figures of one run; its anchor begins their names.
+        unit: what the speed of a run counts, per second.
     """
 
     title: str
-    grids: Callable[[Sequence[RunRecord]], Iterable[Grid]]
-    drawings: Callable[[Sequence[RunRecord]], Iterable[Drawn | None]]
-    details: Callable[[str, RunRecord], Iterable[Drawn | None]]
+    result: type[RunResult]
+    tables: Callable[[Sequence[RunRecord]], Iterable[Table]]
+    rendered_figures: Callable[[Sequence[RunRecord]], Iterable[RenderedFigure | None]] = _no_figures
+    details: Callable[[str, RunRecord], Iterable[RenderedFigure | None]] = _no_details
     unit: str = "images"
 
 
-def warning_grids(records: Sequence[RunRecord]) -> Iterator[Grid]:
-    """One grid with the warnings of all these runs, or none."""
-    doubts = [(record, words) for record in records for words in record.summary.get("warnings") or ()]
-    if doubts:
-        lines = [Line(record.name, "", [Cell(words)]) for record, words in doubts]
+def warning_tables(records: Sequence[RunRecord]) -> Iterator[Table]:
+    """One table with the warnings of all these runs, or none."""
+    rows = []
+    for record in records:
+        if record.result:
+            rows += [Row(record.name, "", [Cell(warning)]) for warning in record.result.warnings]
+    if rows:
         columns = [Column("warning", prose=True)]
-        yield Grid("Warnings", "What should make one doubt these results.", "run", columns, lines)
+        yield Table("Warnings", "Reasons to doubt these results.", "run", columns, rows)
 
 
-def draw(name: str, title: str, figure: Figure | None, caption: str) -> Drawn | None:
+def draw(name: str, title: str, figure: Figure | None, caption: str) -> RenderedFigure | None:
     """A figure as SVG; `name` is unique in the page. None where there is nothing to draw."""
     if figure is None:
         return None
-    return Drawn(title, Markup(figures.to_svg(figure, name, f"{title}. {caption}")), caption)
+    return RenderedFigure(title, Markup(figures.to_svg(figure, name, f"{title}. {caption}")), caption)
 
 
 def percent(share: float, examples: int = 0, *, top: bool = False) -> Cell:
     """A share in [0, 1] in percent, with its 95% Wilson interval over `examples`; a dash for what is not finite."""
     if not math.isfinite(share):
         return Cell("\u2013")
-    low, high = wilson(share, examples) if examples else (math.nan, math.nan)
-    return Cell(f"{100 * share:.1f}", f"{100 * low:.1f}\u2013{100 * high:.1f}" if examples else "", top)
+    interval = ""
+    if examples:
+        low, high = wilson(share, examples)
+        interval = f"{100 * low:.1f}\u2013{100 * high:.1f}"
+    return Cell(f"{100 * share:.1f}", interval, top)
 
 
 def number(
@@ -113,4 +137,5 @@ def number(
     """A number in `form`, with an interval if there is one; a dash for None and for what is not finite."""
     if value is None or not math.isfinite(value):
         return Cell("\u2013")
-    return Cell(format(value, form), "\u2013".join(format(end, form) for end in interval or ()), top)
+    ends = [format(end, form) for end in interval or ()]
+    return Cell(format(value, form), "\u2013".join(ends), top)

@@ -1,34 +1,30 @@
-"""Which section of a page shows which kind of run."""
+"""Runs grouped by the section of the page that shows their kind."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from poise.report import align, bounds, calibrate, evaluation, language, manifold, robust, sweep
-from poise.report.blocks import Section
+from poise.report.blocks import Section, Table
 from poise.report.record import RunRecord
+from poise.store.result import RunResult
 
-__all__ = ["SECTIONS", "grouped"]
+__all__ = ["Sections", "grouped"]
 
-_NOTHING = Section("Runs", lambda records: (), lambda records: (), lambda anchor, record: ())
-
-SECTIONS: Mapping[str, Section] = {
-    "robust.train": robust.SECTION,
-    "robust.evaluate": evaluation.SECTION,
-    "robust.vae": manifold.SECTION,
-    "robust.manifold": manifold.SECTION,
-    "bounds.report": bounds.SECTION,
-    "finetune.sft": language.SECTION,
-    "align.selfplay": align.SECTION,
-    "calibrate.measure": calibrate.SECTION,
-    "sweep": sweep.SECTION,
-}
+Sections = Mapping[str, Section]
+"""The section of each kind of run, by name of the kind. The registry of kinds provides them."""
 
 
-def grouped(records: Sequence[RunRecord]) -> Iterator[tuple[Section, list[RunRecord]]]:
+def _no_tables(records: Sequence[RunRecord]) -> Sequence[Table]:
+    return ()
+
+
+_UNKNOWN_KIND = Section("Runs", RunResult, _no_tables)
+
+
+def grouped(records: Sequence[RunRecord], sections: Sections) -> Iterator[tuple[Section, list[RunRecord]]]:
     """Records by the section that shows them, in the order in which each first appears."""
     groups: dict[str, tuple[Section, list[RunRecord]]] = {}
     for record in records:
-        section = SECTIONS.get(record.kind, _NOTHING)
+        section = sections.get(record.kind, _UNKNOWN_KIND)
         groups.setdefault(section.title, (section, []))[1].append(record)
     yield from groups.values()

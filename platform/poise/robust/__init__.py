@@ -1,1 +1,1 @@
-"""Robustness under attack: threats, attacks, objectives and honest evaluation."""
+"""Robustness under attack: threats, attacks, objectives of adversarial training, and evaluation."""

@@ -1,4 +1,4 @@
-"""The robust sections of a spec: what the adversary may do, how robustness is measured.
+"""The robust sections of a spec: the threats, and how robustness is measured.
 
 Step sizes are lengths in the norm of their own threat, so that one default serves all three: an l1 step of length `s`
 over `k` coordinates moves each by `s / k`. (In the convention "alpha * 20 / k per coordinate" of the multi-norm codes,
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from poise.spec import Real, Section, mistake
+from poise.spec import ExactNumber, SpecModel, field_error
 
 __all__ = [
     "NORMS",
@@ -40,14 +40,14 @@ def _sparsity(value: Sparsity) -> Sparsity:
 
 
 def _pair(value: Any) -> Any:
-    """YAML has lists only; a range is kept as a tuple because a section is immutable."""
+    """A range as a tuple, because a section is immutable; YAML has lists only."""
     return tuple(value) if isinstance(value, list) else value
 
 
 def oversized(norm: Norm, eps: float, dimensions: int | None, key: str = "eps") -> str | None:
-    """Why a ball of this radius cannot be meant, or None: no two images of so many values in [0, 1] are as far apart.
+    """Why this radius is too large, or None: no two images of so many values in [0, 1] are that far apart.
 
-    Without `dimensions`, only what no image could be as large for. The length may be another one than a radius: `key`.
+    Without `dimensions` only linf has a limit. `key` is the name of the length in the message, if it is not a radius.
     """
     if norm == "linf":
         limit = 1.0
@@ -64,20 +64,20 @@ def oversized(norm: Norm, eps: float, dimensions: int | None, key: str = "eps") 
 
 
 Coordinates = Annotated[Sparsity, BeforeValidator(_pair), AfterValidator(_sparsity)]
-"""How many coordinates one l1 step moves, as a spec writes it."""
+"""How many coordinates one l1 step moves: a count, or a range as a list of two in YAML."""
 
 
-class ThreatSpec(Section):
+class ThreatSpec(SpecModel):
     """One ball around an image and the projected gradient ascent that searches it."""
 
     attack: Literal["pgd", "apgd"] = Field(
         default="pgd", description="pgd: steps of one length; apgd: Auto-PGD, which chooses its steps itself"
     )
-    eps: Annotated[Real, Field(ge=0, le=1_000_000)] = Field(
+    eps: Annotated[ExactNumber, Field(ge=0, le=1_000_000)] = Field(
         description="radius of the ball in its own norm, pixels in [0, 1]; a fraction such as 8/255 is read exactly"
     )
     steps: int = Field(default=10, ge=1, le=1000, description="gradient steps of one run of the attack")
-    step_size: Annotated[Real, Field(gt=0, le=1_000_000)] | None = Field(
+    step_size: Annotated[ExactNumber, Field(gt=0, le=1_000_000)] | None = Field(
         default=None,
         description="length of a step in the threat's norm; default: in training 2.5 * eps / steps, at most eps; in "
         "tests, steps that decay from eps to 0 on a cosine",
@@ -95,7 +95,7 @@ class ThreatSpec(Section):
     )
 
     def options(self) -> dict[str, Any]:
-        """The keyword arguments that this section decides, of the attack that it names."""
+        """The keyword arguments of the attack that this section sets."""
         start = self.attack == "pgd" if self.random_start is None else self.random_start
         common = {"steps": self.steps, "restarts": self.restarts, "random_start": start}
         if self.attack == "apgd":
@@ -104,30 +104,30 @@ class ThreatSpec(Section):
         return {**common, "step_size": size, "sparsity": self.sparsity or (5, 20)}
 
     @model_validator(mode="after")
-    def _left_to_apgd(self) -> ThreatSpec:
-        given = [key for key in ("step_size", "sparsity") if getattr(self, key) is not None]
-        if self.attack == "apgd" and given:
-            raise ValueError(f"apgd chooses its own steps: remove {' and '.join(given)}, or use `attack: pgd`")
+    def _no_steps_for_apgd(self) -> ThreatSpec:
+        step_keys = [key for key in ("step_size", "sparsity") if getattr(self, key) is not None]
+        if self.attack == "apgd" and step_keys:
+            raise ValueError(f"apgd chooses its own steps: remove {' and '.join(step_keys)}, or use `attack: pgd`")
         return self
 
 
-class Threats(Section):
-    """The threats that a model faces; a mapping from norm to `ThreatSpec`, always in the order linf, l2, l1."""
+class Threats(SpecModel):
+    """The threats to a model: a mapping from norm to `ThreatSpec`, always in the order linf, l2, l1."""
 
     linf: ThreatSpec | None = Field(default=None, description="every pixel changes by at most eps")
     l2: ThreatSpec | None = Field(default=None, description="the Euclidean length of the change is at most eps")
     l1: ThreatSpec | None = Field(default=None, description="the absolute changes of all pixels sum to at most eps")
 
     @model_validator(mode="after")
-    def _some_and_sound(self) -> Threats:
+    def _check_threats(self) -> Threats:
         if not self.keys():
             raise ValueError("at least one threat is needed: linf, l2 or l1, for example `linf: {eps: 8/255}`")
         for norm, threat in self.items():
             if problem := oversized(norm, float(threat.eps), None):
-                raise mistake(f"{norm}.eps", problem)
+                raise field_error(f"{norm}.eps", problem)
             size = 0.0 if threat.step_size is None else float(threat.step_size)
             if problem := oversized(norm, size, None, "step_size"):
-                raise mistake(f"{norm}.step_size", problem)
+                raise field_error(f"{norm}.step_size", problem)
             if threat.sparsity is not None and norm != "l1":
                 raise ValueError(f"sparsity belongs to l1 alone: remove it from {norm}")
         return self
@@ -148,25 +148,28 @@ class Threats(Section):
         return len(self.keys())
 
 
-class Eigenspace(Section):
-    """The leading principal directions of the training images: what lies along them counts as on the data manifold."""
+class Eigenspace(SpecModel):
+    """The leading principal directions of the training images: perturbations along them count as on the manifold."""
 
-    rank: int = Field(ge=1, le=1_000_000, description="directions; at most what the images of the smallest class span")
-    shared: bool = Field(default=False, description="one eigenspace of all images, not one of each class")
+    rank: int = Field(
+        ge=1, le=1_000_000, description="number of directions; at most what the images of the smallest class span"
+    )
+    shared: bool = Field(default=False, description="one eigenspace for all images, not one per class")
 
 
-class EvaluateSpec(Section):
+class EvaluateSpec(SpecModel):
     """How robustness is measured: projected gradient ascent under each threat, and their union."""
 
     threats: Threats | None = Field(
         default=None, description="threats of the test; default, and always on the validation split, those of training"
     )
-    examples: int | None = Field(
+    num_examples: int | None = Field(
         default=None, ge=1, description="examples to evaluate, the same share of each class; default all"
     )
     batch_size: int = Field(
-        default=256, ge=1, le=65_536, description="examples attacked at once; the result does not hang on it"
+        default=256, ge=1, le=65_536, description="examples attacked in one batch; does not affect the result"
     )
     validation: bool = Field(
-        default=False, description="at the end, measure the validation split under these attacks too: to choose by"
+        default=False,
+        description="also measure the validation split under these attacks at the end, for model selection",
     )

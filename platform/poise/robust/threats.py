@@ -1,7 +1,7 @@
-"""Threat models: a norm ball around an image, met with the box [0, 1] that images live in.
+"""Threat models: the intersection of a norm ball around an image with the box [0, 1] of valid images.
 
 Shapes: x, delta, grad are (N, ...) with at least one trailing dimension; d is the number of values of one example.
-Everything is per example, stays on the device of its input and never waits for it.
+Every function works per example, stays on the device of its input, and never synchronises with the device.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from poise.errors import UserError
 from poise.robust.spec import NORMS, Norm, oversized
 
-__all__ = ["ORDERS", "Beside", "Threat", "project_l1_ball"]
+__all__ = ["ORDERS", "StackedThreats", "Threat", "project_l1_ball"]
 
 ORDERS: dict[str, float] = {"linf": math.inf, "l2": 2, "l1": 1}
 
@@ -45,64 +45,71 @@ class Threat:
             raise UserError(problem)
 
     def project(self, x: Tensor, delta: Tensor) -> Tensor:
-        """A feasible perturbation near `delta`; what is feasible already comes back unchanged.
+        """A feasible perturbation near `delta`; a feasible `delta` comes back unchanged.
 
         linf and l1: the nearest point of ball and box. For l1 that is a joint projection: projecting onto the ball and
-        clipping to the box afterwards throws budget away. l2: onto the ball, then the box, which only shrinks
+        clipping to the box afterwards would waste budget. l2: onto the ball, then the box, which only shrinks
         coordinates and therefore stays in the ball. Source: papers/adversarial.md, sections 1 and 2.
         """
         if self.norm == "l1":
-            room = torch.where(delta > 0, 1 - x, x)
-            return _shrink(delta.flatten(1), room.flatten(1), self.eps).view_as(delta)
-        return self.confine(x, delta.clamp(-self.eps, self.eps) if self.norm == "linf" else self.shrink(delta))
+            room = torch.where(delta > 0, 1 - x, x)  # to the side of the box that delta points to
+            return _project_l1(delta.flatten(1), room.flatten(1), self.eps).view_as(delta)
+        in_ball = delta.clamp(-self.eps, self.eps) if self.norm == "linf" else self.scale_to_ball(delta)
+        return self.clip_to_box(x, in_ball)
 
-    def confine(self, x: Tensor, delta: Tensor) -> Tensor:
+    def clip_to_box(self, x: Tensor, delta: Tensor) -> Tensor:
         """The nearest perturbation that leaves x + delta in the box."""
         return torch.minimum(torch.maximum(delta, -x), 1 - x)
 
-    def shrink(self, delta: Tensor) -> Tensor:
+    def scale_to_ball(self, delta: Tensor) -> Tensor:
         """delta scaled into the ball, in its own direction."""
-        length = torch.linalg.vector_norm(delta.flatten(1), ord=ORDERS[self.norm], dim=1)
-        return delta * _column((self.eps / length.clamp(min=_tiny(length))).clamp(max=1), delta)
+        length = torch.linalg.vector_norm(delta.flatten(1), ord=ORDERS[self.norm], dim=1)  # (N,)
+        factor = (self.eps / length.clamp(min=_tiny(length))).clamp(max=1)
+        return delta * _column(factor, delta)
 
-    def pick(self, rows: Tensor) -> Threat:
-        """The threat that some of the examples face: here it is the same for all."""
+    def select(self, rows: Tensor) -> Threat:
+        """The threat that the examples `rows` face; for a plain ball it is the same for all."""
         return self
 
     def random_start(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """A feasible perturbation: uniform in the ball, then cut to the box. Drawn on the generator's device."""
+        """A feasible perturbation: uniform in the ball, then clipped to the box. Drawn on the generator's device."""
         generator = torch.Generator() if generator is None else generator
         shape = (len(x), math.prod(x.shape[1:]) + 1)
-        return self.start_from(x, torch.rand(shape, generator=generator, dtype=x.dtype, device=generator.device))
+        uniform = torch.rand(shape, generator=generator, dtype=x.dtype, device=generator.device)
+        return self.random_start_from(x, uniform)
 
-    def start_from(self, x: Tensor, uniform: Tensor) -> Tensor:
-        """The random start that `uniform`, (N, d + 1) numbers from [0, 1), decides: d for direction, one for radius.
+    def random_start_from(self, x: Tensor, uniform: Tensor) -> Tensor:
+        """The random start that follows from `uniform`, (N, d + 1) numbers in [0, 1): d for direction, one for radius.
 
         A direction of independent normal (l2) or Laplace (l1) values, scaled to length eps * u^(1/d), is uniform in the
         ball. Source: papers/adversarial.md, section 1.
         """
         uniform = uniform.to(x.device)
         rounding = torch.finfo(uniform.dtype).eps
+        # (N, d), uniform in (-1, 1) without the ends, where the quantile functions below are infinite
         signed = (2 * uniform[:, :-1] - 1).clamp(rounding - 1, 1 - rounding)
         if self.norm == "linf":
-            return self.confine(x, (self.eps * signed).view_as(x))
+            return self.clip_to_box(x, (self.eps * signed).view_as(x))
         if self.norm == "l2":
-            direction, order = torch.erfinv(signed), 2
+            direction = torch.erfinv(signed)
+            order = 2
         else:
-            direction, order = -signed.sign() * signed.abs().clamp(min=rounding).log(), 1
+            direction = -signed.sign() * signed.abs().clamp(min=rounding).log()
+            order = 1
         length = torch.linalg.vector_norm(direction, ord=order, dim=1, keepdim=True).clamp(min=rounding)
         radius = self.eps * uniform[:, -1:] ** (1 / signed.shape[1])
-        return self.confine(x, (direction / length * radius).view_as(x))
+        return self.clip_to_box(x, (direction / length * radius).view_as(x))
 
-    def steepest(
+    def steepest_step(
         self, grad: Tensor, size: float | Tensor, *, at: Tensor | None = None, sparsity: int | Tensor = 1
     ) -> Tensor:
-        """The step of length `size`, one or (N,), in this norm that climbs `grad` fastest; none at a zero gradient.
+        """The steepest ascent step for `grad` of length `size`, a number or (N,), in this norm; 0 at a zero gradient.
 
-        linf: size * sign(g). l2: size * g / ||g||. l1: the k = `sparsity` largest |g| move by size / k each (k = 1 is
-        the steepest; more make wider, flatter progress). With `at` = x + delta, a coordinate moves at most to the side
-        of the box, and what it could not use passes to the next largest |g|: none of the length is wasted on pixels
-        that are blocked, wholly or nearly. `sparsity` may be counts (N,). Source: papers/adversarial.md, section 2.
+        linf: size * sign(g). l2: size * g / ||g||. l1: the k = `sparsity` coordinates of largest |g| move by size / k
+        each (k = 1 is the steepest step; a larger k spreads it over more coordinates). With `at` = x + delta, a
+        coordinate moves at most to the side of the box, and the length that it could not use passes to the next largest
+        |g|: no length is wasted on pixels that are blocked, wholly or nearly. `sparsity` may be counts (N,). Source:
+        papers/adversarial.md, section 2.
         """
         length = _column(size, grad) if isinstance(size, Tensor) else size
         if self.norm == "linf":
@@ -115,10 +122,10 @@ class Threat:
 
 
 @dataclass(frozen=True)
-class Beside(Threat):
-    """Several threats at once: of P * N examples, each N in a row face one of `parts`, in their order.
+class StackedThreats(Threat):
+    """P threats in one batch of P * N examples: the first N examples face the first of `parts`, and so on.
 
-    Lengths are in units of each part's eps; `norm` and `eps` say nothing more.
+    Lengths are in units of each part's eps; `norm` and `eps` have no further meaning here.
     """
 
     norm: Norm = "linf"
@@ -126,42 +133,45 @@ class Beside(Threat):
     parts: tuple[Threat, ...] = ()
 
     def check_eps(self, dimensions: int) -> None:
-        """Of each part."""
+        """Raise UserError for a part whose radius is larger than the box of so many dimensions."""
         for part in self.parts:
             part.check_eps(dimensions)
 
     def project(self, x: Tensor, delta: Tensor) -> Tensor:
         """Each part's own projection."""
-        return self._each(lambda part, *given: part.project(*given), x, delta)
+        return self._per_part(lambda part, x, delta: part.project(x, delta), x, delta)
 
-    def start_from(self, x: Tensor, uniform: Tensor) -> Tensor:
+    def random_start_from(self, x: Tensor, uniform: Tensor) -> Tensor:
         """Each part's own random start."""
-        return self._each(lambda part, *given: part.start_from(*given), x, uniform.to(x.device))
+        return self._per_part(lambda part, x, u: part.random_start_from(x, u), x, uniform.to(x.device))
 
-    def steepest(
+    def steepest_step(
         self, grad: Tensor, size: float | Tensor, *, at: Tensor | None = None, sparsity: int | Tensor = 1
     ) -> Tensor:
         """Each part's own steepest step, of length size * eps."""
-        where, counts = grad if at is None else at, torch.as_tensor(sparsity, device=grad.device).expand(len(grad))
-        return self._each(
-            lambda part, g, a, k: part.steepest(g, size * part.eps, at=None if at is None else a, sparsity=k),
-            grad,
-            where,
-            counts,
-        )
+        counts = torch.as_tensor(sparsity, device=grad.device).expand(len(grad))  # (P * N,)
 
-    def _each(self, act: Callable[..., Tensor], *given: Tensor) -> Tensor:
-        blocks = zip(*(tensor.chunk(len(self.parts)) for tensor in given), strict=True)
-        return torch.cat([act(part, *block) for part, block in zip(self.parts, blocks, strict=True)])
+        def step(part: Threat, g: Tensor, k: Tensor, a: Tensor | None = None) -> Tensor:
+            return part.steepest_step(g, size * part.eps, at=a, sparsity=k)
+
+        if at is None:
+            return self._per_part(step, grad, counts)
+        return self._per_part(step, grad, counts, at)
+
+    def _per_part(self, function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
+        """function(part, *arguments) for each part and its N rows of every argument, concatenated."""
+        chunks = [argument.chunk(len(self.parts)) for argument in arguments]  # of each argument, its rows per part
+        blocks = zip(self.parts, *chunks, strict=True)
+        return torch.cat([function(part, *block) for part, *block in blocks])
 
 
 def project_l1_ball(v: Tensor, radius: float) -> Tensor:
     """The nearest point to each example of v (N, ...) with ||.||_1 <= radius, by sorting (Duchi et al., 2008)."""
     flat = v.flatten(1)
-    return _shrink(flat, flat.abs(), radius).view_as(v)
+    return _project_l1(flat, flat.abs(), radius).view_as(v)
 
 
-def _shrink(v: Tensor, room: Tensor, radius: float) -> Tensor:
+def _project_l1(v: Tensor, room: Tensor, radius: float) -> Tensor:
     """Nearest point to v (N, d) with ||.||_1 <= radius and every |coordinate| <= room (room on the side of v's sign).
 
     It is sign(v) * clip(|v| - t, 0, room) with the least t >= 0 at which f(t) = sum_i clip(|v_i| - t, 0, room_i) is at
@@ -169,25 +179,31 @@ def _shrink(v: Tensor, room: Tensor, radius: float) -> Tensor:
     by one at each |v_i| - room_i. Sorting those 2d points gives f at all of them and hence t without iteration.
     """
     size = v.abs()
-    points = torch.cat([size, (size - room).clamp(min=0), size.new_zeros(len(v), 1)], dim=1)
-    turns = torch.cat([torch.ones_like(v), -torch.ones_like(v), v.new_zeros(len(v), 1)], dim=1)
+    zeros = v.new_zeros(len(v), 1)
+    # (N, 2d + 1): the values of t at which the slope of f changes, and by how much it changes there
+    points = torch.cat([size, (size - room).clamp(min=0), zeros], dim=1)
+    slope_changes = torch.cat([torch.ones_like(v), -torch.ones_like(v), zeros], dim=1)
     points, order = points.sort(dim=1, descending=True)
-    slope = turns.gather(1, order).cumsum(1)
-    rise = slope[:, :-1] * (points[:, :-1] - points[:, 1:])
-    value = torch.cat([rise.new_zeros(len(v), 1), rise.cumsum(1)], dim=1)
-    before = ((value < radius).sum(1, keepdim=True) - 1).clamp(min=0)
+    slope = slope_changes.gather(1, order).cumsum(1)  # between each point and the next
+    rise = slope[:, :-1] * (points[:, :-1] - points[:, 1:])  # (N, 2d)
+    value = torch.cat([zeros, rise.cumsum(1)], dim=1)  # f at each point, rising from 0
+    # the last point at which f is below the radius: t lies between it and the next
+    before = ((value < radius).sum(1, keepdim=True) - 1).clamp(min=0)  # (N, 1)
     missing = radius - value.gather(1, before)
     threshold = points.gather(1, before) - missing / slope.gather(1, before).clamp(min=1)
+    # where f(0) is at most the radius, v is in the ball already: t = 0
     threshold = threshold.masked_fill(value[:, -1:] <= radius, 0).clamp(min=0)
     return v.sign() * torch.minimum((size - threshold).clamp(min=0), room)
 
 
 def _sparse_step(grad: Tensor, room: Tensor, size: float | Tensor, sparsity: int | Tensor) -> Tensor:
-    """Spend `size` on coordinates by falling |grad|, on each at most its room and at most a k-th of `size`."""
-    counts = torch.as_tensor(sparsity, device=grad.device, dtype=grad.dtype).clamp(max=grad.shape[1]).view(-1, 1)
+    """Spend `size` on the coordinates of grad (N, d) by falling |grad|; each takes at most its room and `size` / k."""
+    counts = torch.as_tensor(sparsity, device=grad.device, dtype=grad.dtype)
+    counts = counts.clamp(max=grad.shape[1]).view(-1, 1)  # (N, 1) or (1, 1)
     order = grad.abs().argsort(dim=1, descending=True)
-    wanted = torch.minimum(room.gather(1, order), size / counts)
-    length = torch.minimum(wanted, (size - (wanted.cumsum(1) - wanted)).clamp(min=0))
+    wanted = torch.minimum(room.gather(1, order), size / counts)  # (N, d)
+    spent_before = wanted.cumsum(1) - wanted
+    length = torch.minimum(wanted, (size - spent_before).clamp(min=0))
     return torch.zeros_like(grad).scatter(1, order, length) * grad.sign()
 
 

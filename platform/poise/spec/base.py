@@ -1,40 +1,44 @@
-"""The base of every section of a spec: frozen, strict, and closed to unknown keys."""
+"""The base class of every section of a spec: frozen, strict, without unknown keys."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, LiteralString
 
 from pydantic import BaseModel, ConfigDict
 from pydantic_core import PydanticCustomError
 
 from poise.spec.inputs import Input
 
-__all__ = ["Section", "mistake"]
+__all__ = ["FIELD_ERROR", "SpecModel", "field_error"]
+
+FIELD_ERROR: LiteralString = "field_error"
+"""The error type of `field_error` in the errors of pydantic."""
 
 
-class Section(BaseModel):
+class SpecModel(BaseModel):
     """One section of a spec.
 
-    Frozen, strict (no silent `"3"` to 3), unknown keys refused. Each field carries a one-line `description`; where it
-    has a unit, the name or the description says so.
+    Frozen, strict (the text `"3"` is not converted to 3), unknown keys refused. Each field has a one-line
+    `description`. The unit of a field, if it has one, is in its name or description.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
 
     def inputs(self) -> Iterator[Input]:
-        """What is read besides the spec, by this section and by those inside it.
+        """The files, runs and code that this section and the sections inside it name.
 
-        A section that names files, runs or code yields each of them, and then `super().inputs()`.
+        A section that names any yields each of them, and then `super().inputs()`.
         """
         for key, value in self:
             yield from _inputs_of(value, key)
 
 
 def _inputs_of(value: Any, *path: str | int) -> Iterator[Input]:
-    if isinstance(value, Section):
-        for each in value.inputs():
-            yield each.below(*path)
+    """The inputs of all sections in the value at `path`: a section, or a list or dict that may hold sections."""
+    if isinstance(value, SpecModel):
+        for item in value.inputs():
+            yield item.below(*path)
     elif isinstance(value, dict):
         for key, inner in value.items():
             yield from _inputs_of(inner, *path, key)
@@ -43,6 +47,6 @@ def _inputs_of(value: Any, *path: str | int) -> Iterator[Input]:
             yield from _inputs_of(inner, *path, index)
 
 
-def mistake(path: str, message: str) -> PydanticCustomError:
-    """What a validator of a whole section raises when the fault lies at `path` (dotted) inside it."""
-    return PydanticCustomError("mistake", "{message}", {"message": message, "path": path})
+def field_error(path: str, message: str) -> PydanticCustomError:
+    """The error that a validator of a section raises for a problem at `path` (dotted) inside the section."""
+    return PydanticCustomError(FIELD_ERROR, "{message}", {"message": message, "path": path})

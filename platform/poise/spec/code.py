@@ -1,4 +1,4 @@
-"""The user's own code that a spec names as `package.module:attribute`: the files it consists of, not run."""
+"""The code of the user that a spec names as `package.module:attribute`: its files and names, without running it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = ["attributes", "code_files", "copy_code", "is_installed", "own_code"]
 
 
 def code_files(reference: str) -> dict[str, Path]:
-    """The source of the module and of every module that it imports from the folder it lies in, by name there.
+    """The source files of a module and of all modules that it imports from its own folder, by path in that folder.
 
     The working directory is searched first, then Python's path. Of an installed package only the module itself is
-    returned: its version is part of the environment of a run. Imports inside functions count; those made by name at
-    run time cannot be seen.
+    returned: its version is part of the environment of a run. Imports inside functions are followed; imports by a
+    computed name are not.
 
     Raises:
         UserError: there is no such module.
@@ -32,39 +32,44 @@ def code_files(reference: str) -> dict[str, Path]:
     module = reference.partition(":")[0]
     root = _root(module)
     _check_source(root, module)
-    pending, found = [module], dict[str, Path]()
+    pending = [module]
+    files: dict[str, Path] = {}
     while pending:
         name = pending.pop()
         for file in _sources(root, name):
             key = file.relative_to(root).as_posix()
-            if key not in found:
-                found[key] = file
-                pending += [] if _is_installed(root) else _imported(file, root)
-    return found
+            if key in files:
+                continue
+            files[key] = file
+            if not _is_installed(root):
+                pending += _imported_modules(file, root)
+    return files
 
 
 def own_code(specs: Iterable[RunSpec], *, lenient: bool = False) -> list[str]:
-    """The modules that specs name as `package.module:attribute` and that no other machine has: none is installed.
+    """The references `package.module:attribute` of specs to modules that are not installed, so only this machine has.
 
-    `lenient` passes over modules that are not on this machine: others may have them.
+    With `lenient`, modules that this machine lacks are left out, since other machines may have them.
 
     Raises:
         UserError: there is no such module.
     """
-    places = dict.fromkeys(each.place for spec in specs for each in spec.inputs() if each.kind == "code")
-    return [place for place in places if (not lenient or _is_here(place)) and not is_installed(place)]
+    inputs = [item for spec in specs for item in spec.inputs()]
+    references = dict.fromkeys(item.place for item in inputs if item.kind == "code")
+    return [ref for ref in references if (not lenient or _exists(ref)) and not is_installed(ref)]
 
 
-def _is_here(reference: str) -> bool:
+def _exists(reference: str) -> bool:
+    module = reference.partition(":")[0]
     try:
-        _check_source(_root(module := reference.partition(":")[0]), module)
+        _check_source(_root(module), module)
     except UserError:
         return False
     return True
 
 
 def copy_code(references: Iterable[str], folder: Path) -> None:
-    """Copy modules, and all that they import from where they lie, into a folder from which they can be imported."""
+    """Copy modules, and all modules that they import from their own folder, into a folder that can be imported from."""
     for reference in references:
         for name, file in code_files(reference).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +77,7 @@ def copy_code(references: Iterable[str], folder: Path) -> None:
 
 
 def attributes(reference: str) -> set[str] | None:
-    """The names that the module defines at its top level; None where they cannot be told without running it.
+    """The names that a module defines at its top level; None where they cannot be determined without running it.
 
     Raises:
         UserError: there is no such module, or it is not valid Python.
@@ -81,7 +86,7 @@ def attributes(reference: str) -> set[str] | None:
     root = _root(module)
     _check_source(root, module)
     names: set[str] = set()
-    for node in _top_level(_parsed(_sources(root, module)[-1])):
+    for node in _top_level(_parse(_sources(root, module)[-1])):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             names.add(node.name)
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -92,7 +97,7 @@ def attributes(reference: str) -> set[str] | None:
 
 
 def is_installed(reference: str) -> bool:
-    """Whether the module belongs to an installed package, to Python or to Poise: every machine has its own.
+    """Whether a module belongs to an installed package, to Python or to Poise, so that every machine has it.
 
     Raises:
         UserError: there is no such module.
@@ -102,13 +107,13 @@ def is_installed(reference: str) -> bool:
 
 
 def _root(module: str) -> Path:
-    """The folder that holds the module, or the package that it is in."""
+    """The folder that holds a module, or its top-level package; UserError where there is none."""
     top = module.partition(".")[0]
-    here = str(Path.cwd())
-    spec = PathFinder.find_spec(top, [here, *sys.path])
+    working_directory = str(Path.cwd())
+    spec = PathFinder.find_spec(top, [working_directory, *sys.path])
     places = [*(spec.submodule_search_locations or ()), spec.origin] if spec else []
     if not places or places[0] is None:
-        raise UserError(f"there is no module {top!r} in {here} or on Python's path")
+        raise UserError(f"there is no module {top!r} in {working_directory} or on Python's path")
     return Path(places[0]).parent
 
 
@@ -119,34 +124,39 @@ def _is_installed(root: Path) -> bool:
 
 
 def _check_source(root: Path, module: str) -> None:
+    """UserError unless a module or package has Python source below `root`."""
     file = root.joinpath(*module.split("."))
     if not file.with_name(f"{file.name}.py").is_file() and not (file / "__init__.py").is_file():
         raise UserError(f"there is no module {module!r} in {root}")
 
 
 def _sources(root: Path, module: str) -> list[Path]:
-    """The files that importing `module` runs, those of its packages first; empty where it is not below `root`."""
+    """The files that importing `module` runs, its packages first; [] where it is not below `root`."""
     parts = module.split(".")
     packages = [root.joinpath(*parts[:end], "__init__.py") for end in range(1, len(parts) + 1)]
     files = [*packages, root.joinpath(*parts[:-1], f"{parts[-1]}.py")]
     return [file for file in files if file.is_file()]
 
 
-def _imported(file: Path, root: Path) -> Iterator[str]:
-    """The modules that a file imports, as absolute names; a name taken from a package may be a module of it."""
+def _imported_modules(file: Path, root: Path) -> Iterator[str]:
+    """The absolute names of all modules that a file may import; `from a import b` may import the module a.b."""
     package = file.relative_to(root).parent.parts
-    for node in ast.walk(_parsed(file)):
+    for node in ast.walk(_parse(file)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            above = package[: len(package) - node.level + 1] if node.level else ()
-            base = ".".join([*above, *([node.module] if node.module else [])])
+            parts = list(package[: len(package) - node.level + 1]) if node.level else []  # of a relative import
+            if node.module:
+                parts.append(node.module)
+            base = ".".join(parts)
             if base:
                 yield base
-            yield from (".".join(filter(None, [base, alias.name])) for alias in node.names if alias.name != "*")
+            for alias in node.names:
+                if alias.name != "*":
+                    yield f"{base}.{alias.name}" if base else alias.name
 
 
-def _parsed(file: Path) -> ast.Module:
+def _parse(file: Path) -> ast.Module:
     try:
         return ast.parse(file.read_bytes())
     except (SyntaxError, ValueError) as error:
@@ -155,7 +165,7 @@ def _parsed(file: Path) -> ast.Module:
 
 
 def _top_level(tree: ast.AST) -> Iterator[ast.AST]:
-    """The nodes that run when a module is imported, what functions and classes hold left out."""
+    """The nodes that run when a module is imported, without the bodies of functions and classes."""
     for node in ast.iter_child_nodes(tree):
         yield node
         if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):

@@ -1,4 +1,4 @@
-"""What a run reads besides its spec: files, other runs, code of the user's own. Each section of a spec declares it."""
+"""The inputs of a run besides its spec: files, other runs, code of the user. Sections of a spec declare them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Input:
 
     Attributes:
         path: where the spec names it.
-        kind: files of a folder or of S3, the outputs of another run of the store, or a module of the user's own.
+        kind: files of a folder or of S3, the outputs of another run of the store, or a module of the user.
         place: a folder, a file or an S3 address; the name of a run; `package.module:attribute`.
-        pattern: for files, the regular expression of the names below `place` that are read; empty where `place` is
-            itself the file.
+        pattern: for files, a regular expression of the names below `place` that are read; empty where `place` is a
+            file.
         kinds: for a run, the kinds of jobs whose outputs can be read.
     """
 
@@ -30,10 +30,10 @@ class Input:
     kinds: tuple[str, ...] = ()
 
     def below(self, *prefix: str | int) -> Input:
-        """The same, seen from a section that has this one at `prefix`."""
+        """This input with the path that it has from a section that contains this one at `prefix`."""
         return replace(self, path=(*prefix, *self.path))
 
     @property
     def where(self) -> str:
-        """Its place in the spec for people, such as `data.root`."""
+        """Its path in the spec for messages, such as `data.root`."""
         return dotted(self.path)

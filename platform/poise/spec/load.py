@@ -1,4 +1,4 @@
-"""From a file and its overrides to a typed spec, or to every mistake at once."""
+"""Loading a typed spec from a file and its overrides, with all errors reported at once."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from poise.secrets import find_secrets, redact
+from poise.spec.base import FIELD_ERROR
 from poise.spec.problems import Path, Problem, SpecError, nearest
 from poise.spec.reader import Document, read_file
 from poise.spec.run import RunSpec
@@ -32,55 +33,59 @@ _SECRET = (
 def load(path: str | FilePath, kinds: Kinds, assignments: Sequence[str] = (), profile: str | None = None) -> RunSpec:
     """Read the spec at `path`, apply one of its `profiles`, then `a.b=value` assignments, and validate it.
 
-    Raises UserError when the file cannot be read and SpecError with every mistake when it is not a valid spec.
+    Raises:
+        UserError: the file cannot be read.
+        SpecError: it is not a valid spec; has all errors.
     """
-    return load_document(path, kinds, assignments, profile)[0]
+    spec, _ = load_document(path, kinds, assignments, profile)
+    return spec
 
 
 def load_document(
     path: str | FilePath, kinds: Kinds, assignments: Sequence[str] = (), profile: str | None = None
 ) -> tuple[RunSpec, Document]:
-    """As `load`; beside the spec the document, which knows the line of every part of it."""
+    """The spec as by `load`, and the document, which has the line of every part of the spec."""
     document = read_file(FilePath(path))
     document.take_profile(profile)
-    written = copy.deepcopy(document)
+    original = copy.deepcopy(document)
     document.override(assignments)
     try:
         return parse(document, kinds), document
     except SpecError as error:
-        raise SpecError([_blamed(problem, written, kinds, assignments) for problem in error.problems]) from None
+        problems = [_attribute(problem, original, kinds, assignments) for problem in error.problems]
+        raise SpecError(problems) from None
 
 
-def _blamed(problem: Problem, written: Document, kinds: Kinds, assignments: Sequence[str]) -> Problem:
-    """The problem, with the assignment as its place where the file alone does not have it.
+def _attribute(problem: Problem, original: Document, kinds: Kinds, assignments: Sequence[str]) -> Problem:
+    """The problem, reported at the assignments that cause it where the file without them does not have it.
 
-    A value that was set may be at fault with one that was not: 3 workers and a batch of 64.
+    An assignment can cause a problem at another key: 3 workers, and a batch of 64 in the file.
     """
-    if not assignments or not problem.line or _has(written, (), kinds, problem):
+    if not assignments or not problem.line or _has_problem(original, (), kinds, problem):
         return problem
-    single = [text for text in assignments if _has(written, [text], kinds, problem)]
-    names = [text.partition("=")[0] for text in single or assignments]  # a value may be a secret
+    causes = [text for text in assignments if _has_problem(original, [text], kinds, problem)]
+    names = [text.partition("=")[0] for text in causes or assignments]  # without values, which may be secrets
     return Problem(" ".join(f"--set {name}" for name in names), 0, problem.path, problem.message)
 
 
-def _has(written: Document, assignments: Sequence[str], kinds: Kinds, problem: Problem) -> bool:
-    """Whether the file has this problem with these assignments alone."""
-    document = copy.deepcopy(written)
+def _has_problem(original: Document, assignments: Sequence[str], kinds: Kinds, problem: Problem) -> bool:
+    """Whether the file has this problem with these assignments only."""
+    document = copy.deepcopy(original)
     try:
         document.override(assignments)
         parse(document, kinds)
     except SpecError as error:
-        return any((each.path, each.message) == (problem.path, problem.message) for each in error.problems)
+        return any((other.path, other.message) == (problem.path, problem.message) for other in error.problems)
     return False
 
 
 def parse(document: Document, kinds: Kinds) -> RunSpec:
-    """Validate a document against the class of its kind."""
+    """The spec of a document, validated against the class of its kind; SpecError with all errors."""
     kind = document.tree.get("kind")
     if not isinstance(kind, str) or kind not in kinds:
-        what = "is missing" if kind is None else f"{kind!r} is not a kind of job"
+        fault = "is missing" if kind is None else f"{kind!r} is not a kind of job"
         hint = nearest(kind, kinds) if isinstance(kind, str) else f"valid: {', '.join(sorted(kinds))}"
-        raise SpecError([document.problem(("kind",), f"{what}; {hint}")])
+        raise SpecError([document.problem(("kind",), f"{fault}; {hint}")])
     if secrets := list(find_secrets(document.tree)):
         raise SpecError([document.problem(path, _SECRET) for path in secrets])
     document.tree, document.copies = kinds[kind].expand(document.tree)
@@ -91,12 +96,12 @@ def parse(document: Document, kinds: Kinds) -> RunSpec:
 
 
 def dump(spec: BaseModel) -> str:
-    """The resolved spec as YAML: every default written out, fractions as they were written."""
+    """The resolved spec as YAML: with all defaults, and fractions in their spelling."""
     return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
 
 def sha256(spec: BaseModel) -> str:
-    """The identity of a resolved spec."""
+    """The SHA-256 of a resolved spec as YAML, which identifies it."""
     return hashlib.sha256(dump(spec).encode()).hexdigest()
 
 
@@ -113,37 +118,42 @@ def json_schema(spec_class: type[RunSpec], kind: str) -> dict[str, Any]:
 
 
 def _problems(error: ValidationError, document: Document, spec_class: type[RunSpec]) -> list[Problem]:
-    found = [
-        document.problem(_written(_loc(detail), document.tree), _message(detail, spec_class))
+    """The errors of pydantic as problems without duplicates, in the order of the file."""
+    problems = [
+        document.problem(_path_in_file(_loc(detail), document.tree), _message(detail, spec_class))
         for detail in error.errors()
     ]
-    return sorted(dict.fromkeys(found), key=lambda problem: (problem.line, problem.path and str(problem.path)))
+    return sorted(dict.fromkeys(problems), key=lambda problem: (problem.line, problem.path and str(problem.path)))
 
 
 def _loc(detail: ErrorDetails) -> Path:
-    if detail["type"] != "mistake":
+    """The location of an error, with the path inside the section that a `field_error` adds."""
+    if detail["type"] != FIELD_ERROR:
         return detail["loc"]
     inside = str(detail["ctx"]["path"]).split(".")
     return (*detail["loc"], *(int(part) if part.isdigit() else part for part in inside))
 
 
-def _written(loc: Path, tree: Any) -> Path:
-    """The path as its author wrote it: pydantic puts the tag of a union between the keys, the author does not."""
+def _path_in_file(loc: Path, tree: Any) -> Path:
+    """A location of pydantic as a path in the file: without the tags of unions, which pydantic puts between keys."""
     path: list[str | int] = []
     for index, part in enumerate(loc):
-        inside = (isinstance(tree, dict) and part in tree) or (
-            isinstance(tree, list) and isinstance(part, int) and part < len(tree)
-        )
-        if inside:
+        is_key = isinstance(tree, dict) and part in tree
+        is_index = isinstance(tree, list) and isinstance(part, int) and part < len(tree)
+        is_last = index == len(loc) - 1
+        if is_key or is_index:
             tree = tree[part]
             path.append(part)
-        elif index == len(loc) - 1 and not (isinstance(tree, dict) and part in map(tree.get, TAGS)):
+        elif is_last and not (isinstance(tree, dict) and part in map(tree.get, TAGS)):  # a missing key, not a tag
             path.append(part)
     return tuple(path)
 
 
 def _message(detail: ErrorDetails, spec_class: type[RunSpec]) -> str:
-    kind, context, given = detail["type"], detail.get("ctx", {}), detail.get("input")
+    """The message of an error of pydantic, in the words of a spec."""
+    kind = detail["type"]
+    context = detail.get("ctx", {})
+    value = detail.get("input")
     if kind == "extra_forbidden":
         return f"unknown key; {nearest(str(detail['loc'][-1]), _fields_at(spec_class, detail['loc'][:-1]))}"
     if kind == "missing":
@@ -152,35 +162,38 @@ def _message(detail: ErrorDetails, spec_class: type[RunSpec]) -> str:
         tag = str(context["discriminator"]).strip("'")
         return f"needs a `{tag}`; valid: {_choices(spec_class, detail['loc'])}"
     if kind in ("union_tag_invalid", "literal_error"):
-        allowed = re.findall(r"'([^']*)'", str(context.get("expected_tags") or context.get("expected")))
-        shown = context["tag"] if kind == "union_tag_invalid" else given
-        hint = nearest(str(shown), allowed) if allowed else f"expected {context.get('expected')}"
+        choices = re.findall(r"'([^']*)'", str(context.get("expected_tags") or context.get("expected")))
+        shown = context["tag"] if kind == "union_tag_invalid" else value
+        hint = nearest(str(shown), choices) if choices else f"expected {context.get('expected')}"
         return f"{_short(shown)} is not valid; {hint}"
     if kind in ("model_type", "model_attributes_type"):
         members = _members(_annotation_at(spec_class, detail["loc"]))
-        return f"{section_expected(given, members)}, got {_short(given)}"
-    if kind == "list_type" and isinstance(given, (str, int, float)):
-        return f"needs a list, such as [{_short(given)}]"
+        return f"{section_expected(value, members)}, got {_short(value)}"
+    if kind == "list_type" and isinstance(value, (str, int, float)):
+        return f"needs a list, such as [{_short(value)}]"
     if kind in ("too_short", "too_long", "string_too_short", "string_too_long"):
         return size_expected(kind, context)
     text = re.sub(r"^(Value|Assertion) error, ", "", detail["msg"])
     text = re.sub(r"^Input should be", "must be", text).replace("a valid dictionary", "a mapping of keys to values")
-    untold = kind == "mistake" or isinstance(given, dict) or "environment" in detail["loc"]
-    return text if untold else f"{text}, got {_short(given)}"
+    # a field_error has the value in its message, a section is long, and the environment may hold secrets
+    omit_value = kind == FIELD_ERROR or isinstance(value, dict) or "environment" in detail["loc"]
+    return text if omit_value else f"{text}, got {_short(value)}"
 
 
 def _choices(spec_class: type[BaseModel], loc: Path) -> str:
+    """The tags of the union at a location."""
     tags = [_tag(member) for member in _members(_annotation_at(spec_class, loc))]
     return ", ".join(sorted(tag for tag in tags if tag))
 
 
 def _fields_at(spec_class: type[BaseModel], loc: Path) -> list[str]:
+    """The keys of all sections that may stand at a location."""
     members = _members(_annotation_at(spec_class, loc))
     return [name for member in members for name in member.model_fields]
 
 
 def _annotation_at(annotation: Any, loc: Path) -> Any:
-    """The annotation that pydantic was at when it stopped: follow fields, list and dict items, and union tags."""
+    """The annotation at a location of pydantic, by following fields, items of lists and dicts, and tags of unions."""
     for part in loc:
         members = _members(annotation)
         tagged = [member for member in members if _tag(member) == part]
@@ -195,7 +208,7 @@ def _annotation_at(annotation: Any, loc: Path) -> Any:
 
 
 def _members(annotation: Any) -> list[type[BaseModel]]:
-    """The sections inside an annotation: itself, or the members of a union."""
+    """The sections of an annotation: the section itself, or the members of a union; none of a list or dict."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     if get_origin(annotation) in (list, dict, tuple):
@@ -204,11 +217,15 @@ def _members(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _tag(member: type[BaseModel]) -> str | None:
-    fields = (member.model_fields.get(key) for key in TAGS)
-    tags = [get_args(field.annotation)[0] for field in fields if field and get_origin(field.annotation) is Literal]
-    return str(tags[0]) if tags else None
+    """The value of the key that distinguishes a section from the other members of its union; None without one."""
+    for key in TAGS:
+        field = member.model_fields.get(key)
+        if field and get_origin(field.annotation) is Literal:
+            return str(get_args(field.annotation)[0])
+    return None
 
 
 def _short(value: Any) -> str:
-    text = redact(repr(value))  # before it is cut, which may take away what a secret is known by
+    """A value for messages: without secrets, and cut where it is long."""
+    text = redact(repr(value))  # redacted before it is cut, since a cut secret may not be recognized
     return text if len(text) <= 60 else f"{text[:57]}..."

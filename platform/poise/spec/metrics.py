@@ -1,4 +1,4 @@
-"""What a kind of run measures, known from its spec alone: a sweep is checked against it before any trial."""
+"""The metrics that a run will have, as far as its spec determines them: a sweep is checked before its first trial."""
 
 from __future__ import annotations
 
@@ -17,10 +17,14 @@ Attacks = Literal["training", "evaluation"]
 class MetricSource:
     """Where a metric comes from.
 
-    `examples`: the split that it is measured on. `rows`: the split under which it stands in the rows of metrics; None
-    for a number of the summary, whose name is then its dotted path. `during`: measured again and again while the run
-    trains, so that a scheduler can compare it. `attacks`: those of training or of the evaluation, where there are any.
-    `needs`: the setting without which it is not measured, such as `evaluate.validation: true`; "" where it is.
+    Attributes:
+        examples: the split that it is measured on.
+        rows: the split under which it is written in the rows of metrics; None for a number of the summary, whose name
+            is its dotted path.
+        during: whether it is measured repeatedly during training, so that a scheduler can compare trials by it.
+        attacks: whether it is measured under the attacks of training or of the evaluation; None without attacks.
+        needs: the setting without which it is not measured, such as `evaluate.validation: true`; "" where there is
+            none.
     """
 
     examples: Split
@@ -33,20 +37,20 @@ class MetricSource:
 def row_sources(
     names: Iterable[str], examples: Split, *, during: bool = False, attacks: Attacks | None = None
 ) -> dict[str, MetricSource]:
-    """Metrics that stand in the rows of the split that they are measured on."""
+    """Metrics that are written in the rows of the split that they are measured on."""
     return {name: MetricSource(examples, examples, during, attacks) for name in names}
 
 
 def summary_sources(
     prefixes: Iterable[str], names: Sequence[str], examples: Split, attacks: Attacks | None = None, needs: str = ""
 ) -> dict[str, MetricSource]:
-    """Numbers of the summary: every name below every prefix."""
+    """Numbers of the summary: `prefix.name` for every prefix and every name."""
     source = MetricSource(examples, None, attacks=attacks, needs=needs)
     return {f"{prefix}.{name}": source for prefix in prefixes for name in names}
 
 
-def find_source(name: str, known: Mapping[str, MetricSource]) -> MetricSource | None:
-    """The source of a metric; a known name may be a pattern such as `accuracy.*.clean`. None where nothing fits."""
-    if name in known:
-        return known[name]
-    return next((source for pattern, source in known.items() if fnmatchcase(name, pattern)), None)
+def find_source(name: str, sources: Mapping[str, MetricSource]) -> MetricSource | None:
+    """The source of a metric, None where there is none. A name in `sources` may be a pattern, as `accuracy.*.clean`."""
+    if name in sources:
+        return sources[name]
+    return next((source for pattern, source in sources.items() if fnmatchcase(name, pattern)), None)

@@ -1,4 +1,4 @@
-"""Mistakes in a spec, said to its author: file, line, path, what is wrong and the nearest valid name."""
+"""Errors in a spec for its author: file, line, path, what is wrong and the nearest valid name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SHOWN = 50
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake. `line` counts from 1 and is 0 where the mistake has no line (a `--set`, a whole file)."""
+    """One error in a spec. `line` counts from 1; it is 0 for an error without a line (of a `--set` or a whole file)."""
 
     source: str
     line: int
@@ -30,29 +30,34 @@ class Problem:
 
 
 class SpecError(UserError):
-    """Every mistake of a spec at once."""
+    """All errors of a spec; the message lists the first 50."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
         count = len(self.problems)
-        total = f"{count} mistake{'s' if count > 1 else ''}; nothing was run."
-        more = [f"and {count - _SHOWN} more"] if count > _SHOWN else []
-        super().__init__("\n".join([*map(str, self.problems[:_SHOWN]), *more, total]))
+        lines = [str(problem) for problem in self.problems[:_SHOWN]]
+        if count > _SHOWN:
+            lines.append(f"and {count - _SHOWN} more")
+        lines.append(f"{count} mistake{'s' if count > 1 else ''}; nothing was run.")
+        super().__init__("\n".join(lines))
 
     def __reduce__(self) -> tuple[type[SpecError], tuple[tuple[Problem, ...]]]:
-        return SpecError, (self.problems,)  # from one process to another as it is
+        return SpecError, (self.problems,)  # pickled by its problems, not by its message
 
 
 def dotted(path: Path) -> str:
-    """`("space", "points", 2)` as `space.points[2]`."""
+    """A path for messages: `("space", "points", 2)` as `space.points[2]`."""
     text = ""
     for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+        if isinstance(part, int):
+            text += f"[{part}]"
+        else:
+            text += f".{part}" if text else part
     return text
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """A hint that ends a message: the nearest of `choices`, or all of them when none is near."""
+    """The hint at the end of a message: the choice most similar to `word`, or all choices when none is similar."""
     names = sorted(choices)
     close = difflib.get_close_matches(word.lower(), names, n=1, cutoff=0.6)
     if close:

@@ -1,7 +1,7 @@
-"""YAML text to a plain tree that remembers the line of every key, with every mistake of form reported.
+"""Reading YAML text into a plain tree with the line of every key, reporting all errors of form at once.
 
-PyYAML composes the nodes (they carry the positions) and its safe constructor makes the scalars; the walk adds what a
-spec needs beyond YAML: no duplicate keys, string keys only, a bound on size, and no expansion bombs.
+PyYAML composes the nodes, which have positions, and its safe constructor makes the scalars. `_TreeBuilder` adds checks
+that YAML does not make: no duplicate keys, string keys only, and a bound on size that includes expanded aliases.
 """
 
 from __future__ import annotations
@@ -32,7 +32,15 @@ _PLAIN_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 
 @dataclass
 class Document:
-    """The tree of a spec and where each part of it was written."""
+    """The tree of a spec and where each part of it was written.
+
+    Attributes:
+        source: the path of the file, for messages.
+        tree: the content.
+        lines: the line of each part, from 1.
+        overridden: the parts that a `--set` has replaced.
+        copies: for parts that `RunSpec.expand` copied, the paths that they were copied from.
+    """
 
     source: str
     tree: dict[str, Any]
@@ -41,27 +49,34 @@ class Document:
     copies: dict[Path, Path] = field(default_factory=dict)
 
     def place(self, path: Path) -> tuple[str, int]:
-        """Source and line of the longest written prefix of `path`, or of what `path` was copied from."""
-        originals = [(*origin, *path[len(copy) :]) for copy, origin in self.copies.items() if path[: len(copy)] == copy]
-        nearest = min([path, *originals], key=lambda candidate: len(candidate) - len(self._written(candidate)))
-        written = self._written(nearest)
+        """Source and line of the longest prefix of `path` that was written, there or at a path it was copied from."""
+        candidates = [path]
+        for copy, origin in self.copies.items():
+            if path[: len(copy)] == copy:
+                candidates.append((*origin, *path[len(copy) :]))
+
+        def missing_parts(candidate: Path) -> int:
+            return len(candidate) - len(self._written_prefix(candidate))
+
+        written = self._written_prefix(min(candidates, key=missing_parts))
         if written in self.overridden:
             return f"--set {dotted(written)}", 0
         return self.source, self.lines.get(written, 0)
 
-    def _written(self, path: Path) -> Path:
-        known = (path[:end] for end in range(len(path), 0, -1))
-        return next((part for part in known if part in self.overridden or part in self.lines), ())
+    def _written_prefix(self, path: Path) -> Path:
+        """The longest prefix of `path` that the file or a `--set` has; () where there is none."""
+        prefixes = (path[:end] for end in range(len(path), 0, -1))
+        return next((prefix for prefix in prefixes if prefix in self.overridden or prefix in self.lines), ())
 
     def problem(self, path: Path, message: str) -> Problem:
-        """A mistake at `path`, placed."""
+        """A Problem at `path`, with its source and line."""
         return Problem(*self.place(path), path, message)
 
     def take_profile(self, name: str | None) -> None:
-        """Change the spec as `profiles: {name: ...}` says, and forget the profiles.
+        """Apply the changes of one profile, if `name` is not None, and remove `profiles` from the tree.
 
-        Sections are merged, but one whose `name` changes is replaced, since its other keys belong to the old one. The
-        run of a profile is called `<name>-<profile>` unless the profile names it.
+        Sections are merged. A section whose `name` changes is replaced, since its other keys belong to the old one. The
+        run is called `<name>-<profile>` unless the profile sets `name`.
         """
         profiles = self.tree.pop("profiles", {})
         if not isinstance(profiles, dict) or not all(isinstance(changes, dict) for changes in profiles.values()):
@@ -73,28 +88,31 @@ class Document:
             raise SpecError([Problem(f"--profile {name}", 0, (), f"is not a profile of {self.source}; {hint}")])
         if isinstance(self.tree.get("name"), str):
             self.tree["name"] = f"{self.tree['name']}-{name}"
-        self.tree = self._merged(self.tree, profiles[name], (), ("profiles", name))
+        self.tree = self._merge(self.tree, profiles[name], (), ("profiles", name))
 
-    def _merged(self, old: Any, new: Any, path: Path, origin: Path) -> Any:
-        """`new` over `old` at `path`; problems there are shown where `new` was written."""
+    def _merge(self, old: Any, new: Any, path: Path, origin: Path) -> Any:
+        """`new` merged over `old` at `path`. Problems there are reported at `origin`, where `new` was written."""
         self.lines[path] = self.lines.get(origin, 0) if path else self.lines.get(path, 0)
-        both = isinstance(old, dict) and isinstance(new, dict)
         if not isinstance(new, dict):
             return new
-        kept = old if both and (not path or new.get("name", old.get("name")) == old.get("name")) else {}
-        changed = {key: self._merged(kept.get(key), value, (*path, key), (*origin, key)) for key, value in new.items()}
-        return {**kept, **changed}
+        base: dict[str, Any] = {}
+        if isinstance(old, dict) and (not path or new.get("name", old.get("name")) == old.get("name")):
+            base = old
+        changed = {key: self._merge(base.get(key), value, (*path, key), (*origin, key)) for key, value in new.items()}
+        return {**base, **changed}
 
     def override(self, assignments: Sequence[str]) -> None:
-        """Apply `a.b=value` assignments; a value is YAML, and sections that are missing are made."""
-        problems = [problem for text in assignments if (problem := self._assign(text))]
+        """Apply `a.b=value` assignments. Values are YAML; missing sections are created."""
+        results = [self._assign(text) for text in assignments]
+        problems = [problem for problem in results if problem]
         if problems:
             raise SpecError(problems)
 
     def _assign(self, text: str) -> Problem | None:
+        """Apply one assignment; the Problem where it is not possible."""
         key, equals, value = text.partition("=")
         path = tuple(key.strip().split("."))
-        shown = f"--set {key[:80]}"  # without the value: it may be long, or a secret
+        shown = f"--set {key[:80]}"  # without the value, which may be long or a secret
         if not equals or not all(path):
             return Problem(f"--set {text[:80]!r}", 0, (), "expected path=value, such as train.epochs=5")
         if len(path) > _MAX_DEPTH:
@@ -118,13 +136,13 @@ class Document:
         return None
 
     def _forget(self, path: Path) -> None:
-        """What was written at `path` and below it does not count any more."""
+        """Remove the lines and overrides at `path` and below it."""
         self.lines = {place: line for place, line in self.lines.items() if place[: len(path)] != path}
         self.overridden = {place for place in self.overridden if place[: len(path)] != path}
 
 
 def read_file(path: FilePath) -> Document:
-    """Read a spec file. Raises UserError when it cannot be read and SpecError when it is not a YAML mapping."""
+    """Read a spec file; UserError when it cannot be read, SpecError when it is not a YAML mapping."""
     try:
         data = _read_within_limits(path)
     except FileNotFoundError:
@@ -140,12 +158,14 @@ def read_file(path: FilePath) -> Document:
 
 
 def _read_within_limits(path: FilePath) -> bytes:
-    """The bytes of a file or a pipe (`poise check <(...)`); a device without end and a silent pipe are refused."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe that nobody writes to would never be opened
+    """The bytes of a file or a pipe (`poise check <(...)`); UserError for an endless device or a silent pipe."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe without a writer would block for ever
     with os.fdopen(descriptor, "rb", buffering=0) as file:
-        data, deadline = b"", time.monotonic() + _READ_WITHIN_S
+        data = b""
+        deadline = time.monotonic() + _READ_WITHIN_S
         while len(data) <= _MAX_BYTES:
-            if not select.select([file], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            readable, _, _ = select.select([file], [], [], max(0.0, deadline - time.monotonic()))
+            if not readable:
                 raise UserError(f"{path}: nothing was written into this pipe within {_READ_WITHIN_S} s")
             part = file.read(_MAX_BYTES + 1 - len(data))
             if not part:
@@ -155,29 +175,29 @@ def _read_within_limits(path: FilePath) -> bytes:
 
 
 def read_document(text: str, source: str) -> Document:
-    """Parse YAML text into a Document. Raises SpecError with every mistake of form."""
+    """Parse YAML text into a Document; SpecError with all errors of form."""
     document = Document(source, {})
     try:
         _check_size(text)
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         if root is None:
             raise SpecError([Problem(source, 0, (), "the spec is empty; it needs at least `kind:` and `name:`")])
-        walk = _Walk(document)
-        tree = walk.build(root, ())
+        builder = _TreeBuilder(document)
+        tree = builder.build(root, ())
     except (yaml.YAMLError, RecursionError) as error:
         raise SpecError([_yaml_problem(source, error)]) from None
-    if walk.problems:
-        raise SpecError(walk.problems)
+    if builder.problems:
+        raise SpecError(builder.problems)
     if not isinstance(tree, dict):
-        raise SpecError([Problem(source, 1, (), f"a spec is a mapping of keys to values, not a {_name_of(tree)}")])
+        raise SpecError([Problem(source, 1, (), f"a spec is a mapping of keys to values, not a {_type_name(tree)}")])
     document.tree = tree
     return document
 
 
 def _check_size(text: str) -> None:
-    """Raise YAMLError for too many values, RecursionError for too many levels, before anything is built of them.
+    """Raise YAMLError for too many values, RecursionError for too many levels, before the tree is built.
 
-    The parser in C reads a thousand times what composing takes in the same time; what it cannot read is left to that.
+    The parser in C is about a thousand times as fast as composing nodes. Errors of syntax are left to the composer.
     """
     nodes = depth = 0
     with suppress(yaml.YAMLError, UnicodeEncodeError):
@@ -192,20 +212,26 @@ def _check_size(text: str) -> None:
         raise yaml.YAMLError(f"more than {_MAX_NODES} values")
 
 
-class _Walk:
-    """Nodes to values, counting them (an alias counts each time it is used) and noting lines and mistakes."""
+class _TreeBuilder:
+    """Converts nodes to values, records their lines in the document, and collects problems.
+
+    Values are counted; an alias counts each time it is used.
+    """
 
     def __init__(self, document: Document) -> None:
-        self.document, self.problems, self.nodes = document, list[Problem](), 0
+        self.document = document
+        self.problems: list[Problem] = []
+        self.nodes = 0
         self.scalars = yaml.SafeLoader("")
 
     def build(self, node: yaml.Node, path: Path) -> Any:
+        """The value of a node that stands at `path`."""
         self.nodes += 1
         if self.nodes > _MAX_NODES:
             raise yaml.YAMLError(f"more than {_MAX_NODES} values once aliases are expanded")
         self.document.lines.setdefault(path, node.start_mark.line + 1)
         if not isinstance(node, yaml.ScalarNode) and node.tag not in _PLAIN_TAGS:
-            self._note(node.start_mark.line + 1, path, f"cannot read the tag {node.tag}; a spec holds plain values")
+            self._add(node.start_mark.line + 1, path, f"cannot read the tag {node.tag}; a spec holds plain values")
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
@@ -214,16 +240,17 @@ class _Walk:
 
     def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
         result: dict[str, Any] = {}
-        merged: dict[str, Any] = {}
+        merged: dict[str, Any] = {}  # from merge keys `<<`, which the other keys take precedence over
         for key_node, value_node in node.value:
-            line, key = key_node.start_mark.line + 1, key_node.value
+            line = key_node.start_mark.line + 1
+            key = key_node.value
             if key_node.tag == "tag:yaml.org,2002:merge":
                 merged.update(self._merge(value_node, path))
             elif not isinstance(key_node, yaml.ScalarNode) or key_node.tag != "tag:yaml.org,2002:str":
                 shown = key if isinstance(key, str) else "this key"
-                self._note(line, path, f"keys are plain words; quote {shown} if it is meant as one")
+                self._add(line, path, f"keys are plain words; quote {shown} if it is meant as one")
             elif key in result:
-                self._note(line, (*path, key), "written twice in the same section; keep one")
+                self._add(line, (*path, key), "written twice in the same section; keep one")
             else:
                 self.document.lines[(*path, key)] = line
                 result[key] = self.build(value_node, (*path, key))
@@ -232,33 +259,34 @@ class _Walk:
     def _merge(self, node: yaml.Node, path: Path) -> dict[str, Any]:
         value = self.build(node, path)
         if not isinstance(value, dict):
-            self._note(node.start_mark.line + 1, path, "`<<` takes one mapping")
+            self._add(node.start_mark.line + 1, path, "`<<` takes one mapping")
             return {}
         return value
 
     def _scalar(self, node: yaml.Node, path: Path) -> Any:
         try:
             value = self.scalars.construct_object(node)
-            if isinstance(value, int) and value.bit_length() > _MAX_BITS:  # Python refuses to print it
+            if isinstance(value, int) and value.bit_length() > _MAX_BITS:  # Python refuses to print so large a number
                 raise ValueError
             return value
         except (yaml.YAMLError, ValueError, OverflowError):
-            self._note(
-                node.start_mark.line + 1, path, f"cannot read {str(node.value)[:40]!r} as {node.tag.split(':')[-1]}"
-            )
+            type_name = node.tag.split(":")[-1]
+            self._add(node.start_mark.line + 1, path, f"cannot read {str(node.value)[:40]!r} as {type_name}")
             return None
 
-    def _note(self, line: int, path: Path, message: str) -> None:
+    def _add(self, line: int, path: Path, message: str) -> None:
         self.problems.append(Problem(self.document.source, line, path, message))
 
 
 def _yaml_problem(source: str, error: Exception) -> Problem:
+    """The problem for an error of the YAML parser, on one line."""
     if isinstance(error, RecursionError):
         return Problem(source, 0, (), "sections are nested too deeply")
     mark = getattr(error, "problem_mark", None)
-    what = getattr(error, "problem", None) or str(error).splitlines()[0]
-    return Problem(source, mark.line + 1 if mark else 0, (), f"not valid YAML: {what}")
+    reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return Problem(source, mark.line + 1 if mark else 0, (), f"not valid YAML: {reason}")
 
 
-def _name_of(value: Any) -> str:
+def _type_name(value: Any) -> str:
+    """The type of a value in words of YAML."""
     return {list: "list", str: "text", type(None): "null"}.get(type(value), type(value).__name__)

@@ -1,4 +1,4 @@
-"""What every run has, whatever its kind: a name, a seed, a store, and the workers that carry it."""
+"""The part of a spec that every kind of run has: name, seed, store, workers and samplers."""
 
 from __future__ import annotations
 
@@ -9,29 +9,32 @@ from pydantic import Field, field_validator, model_validator
 
 from poise.errors import UserError
 from poise.secrets import is_secret_variable
-from poise.spec.base import Section, mistake
+from poise.spec.base import SpecModel, field_error
 from poise.spec.metrics import MetricSource
 from poise.spec.problems import Path
-from poise.spec.values import Name, Real
+from poise.spec.values import ExactNumber, Name
 
 __all__ = ["RunSpec", "SamplerSpec", "WorkersSpec"]
 
-_PERSON_IN_URL = re.compile(r"^\w+://[^/]*@")
+_CREDENTIALS_IN_URL = re.compile(r"^\w+://[^/]*@")
 
 
-class WorkersSpec(Section):
-    """The gang of worker processes."""
+class WorkersSpec(SpecModel):
+    """The group of worker processes."""
 
-    count: int = Field(1, ge=1, le=4096, description="worker processes that train together, one device each")
+    count: int = Field(1, ge=1, le=4096, description="number of worker processes of a training, one device each")
     min_count: int | None = Field(
-        None, ge=1, description="go on with as few as this many workers when the cluster shrinks"
+        None, ge=1, description="least number of workers to continue with when the cluster shrinks"
     )
     cpus: int = Field(1, ge=1, le=1024, description="CPU cores, and torch threads, of each worker")
     gpus: int = Field(0, ge=0, le=1, description="GPUs of each worker: 0 trains on the CPU")
     max_failures: int = Field(
-        3, ge=0, le=1000, description="times the gang is restarted from its last checkpoint after a worker dies"
+        3,
+        ge=0,
+        le=1000,
+        description="how often the worker group is restarted from its last checkpoint after a worker has died",
     )
-    environment: dict[str, str] = Field({}, description="environment variables of each worker; never a secret")
+    environment: dict[str, str] = Field({}, description="environment variables of each worker; must not hold secrets")
 
     @field_validator("environment")
     @classmethod
@@ -50,44 +53,46 @@ class WorkersSpec(Section):
         return self
 
     def check_shares(self, path: str, batch_size: int) -> None:
-        """Raise a mistake at `path` unless a batch divides by every number of workers that there may be."""
+        """Raise an error at `path` unless a batch is divisible by every possible number of workers."""
         for count in range(self.min_count or self.count, self.count + 1):
             if batch_size % count:
-                raise mistake(path, f"{batch_size} does not divide by {count} workers")
+                raise field_error(path, f"{batch_size} does not divide by {count} workers")
 
 
-class SamplerSpec(Section):
+class SamplerSpec(SpecModel):
     """The pool of engines that sample from a language model."""
 
     backend: Literal["vllm", "transformers"] = Field(
-        "vllm", description="what runs the model; without Ray, transformers"
+        "vllm", description="library that runs the model; without Ray always transformers"
     )
-    engines: int = Field(1, ge=1, le=4096, description="engines that share the requests")
+    engines: int = Field(1, ge=1, le=4096, description="number of engines that share the requests")
     cpus: int = Field(1, ge=1, le=1024, description="CPU cores of each engine")
     gpus: int = Field(0, ge=0, le=64, description="GPUs of each engine: 0 samples on the CPU")
-    memory: Annotated[Real, Field(gt=0)] = Field(
-        Real(1), description="GiB for the key-value cache of each vLLM engine on a CPU"
+    memory: Annotated[ExactNumber, Field(gt=0)] = Field(
+        ExactNumber(1), description="GiB for the key-value cache of each vLLM engine on a CPU"
     )
-    gpu_memory_utilization: Annotated[Real, Field(gt=0, le=1)] = Field(
-        Real("0.9"), description="share of a GPU's memory for the weights and the key-value cache of a vLLM engine"
+    gpu_memory_utilization: Annotated[ExactNumber, Field(gt=0, le=1)] = Field(
+        ExactNumber("0.9"),
+        description="share of a GPU's memory for the weights and the key-value cache of a vLLM engine",
     )
     max_model_len: int | None = Field(
         None,
         ge=2,
-        description="longest sequence of a vLLM engine, prompt and response together, in tokens (default: what the run "
-        "needs)",
+        description="longest sequence of a vLLM engine, prompt and response together, in tokens (default: as long as "
+        "the run needs)",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="precision of the model in an engine; auto: float32 on a CPU, on a GPU what vLLM takes"
+        "auto",
+        description="precision of the model in an engine; auto: float32 on a CPU, the default of vLLM on a GPU",
     )
 
     def fit_sequences(self, longest: int) -> SamplerSpec:
         """This spec with engines that hold sequences of `longest` tokens, prompt and response together.
 
         Raises:
-            UserError: `max_model_len` is given and smaller.
+            UserError: `max_model_len` is set and too small.
         """
-        needed = longest + 1  # a sequence is scored by asking for one token after it
+        needed = longest + 1  # an engine generates one token after a sequence to score it
         if self.max_model_len is None:
             return self.model_copy(update={"max_model_len": needed})
         if self.max_model_len < needed:
@@ -98,37 +103,37 @@ class SamplerSpec(Section):
         return self
 
 
-class RunSpec(Section):
-    """The head of every spec."""
+class RunSpec(SpecModel):
+    """The keys that every spec has."""
 
     shares_batches: ClassVar[bool] = True
-    """Whether every worker takes part; False where one does all the work and others would only wait."""
+    """Whether all workers share the batches; False for a kind whose work one worker does alone."""
 
-    kind: str = Field(description="what is run, such as robust.train")
-    name: Name = Field(description="name of the run and its resume key: the same name goes on where it stopped")
+    kind: str = Field(description="kind of job, such as robust.train")
+    name: Name = Field(description="name of the run and its resume key: a run of the same name is continued")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of every random draw of the run")
     store: str = Field(
-        "runs", min_length=1, max_length=1000, description="where runs are kept: a folder or s3://bucket/prefix"
+        "runs", min_length=1, max_length=1000, description="where runs are stored: a folder or s3://bucket/prefix"
     )
-    workers: WorkersSpec = Field(WorkersSpec(), description="the gang of worker processes")
+    workers: WorkersSpec = Field(WorkersSpec(), description="the group of worker processes")
 
     @classmethod
     def expand(cls, tree: dict[str, Any]) -> tuple[dict[str, Any], dict[Path, Path]]:
-        """The tree with its shorthands written out, and for each copied path the one that it was copied from."""
+        """The tree with its shorthands expanded, and for each copied path the path that it was copied from."""
         return tree, {}
 
     def cost(self) -> list[str]:
-        """Lines that say what the run will cost, told before it starts and without building anything."""
+        """The estimated cost of the run, as lines of text; computed without building anything."""
         return []
 
     def metrics(self) -> dict[str, MetricSource]:
-        """By name, or by a pattern such as `accuracy.*.clean`, every number that trials of a sweep can be judged by."""
+        """The numbers by which trials of a sweep can be compared, by name or by a pattern as `accuracy.*.clean`."""
         return {}
 
     @field_validator("store")
     @classmethod
     def _store_form(cls, value: str) -> str:
-        if _PERSON_IN_URL.match(value):
+        if _CREDENTIALS_IN_URL.match(value):
             raise ValueError(
                 "a store URL carries no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead"
             )

@@ -1,4 +1,4 @@
-"""Values that people write in a spec: exact fractions, names that are safe in a path."""
+"""Value types of specs: exact fractions, and names that are safe in a path."""
 
 from __future__ import annotations
 
@@ -10,30 +10,31 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import core_schema
 
-__all__ = ["Name", "Real", "RunName"]
+__all__ = ["ExactNumber", "Name", "RunName"]
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?"
 _PATTERN = re.compile(rf"\s*({_NUMBER})\s*(?:/\s*({_NUMBER})\s*)?")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
-class Real(float):
-    """A finite float that remembers how it was written: `8/255` is read exactly and printed as `8/255`.
+class ExactNumber(float):
+    """A finite float that keeps its spelling: `8/255` is read exactly and printed as `8/255`.
 
-    `exact` is the rational number that was written and `text` its spelling; the float is the nearest to `exact`.
+    `exact` is the rational number as written, `text` its spelling; the value is the float nearest to `exact`.
     """
 
     exact: Fraction
     text: str
 
-    def __new__(cls, value: Any) -> Real:
+    def __new__(cls, value: Any) -> ExactNumber:
         exact, text = _parse(value)
         self = super().__new__(cls, float(exact))
-        self.exact, self.text = exact, text
+        self.exact = exact
+        self.text = text
         return self
 
-    def __reduce__(self) -> tuple[type[Real], tuple[str]]:
-        return Real, (self.text,)
+    def __reduce__(self) -> tuple[type[ExactNumber], tuple[str]]:
+        return ExactNumber, (self.text,)
 
     def __repr__(self) -> str:
         return self.text
@@ -52,7 +53,8 @@ class Real(float):
 
 
 def _parse(value: Any) -> tuple[Fraction, str]:
-    if isinstance(value, Real):
+    """The exact value of a number or a text, and its spelling; ValueError where it is none."""
+    if isinstance(value, ExactNumber):
         return value.exact, value.text
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError(f"expected a number or a fraction such as 8/255, not {type(value).__name__}")
@@ -61,7 +63,8 @@ def _parse(value: Any) -> tuple[Fraction, str]:
     match = _PATTERN.fullmatch(str(value)) if len(str(value)) <= 60 else None
     if match is None:
         raise ValueError("expected a number or a fraction such as 8/255")
-    numerator, denominator = (Fraction(part) for part in (match[1], match[2] or "1"))
+    numerator = Fraction(match[1])
+    denominator = Fraction(match[2] or "1")
     if denominator == 0:
         raise ValueError("the fraction divides by zero")
     exact = numerator / denominator
@@ -72,8 +75,8 @@ def _parse(value: Any) -> tuple[Fraction, str]:
     return exact, str(value).strip()
 
 
-def _plain(value: Real) -> float | str:
-    """As written: a number stays a number in YAML and JSON, a fraction stays a string."""
+def _plain(value: ExactNumber) -> float | str:
+    """The value for YAML and JSON: a fraction as text, any other number as a number."""
     return value.text if "/" in value.text else float(value)
 
 
@@ -85,7 +88,8 @@ def _safe_name(value: str) -> str:
     return value
 
 
-def _known_run(value: str) -> str:
+def _run_name(value: str) -> str:
+    """The name itself. A reference `${stage}` that is still there was not replaced: the pipeline has no such stage."""
     if re.fullmatch(r"\$\{[^}]*\}", value):
         raise ValueError(f"{value} names no stage before this one")
     if "${" in value:
@@ -95,5 +99,5 @@ def _known_run(value: str) -> str:
 
 Name = Annotated[str, AfterValidator(_safe_name)]
 
-RunName = Annotated[str, AfterValidator(_known_run)]
-"""The name of another run of the same store, whose outputs are read."""
+RunName = Annotated[str, AfterValidator(_run_name)]
+"""The name of another run of the same store whose outputs are read."""

@@ -1,4 +1,4 @@
-"""What the validator says in the words of a library, said as what to write in a spec instead."""
+"""Messages for errors of pydantic that say what to write in a spec instead."""
 
 from __future__ import annotations
 
@@ -13,88 +13,90 @@ from pydantic import BaseModel, ValidationError
 __all__ = ["TAGS", "section_expected", "size_expected"]
 
 TAGS = ("name", "kind", "attack")
-"""The keys that tell which of several sections one is."""
+"""The keys that distinguish the members of a union of sections."""
 
 _SOURCES = ("run", "folder", "file", "function")
-"""The keys that say where a model is taken from."""
+"""The keys for the source of a model."""
 
-_MOST_CHARACTERS = 60
-_LISTED = 5
+_MAX_CHARACTERS = 60
+_MAX_KEYS = 5
 
 
-def section_expected(given: Any, members: Sequence[type[BaseModel]]) -> str:
-    """What to write where `given` stands and one of the sections `members` belongs."""
-    if examples := _examples(given, members):
+def section_expected(value: Any, members: Sequence[type[BaseModel]]) -> str:
+    """The message for a value in the place of one of the sections `members`, with an example to write instead."""
+    if examples := _examples(value, members):
         return f"needs a section: write {' or '.join(f'`{example}`' for example in examples)}"
     if len(members) == 1:
         keys = list(members[0].model_fields)
-        more = ", ..." if len(keys) > _LISTED else ""
-        return f"needs a section with keys of {', '.join(keys[:_LISTED])}{more}"
+        more = ", ..." if len(keys) > _MAX_KEYS else ""
+        return f"needs a section with keys of {', '.join(keys[:_MAX_KEYS])}{more}"
     return "needs a section" + ("" if members else " of keys and values")
 
 
 def size_expected(kind: str, context: Mapping[str, Any]) -> str:
-    """What is said of a list, a mapping or a text that is too short or too long."""
-    least, most = context.get("min_length"), context.get("max_length")
+    """The message for a list, a mapping or a text that is too short or too long; `kind` is pydantic's error type."""
+    least = context.get("min_length")
+    most = context.get("max_length")
     if kind == "too_short":
-        return f"needs at least {_many(least, 'entry', 'entries')} and has {context.get('actual_length') or 'none'}"
+        return f"needs at least {_count(least, 'entry', 'entries')} and has {context.get('actual_length') or 'none'}"
     if kind == "too_long":
-        return f"may have at most {_many(most, 'entry', 'entries')}"
+        return f"may have at most {_count(most, 'entry', 'entries')}"
     if kind == "string_too_short":
         return "must not be empty" if least == 1 else f"needs at least {least} characters"
-    return f"may have at most {_many(most, 'character', 'characters')}"
+    return f"may have at most {_count(most, 'character', 'characters')}"
 
 
-def _many(count: Any, one: str, several: str) -> str:
-    return f"{count} {one if count == 1 else several}"
+def _count(count: Any, singular: str, plural: str) -> str:
+    return f"{count} {singular if count == 1 else plural}"
 
 
-def _examples(given: Any, members: Sequence[type[BaseModel]]) -> list[str]:
-    """Sections that hold `given` and are what its author may have meant, the likeliest first.
+def _examples(value: Any, members: Sequence[type[BaseModel]]) -> list[str]:
+    """Sections with `value` that the author may have meant, as YAML on one line, the likeliest first.
 
-    Of several they are all shown only where they say where something is taken from: any name can be that of a run.
+    Several are returned only for the source of a model, since a text can be the name of a run as well as a path.
     """
-    sections = list(_sections_with(given, members))
+    sections = list(_sections_with(value, members))
     if sections and sections[0].keys() <= set(_SOURCES):
-        found = _source_of(given)
-        sections.sort(key=lambda section: found not in section)
+        source = _source_of(value)
+        sections.sort(key=lambda section: source not in section)
     else:
         sections = sections[:1]
-    return [text for section in sections for text in _flow(section)]
+    lines = [_to_yaml_line(section) for section in sections]
+    return [line for line in lines if len(line) <= _MAX_CHARACTERS]
 
 
-def _source_of(given: Any) -> str | None:
-    """The key of something that has this form, or is on this machine under this name."""
-    if not isinstance(given, str):
+def _source_of(value: Any) -> str | None:
+    """The likeliest source that a text names: a function by its form, a folder or a file that exists, else None."""
+    if not isinstance(value, str):
         return None
-    if re.fullmatch(r"[\w.]+:\w+", given):
+    if re.fullmatch(r"[\w.]+:\w+", value):
         return "function"
-    place = os.path.expanduser(given)
-    return "folder" if os.path.isdir(place) else "file" if os.path.isfile(place) else None
+    path = os.path.expanduser(value)
+    if os.path.isdir(path):
+        return "folder"
+    return "file" if os.path.isfile(path) else None
 
 
-def _sections_with(given: Any, members: Sequence[type[BaseModel]]) -> Iterator[dict[str, Any]]:
-    """Sections that are tagged with `given`, or valid with it alone."""
-    if given is None:
+def _sections_with(value: Any, members: Sequence[type[BaseModel]]) -> Iterator[dict[str, Any]]:
+    """Sections that have `value` as their tag, or that are valid with `value` or a list of it as their only key."""
+    if value is None:
         return
     for member in members:
         for key in TAGS:
             field = member.model_fields.get(key)
-            if field and get_origin(field.annotation) is Literal and given in get_args(field.annotation):
-                yield {key: given}
+            if field and get_origin(field.annotation) is Literal and value in get_args(field.annotation):
+                yield {key: value}
     if len(members) != 1:
         return
-    for value in (given,) if isinstance(given, list) else (given, [given]):
-        for key in members[0].model_fields:
+    section = members[0]
+    for candidate in (value,) if isinstance(value, list) else (value, [value]):
+        for key in section.model_fields:
             try:
-                members[0].model_validate({key: value})
+                section.model_validate({key: candidate})
             except ValidationError:
                 continue
-            yield {key: value}
+            yield {key: candidate}
 
 
-def _flow(value: Any) -> Iterator[str]:
-    """The value on one line of YAML, unless it is long."""
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000).strip()
-    if len(text) <= _MOST_CHARACTERS:
-        yield text
+def _to_yaml_line(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000).strip()

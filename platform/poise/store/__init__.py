@@ -1,1 +1,1 @@
-"""Runs and artifacts, on a folder or on S3."""
+"""Runs and their files, in a folder or on S3."""

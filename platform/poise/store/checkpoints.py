@@ -1,9 +1,9 @@
-"""Checkpoints that are either committed and whole, or not trusted.
+"""Checkpoints: committed atomically, and verified whenever they are read.
 
-A checkpoint is the folder `step-00000040/`: its files, `manifest.json` with the size and SHA-256 of each, and last
-`COMMITTED`, created conditionally and holding the SHA-256 of the manifest. Readers trust only what `COMMITTED` vouches
-for, and verify it. One order keeps that true through a crash at any point: `COMMITTED` is the last object of a
-checkpoint to appear and the first to go.
+A checkpoint is the folder `step-00000040/`: its files, `manifest.json` with the size and SHA-256 of each, and
+`COMMITTED`, which is created by a conditional write and holds the SHA-256 of the manifest. Readers trust only a
+manifest with that hash, and verify every file by it. Invariant, also after a crash at any point: `COMMITTED` is the
+last object of a checkpoint to be written and the first to be deleted.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from poise.errors import DamagedError, StoreError, UserError
-from poise.spec import Section
-from poise.store.records import Damage, FileRecord, check_files, listed, records_of
+from poise.errors import IntegrityError, StoreError, UserError
+from poise.spec import SpecModel
+from poise.store.records import Corruption, FileRecord, check_files, listed, records_of
 from poise.store.storage import Entry, Storage, check_key, sha256_of
 
 __all__ = ["Checkpoints", "Commit"]
 
-_MANIFEST, _COMMITTED = "manifest.json", "COMMITTED"
+_MANIFEST = "manifest.json"
+_COMMITTED = "COMMITTED"
 _STEP = re.compile(r"step-(\d{8,12})")
 
 
 @dataclass(frozen=True, order=True)
 class Commit:
-    """A committed checkpoint: its step, the key of its folder, its size in bytes, when it was committed (epoch s)."""
+    """A committed checkpoint: its step, the key of its folder, its size in bytes and its time (epoch seconds)."""
 
     step: int
     key: str
@@ -47,7 +48,9 @@ class Commit:
         return self.key.rpartition("/")[2]
 
 
-class _Manifest(Section):
+class _Manifest(SpecModel):
+    """The content of `manifest.json`: the files of the checkpoint, and the records of the run's append-only files."""
+
     step: int
     files: dict[str, FileRecord]
     info: dict[str, Any]
@@ -58,12 +61,13 @@ class _Manifest(Section):
 
 
 class Checkpoints:
-    """The checkpoints of one run, below `prefix` (no slash at its ends). Whoever writes holds the run's lease."""
+    """The checkpoints of one run, below `prefix` (no slash at its ends). A caller that writes holds the run's lease."""
 
     def __init__(self, storage: Storage, prefix: str) -> None:
         self.storage = storage
         self.prefix = check_key(prefix)
-        self._whole: dict[str, list[Entry]] = {}
+        self._complete: dict[str, list[Entry]] = {}
+        """Objects of each commit that the last `prune` found complete, by the key of its folder."""
 
     def commit(
         self,
@@ -72,111 +76,118 @@ class Checkpoints:
         *,
         info: dict[str, Any],
         appended: Mapping[str, FileRecord] | None = None,
-        guard: Callable[[], None] | None = None,
+        check_lease: Callable[[], None] | None = None,
     ) -> Commit:
         """Upload every file below a local folder and commit them as the checkpoint of `step`.
 
-        `info` is any JSON object, to be had again from `info()`. `appended` is what the files of the run that only grow
-        are now, to be had again from `appended()`: this commit vouches for that beginning of them. `guard` raises if
-        this writer may not write any more; it is called before anything is changed and again right before the commit
-        becomes visible. A step that is committed already is returned as it is if its files are the same ones, is moved
-        to `damaged/` and committed anew if it is damaged, and is a `StoreError` otherwise.
+        `info` is a JSON object that `info()` returns. `appended` are the records of the run's append-only files as they
+        are now, which `appended()` returns: `Run.verify` compares the beginnings of those files with them.
+        `check_lease` raises if this writer has lost its lease; it is called before anything is changed and again right
+        before the commit becomes visible.
+
+        If the step is committed already: returns that commit if it has the same files, moves it to `damaged/` and
+        commits the new files if it is damaged, and raises `StoreError` otherwise.
         """
-        guard = guard or (lambda: None)
+        check_lease = check_lease or _no_check
         manifest = _new_manifest(step, folder, info, appended or {})
         key = self._key(step)
-        guard()
+        check_lease()
         entries = self._entries(key)
         if existing := _commit(step, key, entries):
             if not self.examine(existing):
-                return self._agreeing(existing, manifest)
-            self._set_aside(existing)
+                self._check_same_files(existing, manifest)
+                return existing
+            self._quarantine(existing)
         else:
             self.storage.delete([entry.key for entry in entries])
         for name in manifest.files:
             self.storage.upload(folder / name, f"{key}/{name}")
         self.storage.write(f"{key}/{_MANIFEST}", manifest.encoded())
         if problems := check_files(key, manifest.files, self._sizes(key)):
-            raise DamagedError(f"{self.storage.url}: the upload arrived damaged: {listed(problems)}: run again")
-        guard()
-        return self._seal(step, manifest)
+            raise IntegrityError(f"{self.storage.url}: the upload arrived damaged: {listed(problems)}: run again")
+        check_lease()
+        return self._publish(step, manifest)
 
     def commits(self) -> list[Commit]:
-        """What is committed, oldest first. The files are not looked at."""
+        """All commits, oldest first. Their files are not examined."""
         return [commit for _, commit in self._folders() if commit]
 
     def at(self, step: int) -> Commit:
-        """The commit of `step`; `DamagedError` if there is none any more."""
+        """The commit of `step`; `IntegrityError` if there is none."""
         commit = _commit(step, self._key(step), self._entries(self._key(step)))
         if commit is None:
-            raise DamagedError(f"{self.storage.url}/{self._key(step)}: the checkpoint of step {step} is not there")
+            raise IntegrityError(f"{self.storage.url}/{self._key(step)}: the checkpoint of step {step} is not there")
         return commit
 
     def info(self, commit: Commit) -> dict[str, Any]:
-        """What was given to `commit` as `info`; `DamagedError` if the manifest cannot be trusted."""
+        """The `info` of a commit; `IntegrityError` if its manifest is damaged."""
         manifest = self._manifest(commit)
-        if isinstance(manifest, Damage):
-            raise DamagedError(f"{self.storage.url}: {manifest}")
+        if isinstance(manifest, Corruption):
+            raise IntegrityError(f"{self.storage.url}: {manifest}")
         return manifest.info
 
     def appended(self) -> tuple[Commit | None, dict[str, FileRecord]]:
-        """The newest commit whose manifest can be trusted, and what the files that only grow were by then."""
+        """The newest commit with an undamaged manifest, and its records of the append-only files, or (None, {})."""
         for commit in reversed(self.commits()):
             manifest = self._manifest(commit)
-            if not isinstance(manifest, Damage):
+            if not isinstance(manifest, Corruption):
                 return commit, manifest.appended
         return None, {}
 
     def fetch(self, commit: Commit, into: Path) -> Path:
         """Download a checkpoint to `into`, a folder that is new or empty, and verify every byte.
 
-        Raises `DamagedError` that names each bad file and what is wrong with it, and then leaves nothing in `into`.
+        Raises `IntegrityError` that names each damaged file and its problem; `into` is then removed.
         """
         if problems := self._fetch(commit, into):
-            raise DamagedError(f"{self.storage.url}: the checkpoint is damaged: {listed(problems)}")
+            raise IntegrityError(f"{self.storage.url}: the checkpoint is damaged: {listed(problems)}")
         return into
 
-    def newest_sound(self, into: Path) -> tuple[Commit | None, list[Damage]]:
-        """Fetch the newest checkpoint that is whole to `into`; also, what is newer and why it is not used.
+    def latest_valid(self, into: Path) -> tuple[Commit | None, list[Corruption]]:
+        """Fetch the newest valid checkpoint to `into`. Returns its commit, and the problems of the newer ones.
 
-        `into` is new or empty and stays so when no checkpoint is whole. Nothing in the store is deleted.
+        `into` is new or empty; it is removed when no checkpoint is valid. Nothing in the store is deleted.
         """
-        skipped: list[Damage] = []
+        skipped: list[Corruption] = []
         for key, commit in reversed(self._folders()):
-            problems = self._fetch(commit, into) if commit else [_half_written(key)]
+            problems = self._fetch(commit, into) if commit else [_incomplete(key)]
             if commit and not problems:
                 return commit, skipped
             skipped += problems
         return None, skipped
 
-    def examine(self, commit: Commit) -> list[Damage]:
-        """Read every byte of a checkpoint where it is, and say what is wrong."""
+    def examine(self, commit: Commit) -> list[Corruption]:
+        """Read every byte of a checkpoint in the store, and return its problems."""
         return self._compare(commit, lambda name: self.storage.sha256(f"{commit.key}/{name}"))
 
-    def verify(self) -> list[Damage]:
-        """Examine every checkpoint, oldest first; half-written uploads are named too."""
-        found = [self.examine(commit) if commit else [_half_written(key)] for key, commit in self._folders()]
-        return [damage for damages in found for damage in damages]
+    def verify(self) -> list[Corruption]:
+        """The problems of every checkpoint, oldest first; an incomplete upload is a problem too."""
+        corruptions = []
+        for key, commit in self._folders():
+            corruptions += self.examine(commit) if commit else [_incomplete(key)]
+        return corruptions
 
     def prune(self, keep: int, protect: Collection[int] = ()) -> list[int]:
-        """Remove what is older than the `keep` newest commits that have all their bytes, but for steps in `protect`.
+        """Remove all commits older than the `keep` newest complete ones, except steps in `protect`.
 
-        Returns the steps removed. A commit that lacks bytes does not count, so nothing goes on its account. One that
-        was found whole is compared again only if the list of its objects has changed, so that the number of requests
-        does not depend on `keep`.
+        Returns the steps removed. A commit is complete if its files have their sizes; one that is not does not count
+        towards `keep`. A commit that was complete is compared again only if the list of its objects has changed, so
+        that the number of requests does not depend on `keep`.
         """
         if keep < 1:
             raise UserError(f"at least 1 checkpoint has to be kept, not {keep}")
-        whole, removed, known = 0, [], self._whole
-        self._whole = {}
+        num_complete = 0
+        removed = []
+        previous = self._complete
+        self._complete = {}
         for step, key, entries in reversed(self._steps()):
             commit = _commit(step, key, entries)
             if commit is None:
                 continue
-            if whole < keep:
-                if known.get(key) == entries or not self._compare(commit, None):
-                    self._whole[key] = entries
-                    whole += 1
+            if num_complete < keep:
+                if previous.get(key) == entries or not self._compare(commit, None):
+                    self._complete[key] = entries
+                    num_complete += 1
             elif step not in protect:
                 self._remove(commit)
                 removed.append(step)
@@ -188,9 +199,10 @@ class Checkpoints:
             self._remove(commit)
 
     def sweep(self, older_than_s: float) -> list[str]:
-        """Remove half-written uploads and what was set aside as damaged, if last touched longer ago than this (s).
+        """Remove incomplete uploads and damaged checkpoints that were last modified more than `older_than_s` ago.
 
-        Returns the keys of the folders removed. The age exceeds the longest upload, unless the caller holds the lease.
+        Returns the keys of the folders removed. A caller without the run's lease must choose an age that exceeds the
+        longest upload.
         """
         before = time.time() - older_than_s
         orphans = [key for key, commit in self._folders() if commit is None] + sorted(self._damaged())
@@ -212,109 +224,131 @@ class Checkpoints:
         return {entry.key.removeprefix(f"{key}/"): entry.size for entry in self._entries(key)}
 
     def _steps(self) -> list[tuple[int, str, list[Entry]]]:
-        """Step, key and objects of the folder of every step, by step."""
+        """Step, key and objects of each step's folder, in the order of the steps."""
         folders: dict[str, list[Entry]] = {}
         for entry in self.storage.list(f"{self.prefix}/step-"):
             name = entry.key.removeprefix(f"{self.prefix}/").partition("/")[0]
             folders.setdefault(name, []).append(entry)
-        steps = {int(match[1]): folders[name] for name in folders if (match := _STEP.fullmatch(name))}
+        steps = {}
+        for name, entries in folders.items():
+            if match := _STEP.fullmatch(name):
+                steps[int(match[1])] = entries
         return [(step, self._key(step), steps[step]) for step in sorted(steps)]
 
     def _folders(self) -> list[tuple[str, Commit | None]]:
-        """The folder of every step, by step, with its commit if it has one."""
+        """The key of each step's folder, in the order of the steps, with its commit if it has one."""
         return [(key, _commit(step, key, entries)) for step, key, entries in self._steps()]
 
     def _damaged(self) -> set[str]:
-        place = f"{self.prefix}/damaged/"
-        return {place + entry.key.removeprefix(place).partition("/")[0] for entry in self.storage.list(place)}
+        """The keys of the folders of damaged checkpoints."""
+        parent = f"{self.prefix}/damaged/"
+        return {parent + entry.key.removeprefix(parent).partition("/")[0] for entry in self.storage.list(parent)}
 
-    def _seal(self, step: int, manifest: _Manifest) -> Commit:
+    def _publish(self, step: int, manifest: _Manifest) -> Commit:
+        """Create `COMMITTED`, which makes the checkpoint visible. `StoreError` if another writer created it."""
         key = self._key(step)
-        vouched = hashlib.sha256(manifest.encoded()).hexdigest().encode()
-        created = self.storage.create(f"{key}/{_COMMITTED}", vouched)
+        digest = hashlib.sha256(manifest.encoded()).hexdigest().encode()
+        created = self.storage.create(f"{key}/{_COMMITTED}", digest)
         commit = _commit(step, key, self._entries(key))
-        if commit is None or not (created or self.storage.read(f"{key}/{_COMMITTED}") == vouched):
+        if commit is None or not (created or self.storage.read(f"{key}/{_COMMITTED}") == digest):
             raise StoreError(f"{self.storage.url}/{key}: another writer is at work on this step; this one stops here")
         return commit
 
-    def _agreeing(self, existing: Commit, manifest: _Manifest) -> Commit:
+    def _check_same_files(self, existing: Commit, manifest: _Manifest) -> None:
+        """`StoreError` unless an existing commit has the files of `manifest`."""
         stored = self._manifest(existing)
-        if isinstance(stored, Damage) or stored.files != manifest.files:
+        if isinstance(stored, Corruption) or stored.files != manifest.files:
             raise StoreError(
                 f"{self.storage.url}/{existing.key}: this step is committed already, whole, with other files than "
                 "these: the run did not repeat itself exactly. Use another name for the run"
             )
-        return existing
 
-    def _set_aside(self, commit: Commit) -> None:
-        """Move a damaged checkpoint out of the way: COMMITTED last, so that a crash leaves what is moved next time."""
-        taken, number = self._damaged(), 1
-        while (aside := f"{self.prefix}/damaged/{commit.name}-{number}") in taken:
+    def _quarantine(self, commit: Commit) -> None:
+        """Move a damaged checkpoint to `damaged/`.
+
+        `COMMITTED` is moved last: after a crash in between, the rest is still a damaged commit and is moved next time.
+        """
+        existing = self._damaged()
+        number = 1
+        while (target := f"{self.prefix}/damaged/{commit.name}-{number}") in existing:
             number += 1
         names = sorted(self._sizes(commit.key), key=lambda name: name == _COMMITTED)
         for name in names:
-            self.storage.move(f"{commit.key}/{name}", f"{aside}/{name}")
+            self.storage.move(f"{commit.key}/{name}", f"{target}/{name}")
 
     def _remove(self, commit: Commit) -> None:
+        """Delete a checkpoint, `COMMITTED` first."""
         self.storage.delete([f"{commit.key}/{_COMMITTED}"])
         self.storage.delete([entry.key for entry in self._entries(commit.key)])
 
-    def _manifest(self, commit: Commit) -> _Manifest | Damage:
+    def _manifest(self, commit: Commit) -> _Manifest | Corruption:
+        """The manifest of a commit, verified by `COMMITTED`, or what is wrong with it."""
         try:
             data = self.storage.read(f"{commit.key}/{_MANIFEST}")
-            vouched = self.storage.read(f"{commit.key}/{_COMMITTED}")
+            digest = self.storage.read(f"{commit.key}/{_COMMITTED}")
         except FileNotFoundError:
-            return Damage(commit.name, _MANIFEST, "missing")
-        except DamagedError as error:
-            return Damage(commit.name, _MANIFEST, str(error))
-        if hashlib.sha256(data).hexdigest().encode() != vouched:
-            return Damage(commit.name, _MANIFEST, f"sha256 differs from {_COMMITTED}")
+            return Corruption(commit.name, _MANIFEST, "missing")
+        except IntegrityError as error:
+            return Corruption(commit.name, _MANIFEST, str(error))
+        if hashlib.sha256(data).hexdigest().encode() != digest:
+            return Corruption(commit.name, _MANIFEST, f"sha256 differs from {_COMMITTED}")
         try:
             manifest = _Manifest.model_validate_json(data)
             for name in manifest.files:
                 check_key(name)
         except (ValidationError, UserError):
-            return Damage(commit.name, _MANIFEST, "not a manifest of this version of Poise")
+            return Corruption(commit.name, _MANIFEST, "not a manifest of this version of Poise")
         return manifest
 
-    def _compare(self, commit: Commit, sha256: Callable[[str], str] | None) -> list[Damage]:
+    def _compare(self, commit: Commit, sha256: Callable[[str], str] | None) -> list[Corruption]:
+        """The problems of a checkpoint by its manifest; without `sha256`, a function of the file, by size alone."""
         manifest = self._manifest(commit)
-        if isinstance(manifest, Damage):
+        if isinstance(manifest, Corruption):
             return [manifest]
         return check_files(commit.name, manifest.files, self._sizes(commit.key), sha256)
 
-    def _fetch(self, commit: Commit, into: Path) -> list[Damage]:
+    def _fetch(self, commit: Commit, into: Path) -> list[Corruption]:
+        """Download a checkpoint to `into` and return its problems; if there are any, `into` is removed."""
         if into.exists() and any(into.iterdir()):
             raise UserError(f"{into} is not empty: fetch a checkpoint to a new folder")
 
-        def fetched(name: str) -> str:
+        def download(name: str) -> str:
             self.storage.download(f"{commit.key}/{name}", into / name)
             return sha256_of(into / name)
 
-        with ExitStack() as undo:
-            undo.callback(shutil.rmtree, into, ignore_errors=True)
-            problems = self._compare(commit, fetched)
+        with ExitStack() as cleanup:
+            cleanup.callback(shutil.rmtree, into, ignore_errors=True)
+            problems = self._compare(commit, download)
             if not problems:
-                undo.pop_all()
+                cleanup.pop_all()
         return problems
 
 
+def _no_check() -> None:
+    """The default of `check_lease`."""
+
+
 def _new_manifest(step: int, folder: Path, info: dict[str, Any], appended: Mapping[str, FileRecord]) -> _Manifest:
+    """The manifest of a local folder; `UserError` for a folder that cannot be committed as `step`."""
     if not 0 <= step < 10**12:
         raise UserError(f"a step is a number from 0 to 999999999999, not {step}")
     files = records_of(folder)
     if not files:
         raise UserError(f"{folder} has no file: there is nothing to commit as step {step}")
-    if taken := {_MANIFEST, _COMMITTED} & set(files):
-        raise UserError(f"{folder} has a file {min(taken)}: in a checkpoint that name is the store's own")
+    if reserved := {_MANIFEST, _COMMITTED} & set(files):
+        raise UserError(f"{folder} has a file {min(reserved)}: in a checkpoint the store uses that name; rename it")
     return _Manifest(step=step, files=files, info=info, appended=dict(appended))
 
 
 def _commit(step: int, key: str, entries: list[Entry]) -> Commit | None:
-    """The commit that these objects of folder `key` are, or None while there is no `COMMITTED` among them."""
-    marks = [entry.modified for entry in entries if entry.key == f"{key}/{_COMMITTED}"]
-    return Commit(step, key, sum(entry.size for entry in entries), marks[0]) if marks else None
+    """The commit of the folder `key` with these objects; None if `COMMITTED` is not among them."""
+    times = [entry.modified for entry in entries if entry.key == f"{key}/{_COMMITTED}"]
+    if not times:
+        return None
+    size = sum(entry.size for entry in entries)
+    return Commit(step, key, size, times[0])
 
 
-def _half_written(key: str) -> Damage:
-    return Damage(key.rpartition("/")[2], _COMMITTED, "missing: the upload was not finished")
+def _incomplete(key: str) -> Corruption:
+    """The problem of a folder without `COMMITTED`."""
+    return Corruption(key.rpartition("/")[2], _COMMITTED, "missing: the upload was not finished")

@@ -23,7 +23,7 @@ __all__ = ["FolderStorage", "staged"]
 _TEMPORARY = f"{RESERVED}tmp-"
 _DISPLACED = f"{RESERVED}displaced-"
 _UNSUPPORTED = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
-"""What file systems answer to a call that they do not have."""
+"""Error codes of file systems for operations that they do not support."""
 
 
 class FolderStorage(Storage):
@@ -52,7 +52,7 @@ class FolderStorage(Storage):
             _sync_folder(path.parent)
         return True
 
-    def swap(self, key: str, data: bytes, expected: bytes) -> bool:
+    def compare_and_swap(self, key: str, data: bytes, expected: bytes) -> bool:
         path = self._path(key)
         try:
             with explained(str(path)):
@@ -69,7 +69,7 @@ class FolderStorage(Storage):
     def append(self, key: str, data: bytes) -> None:
         path = self._path(key)
         with explained(str(path)):
-            self._make_way(path)
+            self._make_room(path)
             with path.open("ab") as file:
                 file.write(data)
                 _sync(file)
@@ -96,9 +96,10 @@ class FolderStorage(Storage):
             self._remove_empty(folder)
 
     def move(self, key: str, to: str) -> None:
-        source, target = self._path(key), self._path(to)
+        source = self._path(key)
+        target = self._path(to)
         with explained(str(target)):
-            self._make_way(target)
+            self._make_room(target)
             os.replace(source, target)
             _sync_folder(target.parent)
         self._remove_empty(source.parent)
@@ -113,18 +114,22 @@ class FolderStorage(Storage):
 
     def sweep(self, older_than_s: float, prefix: str = "") -> Sequence[str]:
         before = time.time() - older_than_s
-        found = (self.root / _folder_of(prefix)).rglob(f"{RESERVED}*")
+        candidates = (self.root / _folder_of(prefix)).rglob(f"{RESERVED}*")
         removed = []
         with explained(self.url):
-            for path in sorted(found):
-                if path.name.startswith((_TEMPORARY, _DISPLACED, CONTENDER)) and path.lstat().st_mtime < before:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            for path in sorted(candidates):
+                is_temporary = path.name.startswith((_TEMPORARY, _DISPLACED, CONTENDER))
+                if is_temporary and path.lstat().st_mtime < before:
+                    if path.is_dir():
+                        shutil.rmtree(path)
+                    else:
+                        path.unlink(missing_ok=True)
                     self._remove_empty(path.parent)
                     removed.append(path.relative_to(self.root).as_posix())
         return removed
 
     def check_exclusion(self) -> None:
-        pass  # links and renames of a file system exclude each other
+        pass  # links and renames of a file system are atomic
 
     def sha256(self, key: str) -> str:
         with explained(f"{self.url}/{key}"), self._open(key) as file:
@@ -140,6 +145,7 @@ class FolderStorage(Storage):
         return path.open("rb")
 
     def _publish(self, key: str, fill: Callable[[BinaryIO], object]) -> None:
+        """Write an object through a temporary file that `fill` fills, atomically and durably."""
         path = self._path(key)
         with explained(str(path)), self._new_file(path) as (temporary, file):
             fill(file)
@@ -149,27 +155,28 @@ class FolderStorage(Storage):
 
     @contextmanager
     def _new_file(self, path: Path) -> Iterator[tuple[Path, BinaryIO]]:
-        """A new hidden file beside `path`, where nothing stands in the way of an object of that name."""
-        self._make_way(path)
+        """A new hidden file beside `path`, to be renamed to it; see `_make_room`."""
+        self._make_room(path)
         with _new_file(path.parent) as temporary_and_file:
             yield temporary_and_file
 
-    def _make_way(self, path: Path) -> None:
-        """Make the folder of `path`. A folder in the place of an object, or a file in that of a folder, is set aside.
+    def _make_room(self, path: Path) -> None:
+        """Make the folder of `path`, so that an object can be written there.
 
-        It keeps what it holds, under a hidden name beside the place that it had.
+        A folder at the path of an object, or a file at the path of a folder, is renamed to a hidden name beside it and
+        keeps its content.
         """
         folders = [folder for folder in path.parents if folder != self.root and self.root in folder.parents]
-        for place in reversed(folders):
-            if place.exists() and not place.is_dir():
-                _displace(place)
+        for folder in reversed(folders):
+            if folder.exists() and not folder.is_dir():
+                _displace(folder)
         self._make_root()
         _make_folder(path.parent)
         if path.is_dir():
             _displace(path)
 
     def _make_root(self) -> None:
-        """StoreError where the folder of the store is not there and cannot be made."""
+        """Make the folder of the store unless it exists; StoreError if it cannot be made."""
         try:
             _make_folder(self.root)
         except OSError as error:
@@ -178,7 +185,7 @@ class FolderStorage(Storage):
             ) from error
 
     def _remove_empty(self, folder: Path) -> None:
-        """Remove folders that hold nothing any more, as S3 has none either."""
+        """Remove `folder` and its parents up to the root as long as they are empty: S3 has no empty folders either."""
         while folder != self.root:
             try:
                 folder.rmdir()
@@ -189,7 +196,7 @@ class FolderStorage(Storage):
 
 @contextmanager
 def staged(path: Path) -> Iterator[BinaryIO]:
-    """A file to fill that becomes `path` at the end of the block, or leaves nothing if the block raises."""
+    """Yield a temporary file that is renamed to `path` at the end of the block, or removed if the block raises."""
     with _new_file(path.parent) as (temporary, file):
         yield file
         file.flush()
@@ -198,7 +205,7 @@ def staged(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _new_file(folder: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """A new hidden file in `folder`, gone at the end of the block unless the block renamed it."""
+    """Yield the path and handle of a new hidden file in `folder`, which is removed unless the block renames it."""
     path = folder / f"{_TEMPORARY}{uuid.uuid4().hex}"
     file = _open_new(path)
     try:
@@ -209,23 +216,25 @@ def _new_file(folder: Path) -> Iterator[tuple[Path, BinaryIO]]:
 
 
 def _open_new(path: Path) -> BinaryIO:
+    """Create a file and its folder; repeated if another process removes the folder while it is empty."""
     while True:
-        with suppress(FileNotFoundError):  # another process may remove the folder while it is empty
+        with suppress(FileNotFoundError):
             _make_folder(path.parent)
             return path.open("xb")
 
 
 def _displace(path: Path) -> None:
+    """Rename a file or folder to a hidden name beside it."""
     with suppress(FileNotFoundError):
         os.rename(path, path.parent / f"{_DISPLACED}{uuid.uuid4().hex}-{path.name}"[:250])
 
 
 def _link(temporary: Path, path: Path) -> bool:
-    """Give a whole file its name unless that is taken; whether this call did it."""
+    """Give a complete file its name unless the name is taken; returns whether this call did it."""
     try:
         os.link(temporary, path)  # unlike a rename, it fails when the name is taken
     except FileExistsError:
-        return temporary.stat().st_nlink > 1  # NFS may repeat a link whose answer was lost
+        return temporary.stat().st_nlink > 1  # NFS may repeat a link whose answer was lost: then this call made it
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise
@@ -237,6 +246,7 @@ def _link(temporary: Path, path: Path) -> bool:
 
 
 def _make_folder(folder: Path) -> None:
+    """Make a folder and its parents, durably."""
     if not folder.is_dir():
         _make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
@@ -249,6 +259,7 @@ def _sync(file: BinaryIO) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
+    """Make a change of names in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -260,21 +271,26 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _folder_of(prefix: str) -> str:
+    """The folder part of a prefix of keys; empty for the root."""
     folder = prefix.rpartition("/")[0]
     return check_key(folder) if folder else ""
 
 
 def _walk(folder: Path, prefix: str, begins: str = "") -> Iterator[Entry]:
-    """Every file below a folder; of the folder itself only what `begins` so, as the rest is not worth a look."""
+    """Every file below a folder, as an entry with `prefix` before its path.
+
+    Skips names in `folder` that do not begin with `begins`, reserved names, and files that another process removes in
+    the meantime.
+    """
     try:
         with os.scandir(folder) as items:
-            names = [item for item in items if item.name.startswith(begins) and not item.name.startswith(RESERVED)]
+            matches = [item for item in items if item.name.startswith(begins) and not item.name.startswith(RESERVED)]
     except (FileNotFoundError, NotADirectoryError):
         return
-    for item in names:
+    for item in matches:
         if item.is_dir():
             yield from _walk(folder / item.name, f"{prefix}{item.name}/")
         elif item.is_file():
-            with suppress(FileNotFoundError):  # removed in between
+            with suppress(FileNotFoundError):
                 status = item.stat()
                 yield Entry(prefix + item.name, status.st_size, status.st_mtime)

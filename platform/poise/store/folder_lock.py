@@ -1,9 +1,9 @@
 """Mutual exclusion in a folder that several machines share, without `flock`, which Lustre and some NFS do not have.
 
-Who wants to be alone makes a file of its own in the folder and then looks who else has one. Of two, at least the one
-that looks later sees the other, so that two never pass. The first by name waits; the others withdraw and come again. A
-file whose process is gone from this machine, or that is older than any change takes, is passed over and removed: it has
-a name of its own, so that nothing else can be removed with it.
+A contender creates a file with a unique name in the folder and then lists the files of the others. Of two contenders at
+least the one that lists later sees the other, so two never enter together. The first by name waits; the others remove
+their files and try again. A file whose process has ended on this machine, or that is older than any change takes, is
+ignored and removed; since its name is unique, no other contender's file can be removed by mistake.
 """
 
 from __future__ import annotations
@@ -23,54 +23,55 @@ from poise.store.storage import RESERVED
 __all__ = ["CONTENDER", "alone_in"]
 
 CONTENDER = f"{RESERVED}lock-"
-_STALE_S = 60.0  # what is done alone takes milliseconds
-_RANDOM = random.SystemRandom()  # the global state is part of a checkpoint
+_STALE_S = 60.0  # a block takes milliseconds
+_RANDOM = random.SystemRandom()  # not the global generator, whose state is part of a checkpoint
 
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Be the only one in this block among all, on any machine, that enter it for the same folder.
+    """Enter the block only while no other process, on any machine, is in it for the same folder.
 
-    Raises `FileNotFoundError` when there is no such folder.
+    Raises `FileNotFoundError` when the folder does not exist.
     """
-    own = folder / f"{CONTENDER}{uuid.uuid4().hex}"
+    lock_file = folder / f"{CONTENDER}{uuid.uuid4().hex}"
     text = json.dumps(asdict(ProcessId.current()))
     try:
         while True:
-            own.write_text(text)
-            while (others := _others(own)) and min(others) > own.name:
+            lock_file.write_text(text)
+            while (others := _others(lock_file)) and min(others) > lock_file.name:
                 _pause(0.005)
             if not others:
                 break
-            own.unlink(missing_ok=True)
+            lock_file.unlink(missing_ok=True)
             _pause(0.02)
         yield
     finally:
-        own.unlink(missing_ok=True)
+        lock_file.unlink(missing_ok=True)
 
 
 def _pause(longest_s: float) -> None:
     time.sleep(_RANDOM.uniform(0.001, longest_s))
 
 
-def _others(own: Path) -> list[str]:
-    """The names of all others that want to be alone, or are."""
-    contenders = [path for path in own.parent.iterdir() if path.name.startswith(CONTENDER) and path != own]
+def _others(lock_file: Path) -> list[str]:
+    """The names of the other contenders' files. Removes those that are stale."""
+    contenders = [path for path in lock_file.parent.iterdir() if path.name.startswith(CONTENDER) and path != lock_file]
     alive = []
     for path in contenders:
-        with suppress(FileNotFoundError):  # it has left in between
-            if _is_stale(path, own):
+        with suppress(FileNotFoundError):  # its process removed it in the meantime
+            if _is_stale(path, lock_file):
                 path.unlink(missing_ok=True)
             else:
                 alive.append(path.name)
     return alive
 
 
-def _is_stale(path: Path, own: Path) -> bool:
-    if own.stat().st_mtime - path.stat().st_mtime > _STALE_S:  # both by the clock of the file system
+def _is_stale(path: Path, lock_file: Path) -> bool:
+    """Whether the file of another contender is too old, or its process has ended on this machine."""
+    if lock_file.stat().st_mtime - path.stat().st_mtime > _STALE_S:  # both times are of the file system's clock
         return True
     try:
         holder = ProcessId(**json.loads(path.read_text()))
     except (ValueError, TypeError):
-        return False  # it is being written
+        return False  # its process is writing it at this moment
     return holder.is_gone()

@@ -1,8 +1,8 @@
-"""A lease on a run's name, so that of two drivers racing for it one wins.
+"""A lease on a run's name, so that only one driver has the run at a time.
 
-The object `LOCK` says who holds the run. It is only ever created and swapped, never written or deleted, so that every
-change of hands is decided by the store. Clocks of hosts that share a store should agree to within `expires_s`; where
-they do not, a holder may lose its lease, which it notices, but two never hold it.
+The object `LOCK` records the holder. It is only created and compared-and-swapped, never written or deleted, so that the
+store decides every race. The clocks of hosts that share a store should agree to within `expires_s`; if they do not, a
+holder may lose its lease, which it notices, but two drivers never hold it.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from types import TracebackType
 from pydantic import ValidationError
 
 from poise.errors import RunBusyError, StoreError
-from poise.spec import Section
+from poise.spec import SpecModel
 from poise.store.process import ProcessId
 from poise.store.storage import Storage
 
 __all__ = ["Lease"]
 
 
-class _Holder(Section):
-    """What LOCK says. A holder that let go has the empty token."""
+class _Holder(SpecModel):
+    """The content of LOCK. After a release the token is empty."""
 
     token: str
     host: str
     pid: int
     started: int | None
     space: str
-    """With `pid`, which process it is: see `ProcessId`."""
+    """With `pid` and `started` the identity of the process: see `ProcessId`."""
     since: float
     renewed: float
     expires_s: float
@@ -44,25 +44,25 @@ class _Holder(Section):
         return self.model_dump_json(indent=1).encode()
 
     def is_alive(self) -> bool:
-        """Whether it has to be respected: it holds on, renewed in time, and its process is not known to be gone."""
+        """Whether the lease is held: not released, renewed in time, and its process is not known to have ended."""
         if not self.token or self.remaining_s() < 0 or self.is_implausible():
             return False
         return not ProcessId(self.pid, self.started, self.space).is_gone()
 
     def remaining_s(self) -> float:
-        """Seconds until it expires unless it is renewed."""
+        """Seconds until the lease expires unless it is renewed."""
         return self.renewed + self.expires_s - time.time()
 
     def is_implausible(self) -> bool:
-        """Whether it was renewed later than now: the clock there was wrong, or the clock here is."""
+        """Whether the time of renewal is in the future: the clock of the holder or of this machine is wrong."""
         return self.renewed > time.time() + self.expires_s
 
 
 class Lease:
-    """The right to be the one driver of the run below `prefix`; a context manager.
+    """The right to be the only driver of the run below `prefix`; a context manager.
 
-    Renewed by a thread every `renew_s` seconds; one that was not renewed for `expires_s` seconds may be taken over, and
-    at once if its process ran on this machine and is gone.
+    A thread renews it every `renew_s` seconds. Another driver may take it over `expires_s` seconds after the last
+    renewal, or at once if its process ran on this machine and has ended.
     """
 
     def __init__(self, storage: Storage, prefix: str, *, renew_s: float = 5.0, expires_s: float = 30.0) -> None:
@@ -75,10 +75,10 @@ class Lease:
         self._thread = threading.Thread(target=self._renew_until_stopped, name=f"lease {prefix}", daemon=True)
 
     def __enter__(self) -> Lease:
-        """Take the lease, or raise `RunBusyError` that names the holder."""
+        """Acquire the lease, or raise `RunBusyError` that names the holder."""
         self.storage.check_exclusion()
         now = time.time()
-        mine = _Holder(
+        holder = _Holder(
             token=self.token,
             host=socket.gethostname(),
             **asdict(ProcessId.current()),
@@ -86,8 +86,8 @@ class Lease:
             renewed=now,
             expires_s=self.expires_s,
         )
-        if not self._take(mine):
-            raise RunBusyError(self._who_holds())
+        if not self._acquire(holder):
+            raise RunBusyError(self._busy_message())
         self._thread.start()
         return self
 
@@ -96,62 +96,69 @@ class Lease:
     ) -> None:
         self._stop.set()
         self._thread.join(self.expires_s)
-        with suppress(StoreError):  # a lease that cannot be given back expires
+        with suppress(StoreError):  # a lease that cannot be released expires
             self._update(token="")
 
     def check(self) -> None:
         """Raise `RunBusyError` unless the store still names this lease as the holder."""
         if not self.holds(self.storage, self.prefix, self.token):
-            raise RunBusyError(f"{self._who_holds()} This driver had it before, and stops here.")
+            raise RunBusyError(f"{self._busy_message()} This driver had it before, and stops here.")
 
     @staticmethod
     def holds(storage: Storage, prefix: str, token: str) -> bool:
-        """Whether the lease on `prefix` is held with this token: what a worker asks before it commits."""
+        """Whether the lease on `prefix` is held with this token. A worker checks it before it commits."""
         holder = _read(storage, prefix)[1]
         return holder is not None and holder.token == token != ""
 
     @staticmethod
     def is_held(storage: Storage, prefix: str) -> bool:
-        """Whether some living driver holds the lease on `prefix`."""
+        """Whether any driver holds the lease on `prefix`."""
         holder = _read(storage, prefix)[1]
         return holder is not None and holder.is_alive()
 
-    def _take(self, mine: _Holder) -> bool:
-        if self.storage.create(_key(self.prefix), mine.encoded()):
+    def _acquire(self, new: _Holder) -> bool:
+        """Write `new` into LOCK unless another driver holds the lease; returns whether it was written."""
+        if self.storage.create(_key(self.prefix), new.encoded()):
             return True
-        seen, holder = _read(self.storage, self.prefix)
-        if holder is not None and (holder.is_alive() or self._is_renewed(holder, seen)):
+        data, holder = _read(self.storage, self.prefix)
+        if holder is not None and (holder.is_alive() or self._is_renewed(holder, data)):
             return False
-        return self.storage.swap(_key(self.prefix), mine.encoded(), seen)
+        return self.storage.compare_and_swap(_key(self.prefix), new.encoded(), data)
 
-    def _is_renewed(self, holder: _Holder, seen: bytes) -> bool:
-        """Whether a holder whose clock cannot be trusted renews its lease: it is watched for as long as one lasts."""
-        gone = ProcessId(holder.pid, holder.started, holder.space).is_gone()
-        if not holder.token or not holder.is_implausible() or gone:
+    def _is_renewed(self, holder: _Holder, data: bytes) -> bool:
+        """Whether a holder with an implausible clock renews its lease; waits for as long as a lease lasts.
+
+        `data` is the content of LOCK with that holder.
+        """
+        has_ended = ProcessId(holder.pid, holder.started, holder.space).is_gone()
+        if not holder.token or not holder.is_implausible() or has_ended:
             return False
-        until = time.monotonic() + holder.expires_s
-        while time.monotonic() < until:
+        deadline = time.monotonic() + holder.expires_s
+        while time.monotonic() < deadline:
             time.sleep(min(1.0, self.renew_s))
-            if _read(self.storage, self.prefix)[0] != seen:
+            if _read(self.storage, self.prefix)[0] != data:
                 return True
         return False
 
     def _update(self, **changes: str | float) -> bool:
-        """Change what LOCK says of this lease; False if it was lost."""
-        seen, holder = _read(self.storage, self.prefix)
+        """Change fields of this lease in LOCK; False if the lease was lost."""
+        data, holder = _read(self.storage, self.prefix)
         if holder is None or holder.token != self.token:
             return False
-        return self.storage.swap(_key(self.prefix), holder.model_copy(update=changes).encoded(), seen)
+        changed = holder.model_copy(update=changes)
+        return self.storage.compare_and_swap(_key(self.prefix), changed.encoded(), data)
 
     def _renew_until_stopped(self) -> None:
+        """Runs in the thread: renew the lease until it is released or lost."""
         while not self._stop.wait(self.renew_s):
             try:
                 if not self._update(renewed=time.time()):
                     return
             except StoreError:
-                continue  # the store may recover before the lease expires; if not, another takes it, and `check` tells
+                continue  # the store may recover before the lease expires; if it does not, `check` raises
 
-    def _who_holds(self) -> str:
+    def _busy_message(self) -> str:
+        """The message that names the holder and what to do."""
         name = self.prefix.rpartition("/")[2]
         holder = _read(self.storage, self.prefix)[1]
         if holder is None or not holder.token:
@@ -169,7 +176,7 @@ def _key(prefix: str) -> str:
 
 
 def _read(storage: Storage, prefix: str) -> tuple[bytes, _Holder | None]:
-    """What LOCK holds, and who that is: None if it is missing or unreadable, and then anybody may take it."""
+    """The content of LOCK and its holder; None if LOCK is missing or unreadable, and then any driver may take it."""
     try:
         data = storage.read(_key(prefix))
         return data, _Holder.model_validate_json(data)

@@ -1,4 +1,4 @@
-"""Who a process is, so that others can tell whether it still lives."""
+"""The identity of a process, by which others can find out whether it has ended."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _PROC = Path("/proc")
 class ProcessId:
     """A process of some machine.
 
-    `started` are clock ticks since boot, which tell it from a later one of the same number. `space` names the boot and
-    the process namespace that give `pid` its meaning; a container shares neither host nor numbers. It is empty where
-    there is no /proc to tell.
+    `started` is its start in clock ticks since boot, which distinguishes it from a later process with the same id.
+    `space` is the id of the boot and of the process namespace in which `pid` counts: a container has a namespace of its
+    own. `space` is empty on a system without /proc.
     """
 
     pid: int
@@ -30,20 +30,23 @@ class ProcessId:
         return cls(os.getpid(), _started(os.getpid()), _space())
 
     def is_gone(self) -> bool:
-        """Whether it is known to have ended: it ran here, and is not there any more."""
+        """Whether the process is known to have ended: it ran on this machine, and no process is the same."""
         return bool(self.space) and self.space == _space() and _started(self.pid) != self.started
 
 
 def _started(pid: int) -> int | None:
-    """When a process of this machine started, in clock ticks since boot; None if it is gone or a zombie."""
+    """When a process of this machine started, in clock ticks since boot; None if it has ended or is a zombie."""
     try:
-        state, *fields = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+        text = (_PROC / str(pid) / "stat").read_text()
     except OSError:
         return None
+    # The second field is the name in parentheses, which may contain spaces; `starttime` is field 22 of proc(5).
+    state, *fields = text.rpartition(")")[2].split()
     return None if state in "ZX" else int(fields[18])
 
 
 def _space() -> str:
+    """The id of the boot and of the process namespace of this process; empty without /proc."""
     try:
         boot = (_PROC / "sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink(_PROC / 'self/ns/pid')}"

@@ -1,4 +1,4 @@
-"""What a stored file has to be, and what is said when it is not."""
+"""Records of the content of stored files, and the problems of files that differ from them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from poise.errors import DamagedError
-from poise.spec import Section
+from poise.errors import IntegrityError
+from poise.spec import SpecModel
 from poise.store.storage import sha256_of
 
-__all__ = ["Damage", "FileRecord", "check_files", "listed", "record_of", "records_of"]
+__all__ = ["Corruption", "FileRecord", "check_files", "listed", "record_of", "records_of"]
 
 
 @dataclass(frozen=True)
-class Damage:
-    """What is wrong with one stored file: the checkpoint or run that it belongs to, its name there, the finding."""
+class Corruption:
+    """A problem of one stored file: the checkpoint or run that it belongs to, its name there, the problem."""
 
     where: str
     file: str
@@ -26,25 +26,26 @@ class Damage:
         return f"{self.where}/{self.file}: {self.problem}"
 
 
-class FileRecord(Section):
-    """What a file has to be: its size in bytes and its hexadecimal SHA-256."""
+class FileRecord(SpecModel):
+    """The size of a file in bytes and its hexadecimal SHA-256."""
 
     bytes: int
     sha256: str
 
 
 def record_of(data: bytes) -> FileRecord:
-    """The record of a file that has these bytes."""
+    """The record of a file with these bytes."""
     return FileRecord(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
 def records_of(folder: Path) -> dict[str, FileRecord]:
-    """The record of every file below a local folder, by its path in it with '/'."""
+    """The record of every file below a local folder, by its path in the folder, with '/' as separator."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {
-        path.relative_to(folder).as_posix(): FileRecord(bytes=path.stat().st_size, sha256=sha256_of(path))
-        for path in paths
-    }
+    records = {}
+    for path in paths:
+        name = path.relative_to(folder).as_posix()
+        records[name] = FileRecord(bytes=path.stat().st_size, sha256=sha256_of(path))
+    return records
 
 
 def check_files(
@@ -52,13 +53,21 @@ def check_files(
     records: Mapping[str, FileRecord],
     sizes: Mapping[str, int],
     sha256: Callable[[str], str] | None = None,
-) -> list[Damage]:
-    """Compare the files of `where` with their records: by `sizes` alone or, given how to hash one, by content."""
-    found = ((name, _problem(name, record, sizes.get(name), sha256)) for name, record in sorted(records.items()))
-    return [Damage(where, name, problem) for name, problem in found if problem]
+) -> list[Corruption]:
+    """The files that differ from their records, by `sizes` and, with a function `sha256` of the name, by content.
+
+    `where` names the checkpoint or run in the results.
+    """
+    corruptions = []
+    for name, record in sorted(records.items()):
+        problem = _problem(name, record, sizes.get(name), sha256)
+        if problem:
+            corruptions.append(Corruption(where, name, problem))
+    return corruptions
 
 
 def _problem(name: str, record: FileRecord, size: int | None, sha256: Callable[[str], str] | None) -> str | None:
+    """How a file differs from its record; None if it does not. `size` is None if the file is missing."""
     if size is None:
         return "missing"
     if size != record.bytes:
@@ -67,10 +76,10 @@ def _problem(name: str, record: FileRecord, size: int | None, sha256: Callable[[
         return "sha256 differs" if sha256 is not None and sha256(name) != record.sha256 else None
     except FileNotFoundError:
         return "missing"
-    except DamagedError as error:
+    except IntegrityError as error:
         return str(error)
 
 
-def listed(problems: Iterable[Damage]) -> str:
-    """Problems for a message: one after the other."""
+def listed(problems: Iterable[Corruption]) -> str:
+    """Problems as one text, separated by semicolons."""
     return "; ".join(map(str, problems))

@@ -1,10 +1,9 @@
-"""The result files of a run, each with a record of what it has to be.
+"""The result files of a run, each with a record of its size and hash.
 
 `records.jsonl` has a line for every version of every result file: its path, its size in bytes and its SHA-256. The line
-is written before the file, so that a file without a line was never written by Poise, and a line without its file is a
-write that was not finished. A file is read only if it is one of the versions that were recorded. `records.jsonl` and
-`events.jsonl` only ever grow: a checkpoint vouches for what they were when it was committed, so that a line that was
-changed or lost is found too.
+is written before the file: a file without a line was not written by Poise, and a line without its file is a write that
+was not finished. A file is read only if it is one of the recorded versions. `records.jsonl` and `events.jsonl` are
+append-only: each checkpoint records their size and hash at its commit, so that a changed or lost line is found too.
 """
 
 from __future__ import annotations
@@ -17,30 +16,32 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from poise.errors import DamagedError
-from poise.store.records import Damage, FileRecord, check_files, record_of
+from poise.errors import IntegrityError
+from poise.store.records import Corruption, FileRecord, check_files, record_of
 from poise.store.storage import Storage, sha256_of
 
 __all__ = ["EVENTS", "RECORDS", "AppendedLines", "RecordLog", "ResultFiles"]
 
-RECORDS, EVENTS = "records.jsonl", "events.jsonl"
+RECORDS = "records.jsonl"
+EVENTS = "events.jsonl"
 _FOLDERS = ("artifacts/", "metrics/", "samples/")
-_RECORDED = (*_FOLDERS, "spec.yaml", "environment.json", "inputs.json")
-"""Where results and what made them are kept; checkpoints have manifests of their own."""
+_RECORDED = (*_FOLDERS, "result.json", "spec.yaml", "environment.json", "inputs.json")
+"""Paths of the files that are recorded. Files of checkpoints are not: they are in the manifests of the checkpoints."""
 
-_MADE_AGAIN = ("artifacts/", "samples/")
+_REPRODUCIBLE = ("artifacts/", "samples/", "result.json")
+"""Paths of the files that a run writes again if they are missing."""
 
 
 @dataclass(frozen=True)
 class RecordLog:
-    """The lines of `records.jsonl`: for each path every version that was recorded, the newest last."""
+    """The content of `records.jsonl`: `data`, and the recorded versions of each path, the newest last."""
 
     data: bytes = b""
     versions: Mapping[str, list[FileRecord]] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, data: bytes) -> RecordLog:
-        """Read the lines; one that cannot be read, as a crash leaves it, records nothing."""
+        """Parse the lines; skips a line that a crash left incomplete."""
         versions: dict[str, list[FileRecord]] = {}
         for line in data.decode(errors="replace").splitlines():
             try:
@@ -58,30 +59,30 @@ class RecordLog:
 
 
 class AppendedLines:
-    """A file of lines that only grows. Only who holds the lease of the run adds to it."""
+    """An append-only file of lines. A caller that appends holds the lease of the run."""
 
     def __init__(self, storage: Storage, key: str) -> None:
         self.storage = storage
         self.key = key
-        self._ends_whole = False
+        self._ends_with_newline = False  # not known before the first append
 
     def read(self) -> bytes:
-        """All lines, also what a crash left half written; nothing where there is no file."""
+        """All bytes, also a line that a crash left incomplete; empty if there is no file."""
         try:
             return self.storage.read(self.key)
         except FileNotFoundError:
             return b""
 
     def append(self, values: Iterable[Mapping[str, Any]]) -> None:
-        """Add one line of JSON for each of `values`."""
+        """Append one line of JSON for each of `values`."""
         lines = "".join(json.dumps(value, separators=(",", ":")) + "\n" for value in values)
         if not lines:
             return
-        if not self._ends_whole and (text := self.read()) and not text.endswith(b"\n"):
-            lines = "\n" + lines  # what a dead driver left half written keeps to its own line
-        self._ends_whole = False
+        if not self._ends_with_newline and (text := self.read()) and not text.endswith(b"\n"):
+            lines = "\n" + lines  # end the incomplete line of a driver that died
+        self._ends_with_newline = False
         self.storage.append(self.key, lines.encode())
-        self._ends_whole = True
+        self._ends_with_newline = True
 
 
 class ResultFiles:
@@ -94,7 +95,7 @@ class ResultFiles:
         self._log: RecordLog | None = None
 
     def write(self, files: Mapping[str, bytes]) -> None:
-        """Create or replace files, atomically each, after one write that records them all."""
+        """Create or replace files, each atomically, after one write that records all of them."""
         self.record({path: record_of(data) for path, data in files.items()})
         for path, data in files.items():
             self.storage.write(f"{self.prefix}/{path}", data)
@@ -105,20 +106,21 @@ class ResultFiles:
         self.storage.upload(local, f"{self.prefix}/{path}")
 
     def record(self, records: Mapping[str, FileRecord]) -> None:
-        """Add to `records.jsonl` what the result files among `records` will be."""
-        lines = [
-            {"path": path, **record.model_dump()} for path, record in records.items() if path.startswith(_RECORDED)
-        ]
+        """Append the records of result files to `records.jsonl`; skips paths that are not recorded."""
+        lines = []
+        for path, record in records.items():
+            if path.startswith(_RECORDED):
+                lines.append({"path": path, **record.model_dump()})
         self.lines.append(lines)
         self._log = None
 
     def record_missing(self, path: str, data: bytes) -> None:
-        """Record a file that is there already, with these bytes, unless it has a record."""
+        """Record an existing file with these bytes, unless it has a record."""
         if path not in self.log().versions:
             self.record({path: record_of(data)})
 
     def read(self, path: str) -> bytes:
-        """The bytes of a file; `FileNotFoundError` where there is none, `DamagedError` if they were never written."""
+        """The bytes of a file; `FileNotFoundError` if there is none, `IntegrityError` if they are not recorded."""
         data = self.storage.read(f"{self.prefix}/{path}")
         self._check(path, record_of(data))
         return data
@@ -128,75 +130,91 @@ class ResultFiles:
         self.storage.download(f"{self.prefix}/{path}", into)
         try:
             self._check(path, FileRecord(bytes=into.stat().st_size, sha256=sha256_of(into)))
-        except DamagedError:
+        except IntegrityError:
             into.unlink()
             raise
 
     def log(self) -> RecordLog:
-        """What is recorded now."""
+        """The content of `records.jsonl`, read now."""
         self._log = RecordLog.parse(self.lines.read())
         return self._log
 
     def present(self) -> dict[str, int]:
-        """The size in bytes of every file that is there, by path."""
+        """The size in bytes of every present file that is recorded, by path."""
         start = len(self.prefix) + 1
-        entries = [entry for part in _RECORDED for entry in self.storage.list(f"{self.prefix}/{part}")]
-        return {entry.key[start:]: entry.size for entry in entries}
+        sizes = {}
+        for part in _RECORDED:
+            for entry in self.storage.list(f"{self.prefix}/{part}"):
+                sizes[entry.key[start:]] = entry.size
+        return sizes
 
     def appended(self) -> dict[str, FileRecord]:
-        """What the files that only grow are now: for a checkpoint to vouch for, as their beginning."""
-        files = {name: AppendedLines(self.storage, f"{self.prefix}/{name}").read() for name in (RECORDS, EVENTS)}
-        return {name: record_of(data) for name, data in files.items()}
+        """The records of the append-only files as they are now, for a checkpoint or a manifest."""
+        records = {}
+        for name in (RECORDS, EVENTS):
+            data = AppendedLines(self.storage, f"{self.prefix}/{name}").read()
+            records[name] = record_of(data)
+        return records
 
-    def final_records(self, vouched: Iterable[str]) -> dict[str, FileRecord]:
-        """What every result has to be at the end of the run, from the records of when it was written.
+    def final_records(self, committed: Iterable[str]) -> dict[str, FileRecord]:
+        """The record of every result at the end of the run, by path.
 
-        A record without its file is left out, since that write was not finished, unless its path is in `vouched`.
+        A record without its file is left out, since that write was not finished, unless its path is in `committed`: the
+        file was there once, and is lost.
         """
-        newest, present = self.log().newest(), self.present()
-        required = {*present, *vouched}
+        newest = self.log().newest()
+        present = self.present()
+        required = {*present, *committed}
         records = {path: record for path, record in newest.items() if path in required}
         for path in present.keys() - newest.keys():
             records[path] = FileRecord(bytes=present[path], sha256=self._sha256(path))
         return dict(sorted(records.items()))
 
-    def verify(self, final: Mapping[str, FileRecord] | None, vouched: Iterable[str]) -> list[Damage]:
-        """Compare every result with its record: with `final`, of a run that has ended, or with `records.jsonl`."""
+    def verify(self, final: Mapping[str, FileRecord] | None, committed: Iterable[str]) -> list[Corruption]:
+        """Compare every result with its record in `final`, if the run has ended, or else in `records.jsonl`.
+
+        A missing file is a corruption if its path is in `committed`.
+        """
         present = self.present()
         if final is not None:
             return check_files(self.prefix, final, present, self._sha256)
-        log, damages, required = self.log(), [], set(vouched)
+        log = self.log()
+        required = set(committed)
+        corruptions = []
         for path in sorted({*log.versions, *present}):
             if path not in log.versions:
-                damages.append(Damage(self.prefix, path, "there is no record of it"))
+                corruptions.append(Corruption(self.prefix, path, "there is no record of it"))
             elif path in present or path in required:
-                problems = [check_files(self.prefix, {path: one}, present, self._sha256) for one in log.versions[path]]
-                damages += [] if [] in problems else problems[-1]
-        return damages
+                # The file may be any of its versions: a crash may have come between the record and the file.
+                versions = log.versions[path]
+                problems = [check_files(self.prefix, {path: version}, present, self._sha256) for version in versions]
+                if [] not in problems:
+                    corruptions += problems[-1]
+        return corruptions
 
-    def verify_appended(self, appended: Mapping[str, FileRecord], where: str) -> list[Damage]:
-        """Compare the beginning of the files that only grow with what `where` vouches for."""
-        damages = []
+    def verify_appended(self, appended: Mapping[str, FileRecord], where: str) -> list[Corruption]:
+        """Compare the beginnings of the append-only files with their records in `where`, a checkpoint or manifest."""
+        corruptions = []
         for name, record in sorted(appended.items()):
             data = AppendedLines(self.storage, f"{self.prefix}/{name}").read()
             if record_of(data[: record.bytes]) != record:
-                problem = f"its first {record.bytes} bytes (of {len(data)}) are not those that {where} vouches for"
-                damages.append(Damage(self.prefix, name, problem))
-        return damages
+                problem = f"its first {record.bytes} bytes (of {len(data)}) are not those recorded in {where}"
+                corruptions.append(Corruption(self.prefix, name, problem))
+        return corruptions
 
     def _sha256(self, path: str) -> str:
         return self.storage.sha256(f"{self.prefix}/{path}")
 
-    def _check(self, path: str, found: FileRecord) -> None:
-        """DamagedError if a file is recorded and `found` is none of its versions.
+    def _check(self, path: str, actual: FileRecord) -> None:
+        """IntegrityError if a file has records and `actual` is none of them.
 
-        The log is read again before that is said: another process may have replaced the file in the meantime.
+        Reads the log again before it raises: another process may have replaced the file in the meantime.
         """
         if not path.startswith(_RECORDED):
             return
-        if self._log is not None and found in self._log.versions.get(path, []):
+        if self._log is not None and actual in self._log.versions.get(path, []):
             return
         versions = self.log().versions.get(path, [])
-        if versions and found not in versions:
-            cure = ": remove that one file and run again" if path.startswith(_MADE_AGAIN) else ""
-            raise DamagedError(f"{self.storage.url}/{self.prefix}/{path} is damaged (its sha256 differs){cure}")
+        if versions and actual not in versions:
+            remedy = ": remove that one file and run again" if path.startswith(_REPRODUCIBLE) else ""
+            raise IntegrityError(f"{self.storage.url}/{self.prefix}/{path} is damaged (its sha256 differs){remedy}")

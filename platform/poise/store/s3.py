@@ -1,7 +1,7 @@
-"""A store on S3 or what speaks its protocol.
+"""A store on S3 or on a service with the same protocol.
 
-Credentials, region and endpoint are boto3's to find in the environment. The client is made at first use and never
-pickled, so that no secret travels in an actor argument.
+boto3 reads credentials, region and endpoint from the environment. The client is made at first use and never pickled, so
+that no credentials are sent in the arguments of an actor.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ __all__ = ["S3Storage"]
 _MISSING = {"NoSuchKey", "NotFound", "404"}
 _REFUSED = {"AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}
 _LOST_RACE = {"PreconditionFailed", "ConditionalRequestConflict", "412", "409"}
-_BATCH = 1000  # keys that one delete request may name
-_RACES = 20  # lost ones after which an append gives up
+_BATCH = 1000  # the most keys that one delete request may have
+_RACES = 20  # number of lost races after which an append gives up
 _CUT_SHORT = (aws.IncompleteReadError, aws.ReadTimeoutError, aws.ResponseStreamingError)
 
 T = TypeVar("T")
@@ -49,7 +49,7 @@ class S3Storage(Storage):
         self.bucket = bucket
         self.prefix = prefix
         self.url = f"s3://{bucket}/{prefix}".removesuffix("/")
-        self._excludes = False
+        self._has_conditional_writes = False  # not known before `check_exclusion`
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_client", "_policy")}
@@ -63,10 +63,10 @@ class S3Storage(Storage):
     def create(self, key: str, data: bytes) -> bool:
         return self._put_if(key, data, IfNoneMatch="*")
 
-    def swap(self, key: str, data: bytes, expected: bytes) -> bool:
+    def compare_and_swap(self, key: str, data: bytes, expected: bytes) -> bool:
         try:
-            found, tag = self._get(key)
-            return found == expected and self._put_if(key, data, IfMatch=tag)
+            current, tag = self._get(key)
+            return current == expected and self._put_if(key, data, IfMatch=tag)
         except FileNotFoundError:
             return False
 
@@ -87,21 +87,23 @@ class S3Storage(Storage):
             check_key(prefix.removesuffix("/"))
         with self._calls(prefix) as client:
             pages = client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self._root + prefix)
-            found = [item for page in pages for item in page.get("Contents", ())]
+            items = [item for page in pages for item in page.get("Contents", ())]
         start = len(self._root)
-        entries = [
-            Entry(item["Key"][start:], item["Size"], item["LastModified"].timestamp(), item.get("ETag", "").strip('"'))
-            for item in found
-        ]
-        return sorted(entry for entry in entries if f"/{RESERVED}" not in f"/{entry.key}")
+        entries = []
+        for item in items:
+            key = item["Key"][start:]
+            if f"/{RESERVED}" not in f"/{key}":
+                etag = item.get("ETag", "").strip('"')
+                entries.append(Entry(key, item["Size"], item["LastModified"].timestamp(), etag))
+        return sorted(entries)
 
     def folders(self) -> Sequence[str]:
         with self._calls() as client:
             pages = client.get_paginator("list_objects_v2").paginate(
                 Bucket=self.bucket, Prefix=self._root, Delimiter="/"
             )
-            found = [item["Prefix"] for page in pages for item in page.get("CommonPrefixes", ())]
-        return sorted(prefix[len(self._root) :].removesuffix("/") for prefix in found)
+            prefixes = [item["Prefix"] for page in pages for item in page.get("CommonPrefixes", ())]
+        return sorted(prefix[len(self._root) :].removesuffix("/") for prefix in prefixes)
 
     def delete(self, keys: Sequence[str]) -> None:
         names = [{"Key": self._name(key)} for key in keys]
@@ -126,26 +128,26 @@ class S3Storage(Storage):
         with explained(str(path)), staged(path) as file, self._calls(key) as client:
 
             def fill() -> None:
-                file.seek(0)
+                file.seek(0)  # an attempt that failed may have written a part
                 file.truncate()
                 try:
                     client.download_fileobj(self.bucket, self._name(key), file)
                 except RetriesExceededError as error:
                     raise _CutShortError(str(error.last_exception)) from error
 
-            self._until_whole(fill)
+            self._retry_cut_short(fill)
 
     def check_exclusion(self) -> None:
-        if self._excludes:
+        if self._has_conditional_writes:
             return
         name = f"{self._root}{RESERVED}probe"
         wrong_tag = '"00000000000000000000000000000000"'
-        if self._probe(name, IfNoneMatch="*"):  # it was not there yet, and is now
-            self._excludes = not self._probe(name, IfNoneMatch="*")
-        else:
-            self._excludes = True
-        self._excludes = self._excludes and not self._probe(name, IfMatch=wrong_tag)
-        if not self._excludes:
+        honours_none_match = True
+        if self._probe(name, IfNoneMatch="*"):
+            # The object did not exist and does now, so a second write with this condition must fail.
+            honours_none_match = not self._probe(name, IfNoneMatch="*")
+        self._has_conditional_writes = honours_none_match and not self._probe(name, IfMatch=wrong_tag)
+        if not self._has_conditional_writes:
             raise StoreError(
                 f"{self.url}: {_endpoint() or 'AWS'} ignores conditional writes (If-None-Match, If-Match), so that two "
                 "drivers could write one run at the same time: use one that honours them, or keep runs in a folder"
@@ -157,8 +159,8 @@ class S3Storage(Storage):
             pages = client.get_paginator("list_multipart_uploads").paginate(
                 Bucket=self.bucket, Prefix=self._root + prefix
             )
-            found = [item for page in pages for item in page.get("Uploads", ())]
-            stale = [item for item in found if item["Initiated"].timestamp() < before]
+            uploads = [item for page in pages for item in page.get("Uploads", ())]
+            stale = [item for item in uploads if item["Initiated"].timestamp() < before]
             for item in stale:
                 client.abort_multipart_upload(Bucket=self.bucket, Key=item["Key"], UploadId=item["UploadId"])
         return sorted(item["Key"][len(self._root) :] for item in stale)
@@ -179,11 +181,11 @@ class S3Storage(Storage):
     def _client(self) -> Any:
         _check_endpoint()
         config = Config(
-            retries={"mode": "standard", "total_max_attempts": 1},  # the policy retries
+            retries={"mode": "standard", "total_max_attempts": 1},  # `RetryPolicy` retries instead
             connect_timeout=10,
             read_timeout=60,
-            s3={"addressing_style": "path" if _endpoint() else "auto"},  # a private endpoint has few host names
-            response_checksum_validation="when_required",  # the store has SHA-256 of its own, and says what is damaged
+            s3={"addressing_style": "path" if _endpoint() else "auto"},  # a private endpoint has no host per bucket
+            response_checksum_validation="when_required",  # the store verifies SHA-256 itself
         )
         policy = self._policy
         try:
@@ -194,18 +196,20 @@ class S3Storage(Storage):
         return client
 
     def _get(self, key: str) -> tuple[bytes, str]:
+        """The bytes of an object and its ETag."""
+
         def get() -> tuple[bytes, str]:
-            answer = client.get_object(Bucket=self.bucket, Key=self._name(key))
+            response = client.get_object(Bucket=self.bucket, Key=self._name(key))
             try:
-                return answer["Body"].read(), answer["ETag"]
+                return response["Body"].read(), response["ETag"]
             except _CUT_SHORT as error:
                 raise _CutShortError(str(error)) from error
 
         with self._calls(key) as client:
-            return self._until_whole(get)
+            return self._retry_cut_short(get)
 
-    def _until_whole(self, read: Callable[[], T]) -> T:
-        """What `read` returns; a body that ends early is asked for again, as a request that fails is."""
+    def _retry_cut_short(self, read: Callable[[], T]) -> T:
+        """The value of `read`, which is repeated by the retry policy while the body of a response ends early."""
         started = time.monotonic()
         for attempt in itertools.count(1):
             try:
@@ -221,7 +225,7 @@ class S3Storage(Storage):
         raise AssertionError("unreachable")
 
     def _probe(self, name: str, **condition: str) -> bool:
-        """Whether a conditional write was done."""
+        """Whether a conditional write succeeded."""
         with self._calls(name) as client:
             try:
                 client.put_object(Bucket=self.bucket, Key=name, Body=uuid.uuid4().hex.encode(), **condition)
@@ -236,14 +240,16 @@ class S3Storage(Storage):
             client.put_object(Bucket=self.bucket, Key=self._name(key), Body=io.BytesIO(data), **condition)
 
     def _put_if(self, key: str, data: bytes, **condition: str) -> bool:
+        """Write an object on a condition; returns whether it was written."""
         try:
             self._put(key, data, **condition)
         except _LostRaceError as error:
-            # The reply of a write that succeeded may have been lost: boto3 sent it again and met its own object.
-            return error.retried and self._holds(key, data)
+            # The response to a successful write may have been lost: then the retry failed because of its own object.
+            return error.retried and self._contains(key, data)
         return True
 
-    def _holds(self, key: str, data: bytes) -> bool:
+    def _contains(self, key: str, data: bytes) -> bool:
+        """Whether an object exists and has these bytes."""
         try:
             return self.read(key) == data
         except FileNotFoundError:
@@ -251,10 +257,11 @@ class S3Storage(Storage):
 
     @contextmanager
     def _calls(self, key: str = "") -> Iterator[Any]:
+        """Yield the client, and turn its errors into those of `Storage`; `key` is named in the message."""
         try:
             yield self._client
         except aws.ClientError as error:
-            self._refuse(error, key)
+            self._raise(error, key)
         except (aws.NoCredentialsError, aws.PartialCredentialsError) as error:
             raise StoreError(
                 f"{self.url}: no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE), or run "
@@ -268,32 +275,34 @@ class S3Storage(Storage):
         except (aws.BotoCoreError, Boto3Error) as error:
             raise StoreError(f"{self.url}: {error}") from error
 
-    def _refuse(self, error: aws.ClientError, key: str) -> NoReturn:
-        code, details = error.response["Error"]["Code"], error.response.get("ResponseMetadata", {})
+    def _raise(self, error: aws.ClientError, key: str) -> NoReturn:
+        """Raise the error of `Storage` for an error response of the service."""
+        code = error.response["Error"]["Code"]
+        details = error.response.get("ResponseMetadata", {})
         if code in _MISSING:
             raise FileNotFoundError(f"{self.url}/{key} does not exist") from error
         if code in _LOST_RACE:
             raise _LostRaceError(retried=details.get("RetryAttempts", 0) > 0) from error
-        at = _endpoint() or "AWS"
+        service = _endpoint() or "AWS"
         if code == "NoSuchBucket":
             raise StoreError(
-                f"{self.url}: there is no bucket {self.bucket!r} at {at}: create it, correct the address, or set "
+                f"{self.url}: there is no bucket {self.bucket!r} at {service}: create it, correct the address, or set "
                 "AWS_ENDPOINT_URL to the service that has it"
             ) from error
         if code in _REFUSED:
             raise StoreError(
-                f"{self.url}: {at} refused access ({code}): check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
+                f"{self.url}: {service} refused access ({code}): check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
                 f"AWS_SESSION_TOKEN and the rights on bucket {self.bucket!r}"
             ) from error
         tries = details.get("RetryAttempts", 0) + 1
         raise StoreError(
-            f"{self.url}: {at} failed {error.operation_name} after {tries} tries ({code}): run again when it has "
+            f"{self.url}: {service} failed {error.operation_name} after {tries} tries ({code}): run again when it has "
             "recovered; nothing that was committed is lost"
         ) from error
 
 
 class _LostRaceError(StoreError):
-    """A conditional write met another object than it expected."""
+    """The condition of a conditional write was not met. `retried`: the request was sent more than once."""
 
     def __init__(self, *, retried: bool) -> None:
         super().__init__("another writer was faster: run again")
@@ -301,26 +310,26 @@ class _LostRaceError(StoreError):
 
 
 class _CutShortError(Exception):
-    """The body of an answer ended before its end."""
+    """The body of a response was incomplete."""
 
 
 def _check_endpoint() -> None:
-    """UserError for an endpoint that cannot be parsed, which is not repeated: it may hold a password."""
+    """UserError for an endpoint that cannot be parsed. The message does not contain it: it may have a password."""
     for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
         value = os.environ.get(name)
         if not value:
             continue
         try:
             url = urlsplit(value)
-            sound = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+            is_valid = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
         except ValueError:
-            sound = False
-        if not sound:
+            is_valid = False
+        if not is_valid:
             raise UserError(f"{name} is not the address of a service: write https://host or http://host:port")
 
 
 def _number(name: str, default: float) -> float:
-    """A positive number of the environment."""
+    """A positive number from an environment variable; UserError if it is none."""
     text = os.environ.get(name) or str(default)
     try:
         value = float(text)
@@ -332,6 +341,6 @@ def _number(name: str, default: float) -> float:
 
 
 def _endpoint() -> str:
-    """The private endpoint in use, without what may be a password in its address; empty for AWS itself."""
+    """The private endpoint in use, without user and password in its address; empty for AWS itself."""
     url = urlsplit(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
     return f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}" if url.netloc else ""

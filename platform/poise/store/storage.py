@@ -1,7 +1,8 @@
-"""One interface for a folder and for S3.
+"""The storage interface, for a folder and for S3.
 
-Everything above it relies on three promises: what `write`, `create` and `swap` make visible is complete; of several
-racing `create` or `swap` calls on one key at most one succeeds; and what they have returned from survives a crash.
+Every storage guarantees three properties. `write`, `create` and `compare_and_swap` are atomic: readers see the whole
+object or none. Of several racing `create` or `compare_and_swap` calls on one key at most one succeeds. Once a call has
+returned, its object survives a crash.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from poise.errors import DamagedError, PoiseError, StoreError, UserError
+from poise.errors import IntegrityError, PoiseError, StoreError, UserError
 
 __all__ = ["RESERVED", "Entry", "Storage", "check_key", "explained", "open_storage", "scratch_folder", "sha256_of"]
 
 RESERVED = ".poise-"
-"""Names that begin so belong to the store itself (temporary and lock files): never listed, refused as keys."""
+"""Prefix of the names of the store's own temporary and lock files. They are not listed, and not allowed in keys."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _UNREADABLE = (errno.EIO, errno.EBADMSG, errno.EUCLEAN)
@@ -32,9 +33,9 @@ _FORMS = "write a folder, such as runs, or s3://bucket/prefix"
 
 @dataclass(frozen=True, order=True)
 class Entry:
-    """One object: its key, its size in bytes, when it was last modified (epoch seconds, by the store's clock).
+    """One object: its key, its size in bytes and its time of modification (epoch seconds, by the store's clock).
 
-    `etag` is what the service says of the content; empty in a folder.
+    `etag` is the service's identifier of the content; empty in a folder.
     """
 
     key: str
@@ -61,18 +62,19 @@ class Storage(ABC):
 
     @abstractmethod
     def create(self, key: str, data: bytes) -> bool:
-        """Create an object unless the key is taken; whether this call did it. Rivals must write differing bytes."""
+        """Create an object unless the key exists; returns whether this call did. Competing writers must write different
+        bytes."""
 
     @abstractmethod
-    def swap(self, key: str, data: bytes, expected: bytes) -> bool:
-        """Replace an object if its bytes are `expected`; whether this call did it.
+    def compare_and_swap(self, key: str, data: bytes, expected: bytes) -> bool:
+        """Replace an object if its bytes are `expected`; returns whether this call did.
 
-        It excludes other swaps only: a key that is swapped is never given to `write`, `append` or `delete`.
+        Atomic only with respect to other swaps: never use `write`, `append` or `delete` on such a key.
         """
 
     @abstractmethod
     def append(self, key: str, data: bytes) -> None:
-        """Add bytes at the end of an object, which need not exist. For one writer at a time."""
+        """Append bytes to an object, which is created if it does not exist. For one writer at a time."""
 
     @abstractmethod
     def list(self, prefix: str = "") -> list[Entry]:
@@ -84,11 +86,11 @@ class Storage(ABC):
 
     @abstractmethod
     def delete(self, keys: Sequence[str]) -> None:
-        """Remove objects; one that is already gone is not an error."""
+        """Delete objects; one that does not exist is not an error."""
 
     @abstractmethod
     def move(self, key: str, to: str) -> None:
-        """Give an object another key, replacing what is there."""
+        """Rename an object, replacing the object at `to`."""
 
     @abstractmethod
     def upload(self, path: Path, key: str) -> None:
@@ -96,21 +98,21 @@ class Storage(ABC):
 
     @abstractmethod
     def download(self, key: str, path: Path) -> None:
-        """Copy an object to a local file (its folder is made), which is either complete or not there."""
+        """Copy an object to a local file, atomically; its folder is made."""
 
     @abstractmethod
     def sweep(self, older_than_s: float, prefix: str = "") -> Sequence[str]:
-        """Remove what writers that died left behind if older than this many seconds; names what was removed.
+        """Remove temporary files and uploads of dead writers that are older than `older_than_s`; returns their names.
 
-        Only below `prefix`, the path of a folder with a slash at its end: writers elsewhere may be alive.
+        `prefix`, the path of a folder with a slash at its end, restricts it to that folder.
         """
 
     @abstractmethod
     def check_exclusion(self) -> None:
-        """`StoreError` if of several racing `create` or `swap` calls more than one could succeed here."""
+        """`StoreError` if the service does not make `create` and `compare_and_swap` exclusive."""
 
     def sha256(self, key: str) -> str:
-        """The hexadecimal SHA-256 of an object as it is stored now."""
+        """The hexadecimal SHA-256 of an object, read now."""
         with scratch_folder() as folder:
             path = folder / "object"
             self.download(key, path)
@@ -120,21 +122,22 @@ class Storage(ABC):
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
     """A temporary folder on this machine; `StoreError` that names TMPDIR when its disk is full."""
-    place = "the folder of temporary files"
+    parent = "the folder of temporary files"
     try:
-        place = tempfile.gettempdir()
+        parent = tempfile.gettempdir()
         with tempfile.TemporaryDirectory(prefix="poise-") as folder:
             yield Path(folder)
     except PoiseError:
         raise
     except Exception as error:
-        code = getattr(error, "errno", None)
-        unusable = isinstance(error, FileNotFoundError) and "temporary directory" in str(error)
-        if not (unusable or code in _FULL or "No space left" in str(error)):  # safetensors raises no OSError
+        is_missing = isinstance(error, FileNotFoundError) and "temporary directory" in str(error)
+        # The errors of safetensors are no OSErrors and have no code.
+        is_full = getattr(error, "errno", None) in _FULL or "No space left" in str(error)
+        if not (is_missing or is_full):
             raise
         raise StoreError(
-            f"{place}: no space left for what is prepared there before it is stored ({error}): set TMPDIR to a folder "
-            "on a disk with room, and run again; nothing that was committed is lost"
+            f"{parent}: no space left for files that are prepared there before they are stored ({error}): set TMPDIR "
+            "to a folder on a disk with room, and run again; nothing that was committed is lost"
         ) from error
 
 
@@ -145,16 +148,16 @@ def sha256_of(path: Path) -> str:
 
 
 def check_key(key: str) -> str:
-    """Return `key` if it cannot lead out of the store on any backend, else raise `UserError`."""
+    """Return `key` if it is valid on every backend and stays within the store, else raise `UserError`."""
     parts = key.split("/")
-    sound = (
+    is_valid = (
         key.isprintable()
         and "\\" not in key
         and len(key.encode(errors="replace")) <= 900
         and all(part not in ("", ".", "..") and not part.startswith(RESERVED) for part in parts)
         and all(len(part.encode(errors="replace")) <= 200 for part in parts)
     )
-    if not sound:
+    if not is_valid:
         raise UserError(
             f"{key[:80]!r} cannot name an object in a store: write a relative path of non-empty parts separated by "
             f"'/', none of them '.' or '..' or beginning with {RESERVED!r}, of at most 200 bytes each and 900 in all"
@@ -163,9 +166,9 @@ def check_key(key: str) -> str:
 
 
 def open_storage(url: str | Path) -> Storage:
-    """The storage at a folder (made when first written to) or at `s3://bucket/prefix`; `UserError` for anything else.
+    """The storage at a folder (made by the first write) or at `s3://bucket/prefix`; `UserError` for any other URL.
 
-    A relative folder is resolved at once, since Ray workers change their working directory.
+    A relative path is made absolute at once, since Ray workers change their working directory.
     """
     text = str(url)
     if not text.strip() or not text.isprintable():
@@ -176,13 +179,13 @@ def open_storage(url: str | Path) -> Storage:
         return FolderStorage(Path(text).expanduser().absolute())
     if scheme[0].lower() != "s3://":
         raise UserError(f"a store cannot be reached by {scheme[0]!r}: {_FORMS}")
-    from poise.store.s3 import S3Storage  # boto3 takes 0.4 s to import, and a folder does without
+    from poise.store.s3 import S3Storage  # imported here: boto3 takes 0.4 s, and a folder does not need it
 
     return S3Storage(*_bucket_and_prefix(text))
 
 
 def _bucket_and_prefix(url: str) -> tuple[str, str]:
-    """Split an S3 address. What may hold a secret is refused without being repeated."""
+    """Bucket and prefix of an S3 URL; `UserError` for a malformed one, without parts of it that may be secret."""
     bucket, _, prefix = url[len("s3://") :].partition("/")
     if any(sign in url for sign in "@?#"):
         raise UserError(
@@ -197,18 +200,19 @@ def _bucket_and_prefix(url: str) -> tuple[str, str]:
 
 @contextmanager
 def explained(where: str) -> Iterator[None]:
-    """Turn what the operating system refuses into a `StoreError` that says what to do; a missing file stays one."""
+    """Turn an OSError of the block into a `StoreError` with a remedy; a FileNotFoundError is raised as it is."""
     try:
         yield
     except FileNotFoundError:
         raise
     except OSError as error:
         if error.errno in _UNREADABLE:
-            raise DamagedError(f"{where}: the disk cannot read it ({error.strerror})") from error
+            raise IntegrityError(f"{where}: the disk cannot read it ({error.strerror})") from error
         raise StoreError(f"{where}: {_remedy(error)}") from error
 
 
 def _remedy(error: OSError) -> str:
+    """What failed and what to do about it."""
     if error.errno in _FULL:
         return "no space left: free space and run again; nothing that was committed is lost"
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):

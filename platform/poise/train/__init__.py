@@ -1,1 +1,1 @@
-"""The one training loop, its state, its schedules: plain torch."""
+"""The training loop, its state and its schedules, in plain torch."""

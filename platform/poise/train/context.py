@@ -1,22 +1,22 @@
-"""The one small object through which the loop touches the world: who am I, where do I compute, to whom do I report.
+"""The context of one worker: its rank, device and run, and how it reports, samples and communicates.
 
-The loop is the same in one process, under `torchrun` and in a Ray Train worker; only the context differs.
+The training loop is the same in one process, under `torchrun` and in a Ray Train worker; only the context differs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from poise.errors import PoiseError
-from poise.models.sampling import Sampler
+from poise.inference.sampler import Sampler
 from poise.observe.progress import Progress
 from poise.observe.sinks import NullSink, Sink
 from poise.spec import SamplerSpec
@@ -25,12 +25,14 @@ from poise.train.preemption import PROCESS, StopRequest
 
 __all__ = ["Context"]
 
+T = TypeVar("T")
 
-def _silent(progress: Progress) -> None:
+
+def _no_report(progress: Progress) -> None:
     return None
 
 
-def _free() -> None:
+def _no_lease() -> None:
     return None
 
 
@@ -40,11 +42,16 @@ def _no_sampler(spec: SamplerSpec, folder: Path) -> AbstractContextManager[Sampl
 
 @dataclass
 class Context:
-    """Rank, device, store and reporting of one worker.
+    """Rank, device, run and reporting of one worker.
 
-    `report` receives progress on rank 0; `guard` raises when another driver has taken the run over; `attempt` counts
-    restarts from 0. `sampler(spec, folder)` opens the sampler of the language model in a local folder; one rank does.
-    `stop` says whether this process was asked to end.
+    Attributes:
+        run: the run in the store.
+        attempt: number of restarts of the worker group so far.
+        report: receives progress on rank 0.
+        sampler: `sampler(spec, folder)` opens a sampler of the language model in a local folder; one rank calls it.
+        check_lease: raises when another driver has taken over the run.
+        sink: receives exported metrics.
+        stop: whether this process was asked to end.
     """
 
     run: Run
@@ -52,19 +59,19 @@ class Context:
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     attempt: int = 0
-    report: Callable[[Progress], None] = _silent
+    report: Callable[[Progress], None] = _no_report
     sampler: Callable[[SamplerSpec, Path], AbstractContextManager[Sampler]] = _no_sampler
-    guard: Callable[[], None] = _free
+    check_lease: Callable[[], None] = _no_lease
     sink: Sink = field(default_factory=NullSink)
     stop: StopRequest = PROCESS
 
     @property
-    def leads(self) -> bool:
-        """True on the one rank that writes to the store."""
+    def is_main(self) -> bool:
+        """True on rank 0, the only rank that writes to the store."""
         return self.rank == 0
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean of `value` over all ranks, the same on each."""
+        """The mean of `value` over all ranks, identical on every rank."""
         if self.world_size == 1:
             return value
         total = value.detach().clone()
@@ -72,12 +79,12 @@ class Context:
         return total / self.world_size
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's `value`, on every rank."""
+        """The `value` of rank 0, on every rank."""
         if self.world_size == 1:
             return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
 
     def gather(self, value: Any) -> list[Any]:
         """The `value` of every rank, in rank order, on every rank."""
@@ -87,14 +94,29 @@ class Context:
         dist.all_gather_object(values, value)
         return values
 
-    def together(self, action: Callable[[], Any]) -> Any:
-        """Rank 0 acts; every rank gets what it returned, or raises what it raised, so that no rank waits for ever."""
+    def shard(self, count: int) -> range:
+        """The places of this rank among `count` items: rank, rank + world_size, rank + 2 world_size, ..."""
+        return range(self.rank, count, self.world_size)
+
+    def unshard(self, items: Sequence[T]) -> list[T]:
+        """The items of all ranks in their order, on every rank. Each rank passes the items of its `shard`."""
+        shards = self.gather(list(items))
+        merged: list[Any] = [None] * sum(map(len, shards))
+        for rank, shard in enumerate(shards):
+            merged[rank :: self.world_size] = shard
+        return merged
+
+    def on_main(self, action: Callable[[], Any]) -> Any:
+        """Call `action` on rank 0; every rank returns its result.
+
+        An exception of `action` is raised on every rank, so that no rank waits for ever.
+        """
         result: Any = None
         failure: Exception | None = None
-        if self.leads:
+        if self.is_main:
             try:
                 result = action()
-            except Exception as error:  # noqa: BLE001 - it is raised again below, on every rank
+            except Exception as error:  # noqa: BLE001 - raised again below, on every rank
                 failure = error
         result, failure = self.broadcast((result, failure))
         if failure is not None:

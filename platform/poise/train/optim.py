@@ -12,7 +12,7 @@ __all__ = ["build_optimizer"]
 
 
 def build_optimizer(spec: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of all trainable parameters. Raises UserError when there are none."""
+    """The optimizer of all trainable parameters of a model; UserError when there are none."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise UserError("the model has no trainable parameter")

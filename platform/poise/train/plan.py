@@ -1,6 +1,6 @@
-"""Which batches every optimizer step learns from, so that an epoch is a pass over the training set.
+"""The batches of every optimizer step, such that an epoch is one pass over the training set.
 
-An epoch of 7 batches with `accumulate: 3` is three steps: of batches 0-2, 3-5, and the one that is left.
+An epoch of 7 batches with `accumulate: 3` has three steps: of batches 0-2, of batches 3-5, and of batch 6.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ __all__ = ["EpochPlan"]
 class EpochPlan:
     """Steps and batches are counted from 0 over the whole run.
 
-    batches: of one epoch. accumulate: batches of one step; the last step of an epoch takes those that are left.
-    repeats: steps in a row that learn from the same batches.
+    Attributes:
+        batches: number of batches of one epoch.
+        accumulate: number of batches of one step; the last step of an epoch takes the remaining ones.
+        repeats: number of consecutive steps that use the same batches.
     """
 
     batches: int
@@ -25,7 +27,7 @@ class EpochPlan:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of one epoch, at least one."""
+        """The number of optimizer steps of one epoch, at least one."""
         return self.repeats * max(1, math.ceil(self.batches / self.accumulate))
 
     def of_step(self, step: int) -> range:
@@ -39,9 +41,11 @@ class EpochPlan:
         return self._from(epoch, offset - offset % self.accumulate)
 
     def batches_before(self, step: int) -> int:
-        """How many batches the steps before this one have begun to learn from, each counted once an epoch."""
+        """The number of batches used by the steps before this one; a repeated batch counts once per epoch."""
         return 0 if step == 0 else self.of_step(step - 1).stop
 
     def _from(self, epoch: int, offset: int) -> range:
+        """Up to `accumulate` batches of an epoch from `offset` on."""
         first = epoch * self.batches
-        return range(first + offset, first + min(offset + self.accumulate, max(1, self.batches)))
+        end = min(offset + self.accumulate, max(1, self.batches))
+        return range(first + offset, first + end)

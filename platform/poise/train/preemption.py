@@ -1,8 +1,8 @@
-"""Ending early without losing a step: what a scheduler's signals ask for.
+"""Preemption: ending on a signal of a scheduler without losing a step.
 
-Slurm, PBS, Kubernetes and spot machines announce an end with SIGTERM, SIGUSR1 or SIGHUP some time ahead. A training
-finishes its step, commits it and raises `PreemptedError`; whatever else is going on raises it at once, since it has
-committed what it had. On several ranks all stop at the same step, whichever of them was told.
+Slurm, PBS, Kubernetes and spot machines announce the end of a job with SIGTERM, SIGUSR1 or SIGHUP some time ahead. A
+training then finishes its step, commits it and raises `PreemptedError`. Any other code raises it at once, since it
+commits its results as they come. All ranks stop at the same step, whichever of them receives the signal.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MOST_STEPS = 1000
 
 
 class StopRequest:
-    """Whether this process was asked to end. `reason` says by what, such as SIGTERM; None while it was not."""
+    """The request to this process to end. `reason` is its cause, such as SIGTERM; None as long as there is none."""
 
     def __init__(self) -> None:
         self.reason: str | None = None
@@ -40,25 +40,28 @@ class StopRequest:
         self._timer: threading.Timer | None = None
 
     def request(self, reason: str) -> None:
-        """Ask this process to end when its step is done: for what is told otherwise than by a signal."""
+        """Ask this process to end after its step, for causes other than a signal to it."""
         self.reason = self.reason or reason
 
     @property
     def is_deferred(self) -> bool:
-        """Whether somebody looks at `reason` and ends in good order."""
+        """Whether a training is running that checks `reason` after each step."""
         return self._deferred > 0
 
     def error(self, what: str) -> PreemptedError:
-        """The error that ends a process that was asked to; from here on, signals no longer disturb its end."""
+        """The error that ends a process that was asked to end. Later signals are ignored."""
         self._error = self._error or PreemptedError(f"{what} after {self.reason}; the same command goes on from there")
         return self._error
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """While the block lasts a signal only sets `reason`; a second one, or one not looked at, raises."""
+        """Within the block a signal only sets `reason`.
+
+        A second signal, the end of the grace period, or leaving the outermost block after a signal raises.
+        """
         self._deferred += 1
         try:
-            with self._named():
+            with self._restore_error():
                 yield
         finally:
             self._deferred -= 1
@@ -67,48 +70,54 @@ class StopRequest:
 
     @contextmanager
     def handled(self, otherwise: Callable[[int, FrameType | None], Any] | None = None) -> Iterator[None]:
-        """Take the signals for as long as the block lasts; in the main thread, where alone Python allows it.
+        """Handle the signals within the block. Does nothing outside the main thread, where Python has no handlers.
 
-        `otherwise` is called, instead of raising, for a signal that nobody looks at. A signal that is ignored, as
-        SIGHUP is under nohup, stays ignored.
+        `otherwise`, if given, is called wherever a signal would raise. A signal that the process ignores, as SIGHUP
+        under nohup, stays ignored.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = self.install(otherwise)
+        previous = self.install(otherwise)
         try:
-            with self._named():
+            with self._restore_error():
                 yield
         finally:
-            for number, handler in before.items():
+            for number, handler in previous.items():
                 signal.signal(number, handler)
-            if self._timer is not None:
+            if self._timer is not None:  # it would send its signal after this handler is gone
                 self._timer.cancel()
-            self.reason, self._error = None, None
+            self.reason = None
+            self._error = None
 
     def install(self, otherwise: Callable[[int, FrameType | None], Any] | None = None) -> dict[int, Any]:
-        """Take the signals for good; the handlers that were there before."""
-        self.reason, self._error = None, None
-        before: dict[int, Any] = {number: signal.getsignal(number) for number in _SIGNALS}
-        taken = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+        """Handle the signals until the process ends; returns the previous handlers of those that are handled."""
+        self.reason = None
+        self._error = None
+        handlers: dict[int, Any] = {number: signal.getsignal(number) for number in _SIGNALS}
+        previous = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
 
         def handle(number: int, frame: FrameType | None) -> None:
             if self._error is None or self._error_is_due:
-                self._take(number, frame, otherwise)
+                self._handle(number, frame, otherwise)
 
-        for number in taken:
+        for number in previous:
             signal.signal(number, handle)
-        return taken
+        return previous
 
     def end_now(self, error: PreemptedError) -> None:
-        """Raise `error` in the main thread, called from another one: there is nothing to wait for any more."""
+        """Raise `error` in the main thread; called from another thread when there is nothing left to wait for."""
         if self._error is None:
-            self._error, self._error_is_due = error, True
+            self._error = error
+            self._error_is_due = True
             os.kill(os.getpid(), signal.SIGTERM)
 
     @contextmanager
-    def _named(self) -> Iterator[None]:
-        """Ray turns whatever a handler raises while it waits into a plain KeyboardInterrupt: say what it was."""
+    def _restore_error(self) -> Iterator[None]:
+        """Raise the PreemptedError of a handler where Ray has replaced it by a plain KeyboardInterrupt.
+
+        Ray does so with any exception that a handler raises while Ray waits.
+        """
         try:
             yield
         except KeyboardInterrupt as interrupt:
@@ -116,12 +125,14 @@ class StopRequest:
                 raise
             raise self._error from None
 
-    def _take(
+    def _handle(
         self, number: int, frame: FrameType | None, otherwise: Callable[[int, FrameType | None], Any] | None
     ) -> None:
-        first, self._error_is_due = self.reason is None, False
+        is_first = self.reason is None
+        self._error_is_due = False
         self.reason = self.reason or signal.Signals(number).name
-        if self._deferred and first:
+        if self._deferred and is_first:
+            # after the grace period the process gets the signal again, which then raises
             self._timer = threading.Timer(env.grace_s(), os.kill, (os.getpid(), number))
             self._timer.daemon = True
             self._timer.start()
@@ -132,38 +143,40 @@ class StopRequest:
 
 
 PROCESS = StopRequest()
-"""That of this process: signals are sent to processes."""
+"""The request to this process; there is one, since signals are sent to processes."""
 
 
 class StopVote:
-    """Whether all ranks end after this step.
+    """The agreement of all ranks whether to end after a step.
 
-    They agree on it about once a second, and at the same steps, since an answer waits for the device.
+    They vote about once a second, since a vote waits for the device. All ranks vote at the same steps.
     """
 
     def __init__(self, context: Context) -> None:
         self.context = context
         self._next_step = 0
-        self._asked = (0, time.monotonic())
+        self._last_vote = (0, time.monotonic())  # its step and time
 
     def begin(self, step: int) -> None:
-        """The next step to be done is `step`."""
-        self._asked = (step, time.monotonic())
+        """Start to measure the time per step; `step` is the next one."""
+        self._last_vote = (step, time.monotonic())
 
     def ask(self, step: int) -> bool:
-        """True on every rank if any of them was asked to end. `step` are the steps done, the same on all."""
+        """True on every rank if any rank was asked to end. `step` is the number of finished steps, equal on all."""
         reason = self.context.stop.reason
         if self.context.world_size == 1:
             return reason is not None
         if step < self._next_step:
             return False
-        import torch  # here: a driver without torch takes signals too
+        import torch  # not at the top: a driver without torch handles signals too
 
-        before, then = self._asked
-        self._asked = (step, time.monotonic())
-        seconds = (self._asked[1] - then) / max(1, step - before)
-        answer = torch.tensor([float(reason is not None), seconds], device=self.context.device)
-        stops, mean_seconds = self.context.mean(answer).tolist()
+        last_step, last_time = self._last_vote
+        now = time.monotonic()
+        self._last_vote = (step, now)
+        seconds = (now - last_time) / max(1, step - last_step)
+        vote = torch.tensor([float(reason is not None), seconds], device=self.context.device)
+        stops, mean_seconds = self.context.mean(vote).tolist()
+        # every rank computes the next step of a vote from the same mean
         self._next_step = step + min(_MOST_STEPS, max(1, int(_ASK_EVERY_S / max(mean_seconds, 1e-6))))
         if stops > 0:
             self.context.stop.request("a signal to another rank")

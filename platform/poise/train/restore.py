@@ -1,10 +1,10 @@
-"""The weights of one checkpoint, for measures and exports after the training."""
+"""Loading the weights of one checkpoint, for measurements and exports after training."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from poise.errors import DamagedError
+from poise.errors import IntegrityError
 from poise.observe.events import event
 from poise.store.storage import scratch_folder
 from poise.train.context import Context
@@ -14,16 +14,18 @@ __all__ = ["restore"]
 
 
 def restore(model: nn.Module, step: int, context: Context) -> bool:
-    """Load the weights that were committed at `step`; False, and said in the events, when they are damaged."""
+    """Load the weights committed at `step`; False when a rank finds them damaged, which is recorded as an event."""
     checkpoints = context.run.checkpoints
     with scratch_folder() as scratch:
-        folder, damage = scratch / "checkpoint", None
+        folder = scratch / "checkpoint"
+        damage: str | None = None
         try:
             checkpoints.fetch(checkpoints.at(step), folder)
-        except DamagedError as error:
+        except IntegrityError as error:
             damage = str(error)
-        if damages := [found for found in context.gather(damage) if found]:
-            context.together(lambda: context.run.append_events([event("damaged", what=damages[0])]))
+        damages = [text for text in context.gather(damage) if text]
+        if damages:
+            context.on_main(lambda: context.run.append_events([event("damaged", what=damages[0])]))
             return False
         load_weights(model, folder, context.device)
     return True

@@ -1,13 +1,14 @@
-"""The exact state of a training run, and its form on disk: safetensors for tensors, JSON for the rest, no pickle.
+"""The exact state of a training run and its files: safetensors for tensors, JSON for the rest, no pickle.
 
-Weights that are tied are stored once. Frozen weights are not stored: their SHA-256 is, and has to be that of the frozen
-weights which a restarted run comes with, so that a checkpoint of a low-rank tuning has the size of its adapters.
+Tied weights are stored once. Of frozen weights only the SHA-256 is stored, so that a checkpoint of a LoRA tuning has
+the size of its adapters; a restarted run must bring frozen weights with the same SHA-256.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,14 +37,12 @@ __all__ = [
     "seed_rng",
 ]
 
-MODEL, OPTIMIZER, TASK, RNG, WINDOW, REST = (
-    "model.safetensors",
-    "optimizer.safetensors",
-    "task.safetensors",
-    "rng.safetensors",
-    "window.safetensors",
-    "state.json",
-)
+MODEL = "model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+TASK = "task.safetensors"
+RNG = "rng.safetensors"
+WINDOW = "window.safetensors"
+REST = "state.json"
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Best:
 
 @dataclass
 class TrainState:
-    """All that a step reads and writes."""
+    """The state that a step reads and writes."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -66,9 +65,9 @@ class TrainState:
 
     @cached_property
     def frozen(self) -> str:
-        """The SHA-256 of the weights that no step changes."""
+        """The SHA-256 of the names and values of all frozen weights."""
         digest = hashlib.sha256()
-        for name in _frozen(self.model):
+        for name in _frozen_names(self.model):
             tensor = self.model.get_parameter(name).detach().cpu().contiguous()
             digest.update(name.encode())
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
@@ -76,46 +75,53 @@ class TrainState:
 
 
 def save_state(state: TrainState, rngs: list[dict[str, Tensor]], folder: Path) -> None:
-    """Write `state` and the generators of every rank into an empty folder."""
+    """Write `state` and the random states of every rank into an empty folder."""
     optimizer = state.optimizer.state_dict()
-    moments, scalars = _split(optimizer["state"])
-    best = None if state.best is None else {"value": state.best.value, "step": state.best.step}
-    rest = {"step": state.step, "best": best, "groups": optimizer["param_groups"], "scalars": scalars}
-    rest["frozen"] = state.frozen
-    save_file(_plain(_stored(state.model)), folder / MODEL)
-    save_file(_plain(moments), folder / OPTIMIZER)
-    save_file(_plain(state.task), folder / TASK)
-    save_file({f"{rank}/{name}": value for rank, rng in enumerate(rngs) for name, value in rng.items()}, folder / RNG)
+    moments, scalars = _flatten_moments(optimizer["state"])
+    rest = {
+        "step": state.step,
+        "best": None if state.best is None else {"value": state.best.value, "step": state.best.step},
+        "groups": optimizer["param_groups"],
+        "scalars": scalars,
+        "frozen": state.frozen,
+    }
+    save_file(_contiguous(_trained_tensors(state.model)), folder / MODEL)
+    save_file(_contiguous(moments), folder / OPTIMIZER)
+    save_file(_contiguous(state.task), folder / TASK)
+    save_file(_merge_ranks(rngs), folder / RNG)
     (folder / REST).write_text(json.dumps(rest, indent=1))
 
 
 def save_window(windows: list[dict[str, Tensor]], folder: Path) -> None:
-    """Write the metrics of every rank, (steps,) each, that no row has yet; nothing where there are none."""
+    """Write the metrics of every rank, each (steps,), that are in no row yet; no file where there are none."""
     if any(windows):
-        named = {f"{rank}/{name}": value for rank, window in enumerate(windows) for name, value in window.items()}
-        save_file(_plain(named), folder / WINDOW)
+        save_file(_contiguous(_merge_ranks(windows)), folder / WINDOW)
 
 
 def load_window(folder: Path, rank: int, world_size: int, device: torch.device) -> dict[str, Tensor]:
-    """What `rank` had in its window; nothing when the checkpoint comes from another number of ranks."""
+    """The window that `rank` saved; {} when the checkpoint was written by another number of ranks."""
     if not (folder / WINDOW).is_file():
         return {}
-    named = load_file(folder / WINDOW, str(device))
-    if len({name.split("/", 1)[0] for name in named}) != world_size:
+    tensors = load_file(folder / WINDOW, str(device))
+    if len({name.split("/", 1)[0] for name in tensors}) != world_size:
         return {}
-    return {name.split("/", 1)[1]: value for name, value in named.items() if name.startswith(f"{rank}/")}
+    return _of_rank(tensors, rank)
 
 
 def load_state(state: TrainState, folder: Path, device: torch.device) -> None:
-    """Fill `state` from a folder written by `save_state`, in place."""
+    """Fill `state` in place from a folder written by `save_state`.
+
+    Raises:
+        UserError: the frozen weights differ, or the checkpoint belongs to another architecture.
+    """
     rest = json.loads((folder / REST).read_text())
     if rest["frozen"] != state.frozen:
         raise UserError("the frozen weights are not those that the run was started with: give it its first base model")
     load_weights(state.model, folder, device)
-    state.optimizer.load_state_dict(
-        {"state": _join(load_file(folder / OPTIMIZER, str(device)), rest["scalars"]), "param_groups": rest["groups"]}
-    )
-    for parameter, moments in state.optimizer.state.items():  # in the memory layout of their parameter, as they were
+    optimizer_state = _nest_moments(load_file(folder / OPTIMIZER, str(device)), rest["scalars"])
+    state.optimizer.load_state_dict({"state": optimizer_state, "param_groups": rest["groups"]})
+    # the optimizer creates moments in the memory layout of their parameter; files have them contiguous
+    for parameter, moments in state.optimizer.state.items():
         for name, value in moments.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 moments[name] = torch.empty_like(parameter).copy_(value)
@@ -125,19 +131,22 @@ def load_state(state: TrainState, folder: Path, device: torch.device) -> None:
 
 
 def load_weights(model: nn.Module, folder: Path, device: torch.device) -> None:
-    """Load the weights of a checkpoint into `model`. Raises UserError when they belong to another architecture."""
-    stored, own = load_file(folder / MODEL, str(device)), model.state_dict()
-    kept = {name: own[name] for name in _frozen(model)}
-    tied = {name: stored[first] for name, first in _tied(own).items() if first in stored}
+    """Load the weights of a checkpoint into `model`; UserError when they belong to another architecture."""
+    stored = load_file(folder / MODEL, str(device))
+    current = model.state_dict()
+    # the file lacks frozen weights and further names of tied ones, and load_state_dict needs every name
+    frozen = {name: current[name] for name in _frozen_names(model)}
+    tied = {name: stored[first] for name, first in _tied_names(current).items() if first in stored}
     try:
-        model.load_state_dict({**kept, **tied, **stored})
+        model.load_state_dict({**frozen, **tied, **stored})
     except RuntimeError as error:
         detail = str(error).splitlines()[-1].strip()
         raise UserError(f"the checkpoint holds another model than the spec describes: {detail}") from None
 
 
 def capture_rng(device: torch.device) -> dict[str, Tensor]:
-    """Every generator that code of a step may draw from, as tensors."""
+    """The states of all random generators that a step may use (torch, numpy, Python, CUDA), as tensors."""
+    # numpy and Python keep the second of two normal draws for the next call
     _, keys, position, has_gauss, gauss = np.random.get_state()
     version, words, next_gauss = random.getstate()
     states = {
@@ -153,17 +162,16 @@ def capture_rng(device: torch.device) -> dict[str, Tensor]:
 
 
 def restore_rng(folder: Path, rank: int, device: torch.device) -> bool:
-    """Set every generator to what `rank` had; False when the checkpoint comes from fewer ranks than that."""
-    states = {
-        name.split("/", 1)[1]: value for name, value in load_file(folder / RNG).items() if name.startswith(f"{rank}/")
-    }
+    """Set all random generators to the states that `rank` saved; False when the checkpoint has no such rank."""
+    states = _of_rank(load_file(folder / RNG), rank)
     if not states:
         return False
     *keys, position, has_gauss = states["numpy"].tolist()
-    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, states["numpy_gauss"].item()))
+    gauss = states["numpy_gauss"].item()
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
     version, *words = states["python"].tolist()
     next_gauss = states["python_gauss"].item()
-    random.setstate((version, tuple(words), None if next_gauss != next_gauss else next_gauss))
+    random.setstate((version, tuple(words), None if math.isnan(next_gauss) else next_gauss))
     torch.set_rng_state(states["torch"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
@@ -171,44 +179,64 @@ def restore_rng(folder: Path, rank: int, device: torch.device) -> bool:
 
 
 def seed_rng(seed: int, rank: int, step: int = 0) -> None:
-    """Seed every generator of this process from the seed of the run, the rank and the step."""
+    """Seed all random generators of this process from the seed of the run, the rank and the step."""
     value = derive_seed(seed, "rank", rank, step)
     random.seed(value)
     np.random.seed(value % 2**32)
     torch.manual_seed(value)
 
 
-def _stored(model: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint holds of a model: everything but frozen weights and further names of tied ones."""
+def _trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a model that a checkpoint stores: all but frozen weights and further names of tied ones."""
     tensors = model.state_dict()
-    left_out = {*_frozen(model), *_tied(tensors)}
-    return {name: tensor for name, tensor in tensors.items() if name not in left_out}
+    omitted = {*_frozen_names(model), *_tied_names(tensors)}
+    return {name: tensor for name, tensor in tensors.items() if name not in omitted}
 
 
-def _frozen(model: nn.Module) -> list[str]:
-    """The names, tied ones too, of weights that take no gradient, in a fixed order."""
-    named = model.named_parameters(remove_duplicate=False)
-    return sorted(name for name, parameter in named if not parameter.requires_grad)
+def _frozen_names(model: nn.Module) -> list[str]:
+    """The sorted names of weights without gradient, including all names of tied ones."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    return sorted(name for name, parameter in parameters if not parameter.requires_grad)
 
 
-def _tied(tensors: dict[str, Tensor]) -> dict[str, str]:
-    """For each further name of a tensor, its first."""
-    first: dict[tuple[int, torch.Size], str] = {}
-    places = {name: (tensor.data_ptr(), tensor.shape) for name, tensor in tensors.items() if tensor.numel()}
-    return {name: first[place] for name, place in places.items() if first.setdefault(place, name) != name}
+def _tied_names(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """For every tensor with several names, each further name mapped to the first."""
+    first_names: dict[tuple[int, torch.Size], str] = {}
+    tied: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        if not tensor.numel():  # empty tensors may share an address without being tied
+            continue
+        first = first_names.setdefault((tensor.data_ptr(), tensor.shape), name)
+        if first != name:
+            tied[name] = first
+    return tied
 
 
-def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
-def _split(moments: dict[int, dict[str, Any]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _merge_ranks(ranks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of all ranks under the names `rank/name`."""
+    return {f"{rank}/{name}": value for rank, tensors in enumerate(ranks) for name, value in tensors.items()}
+
+
+def _of_rank(tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """The tensors of one rank from what `_merge_ranks` returned; {} for a rank that is not there."""
+    prefix = f"{rank}/"
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _flatten_moments(moments: dict[int, dict[str, Any]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state of an optimizer by `parameter/name`, as tensors and as other values."""
     flat = {f"{index}/{name}": value for index, entry in moments.items() for name, value in entry.items()}
     tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor)}
-    return tensors, {name: value for name, value in flat.items() if name not in tensors}
+    scalars = {name: value for name, value in flat.items() if name not in tensors}
+    return tensors, scalars
 
 
-def _join(tensors: dict[str, Tensor], scalars: dict[str, Any]) -> dict[int, dict[str, Any]]:
+def _nest_moments(tensors: dict[str, Tensor], scalars: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """The inverse of `_flatten_moments`."""
     moments: dict[int, dict[str, Any]] = {}
     for name, value in {**tensors, **scalars}.items():
         index, key = name.split("/", 1)

@@ -1,4 +1,4 @@
-"""What a kind of training plugs into the loop: a step function with its own state, and an evaluation."""
+"""The interface between the training loop and a kind of training: its data, step function, state and evaluation."""
 
 from __future__ import annotations
 
@@ -11,21 +11,24 @@ from torch import Tensor, nn
 
 from poise.observe.timers import PhaseTimers
 
-__all__ = ["StepOutput", "Task", "TaskState", "Turn", "Watch"]
+__all__ = ["MonitorResult", "StepContext", "StepOutput", "Task", "TaskState"]
 
 TaskState = dict[str, Tensor]
 
 
 class StepOutput(NamedTuple):
-    """What one step function returns: the loss to descend, detached metrics, and the next state of the task."""
+    """The result of a step function: the loss to minimize, detached metrics, and the next state of the task."""
 
     loss: Tensor
     metrics: dict[str, Tensor]
     state: TaskState
 
 
-class Turn(NamedTuple):
-    """What the loop tells a step function about the step that it takes."""
+class StepContext(NamedTuple):
+    """The arguments that the loop passes to a step function about the current step.
+
+    `generator` is seeded by (seed, step, rank). `mean` averages a tensor over all ranks.
+    """
 
     step: int
     epoch: int
@@ -35,10 +38,10 @@ class Turn(NamedTuple):
     mean: Callable[[Tensor], Tensor]
 
 
-class Watch(NamedTuple):
-    """What a look at the training itself has found: metrics, the next state of the task, and in words what is wrong.
+class MonitorResult(NamedTuple):
+    """The result of a monitor: metrics, the next state of the task, and an alarm in words, or None.
 
-    With `stop` an alarm ends the run, which then goes back to its newest checkpoint.
+    With `stop`, an alarm ends the run, which is then rolled back to its newest checkpoint.
     """
 
     metrics: dict[str, float]
@@ -51,19 +54,25 @@ class Watch(NamedTuple):
 class Task:
     """A training task.
 
-    `batch(i)` is the i-th batch of this rank, counted from 0 over the whole run: random access is what makes a resume
-    exact. `step` is called under autocast with the (possibly distributed) model. `evaluate` is called by every rank and
-    returns the same numbers on each; `monitor` names the one that picks the best checkpoint: the larger the better,
-    or the smaller with a `-` before the name. `unit` is what an example is called; of those that
-    several batches learn from, `examples_per_batch` counts each once. `after(state, step)` is called when
-    the optimizer has taken its `step`-th step, and returns the next state: for what follows the weights, as averages
-    do. `watch(state)` is called before each `evaluate`, by every rank, and finds the same on each. `repeats`: steps in
-    a row that learn from the same batches.
+    Attributes:
+        batch: `batch(i)` is the i-th batch of this rank, counted from 0 over the whole run. Random access makes an
+            exact resume possible.
+        step: the step function; called under autocast with the model, which is wrapped in DDP on several ranks.
+        examples_per_batch: an example that several batches use counts once.
+        state: the initial state of the task; part of every checkpoint.
+        evaluate: called by every rank; must return the same numbers on each.
+        monitor: the metric of `evaluate` that selects the best checkpoint: the largest value, or the smallest with a
+            `-` before the name.
+        unit: the name of examples in progress reports.
+        after: `after(state, step)` is called after the optimizer has taken its `step`-th step and returns the next
+            state, for averages of the weights and the like.
+        watch: `watch(state)` is called by every rank before each `evaluate`; must return the same on each.
+        repeats: number of consecutive steps that use the same batches.
     """
 
     model: nn.Module
     batch: Callable[[int], Any]
-    step: Callable[[nn.Module, Any, TaskState, Turn], StepOutput]
+    step: Callable[[nn.Module, Any, TaskState, StepContext], StepOutput]
     batches_per_epoch: int
     examples_per_batch: float
     seed: int = 0
@@ -72,5 +81,5 @@ class Task:
     monitor: str = ""
     unit: str = "images"
     after: Callable[[TaskState, int], TaskState] | None = None
-    watch: Callable[[TaskState], Watch] | None = None
+    watch: Callable[[TaskState], MonitorResult] | None = None
     repeats: int = 1

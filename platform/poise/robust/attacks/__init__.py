@@ -1,4 +1,4 @@
-"""Attacks on an image classifier: each returns an `AttackResult`, and keeps the contract of `attacks.contract`."""
+"""Attacks on an image classifier: each returns an `AttackResult`, with the guarantees of `attacks.base`."""
 
 from collections.abc import Callable
 
@@ -6,18 +6,18 @@ from torch import Tensor
 
 from poise.robust.attacks.apgd import apgd, apgd_perturb
 from poise.robust.attacks.autoattack import UnionResult, autoattack, union_attack
-from poise.robust.attacks.contract import AttackResult, BNMode, attack_mode
+from poise.robust.attacks.base import AttackResult, BNMode, attack_mode
 from poise.robust.attacks.eot import AveragedModel
 from poise.robust.attacks.fab import fab
-from poise.robust.attacks.losses import LOSSES, Loss, cross_entropy, dlr, kl_from, margin
+from poise.robust.attacks.losses import LOSSES, Loss, cross_entropy, cw_loss, dlr, kl_from
 from poise.robust.attacks.msd import msd, msd_perturb
 from poise.robust.attacks.pgd import perturb, pgd
 from poise.robust.attacks.square import square
 
 __all__ = [
+    "EVAL_ATTACKS",
     "LOSSES",
-    "PERTURB",
-    "SEARCH",
+    "TRAINING_ATTACKS",
     "AttackResult",
     "AveragedModel",
     "BNMode",
@@ -28,10 +28,10 @@ __all__ = [
     "attack_mode",
     "autoattack",
     "cross_entropy",
+    "cw_loss",
     "dlr",
     "fab",
     "kl_from",
-    "margin",
     "msd",
     "msd_perturb",
     "perturb",
@@ -40,8 +40,8 @@ __all__ = [
     "union_attack",
 ]
 
-SEARCH: dict[str, Callable[..., AttackResult]] = {"pgd": pgd, "apgd": apgd}
-"""The attacks that a `ThreatSpec` names and gives its options to, for evaluation."""
+EVAL_ATTACKS: dict[str, Callable[..., AttackResult]] = {"pgd": pgd, "apgd": apgd}
+"""The attacks that a `ThreatSpec` can name, for evaluation."""
 
-PERTURB: dict[str, Callable[..., Tensor]] = {"pgd": perturb, "apgd": apgd_perturb}
-"""The same, for training."""
+TRAINING_ATTACKS: dict[str, Callable[..., Tensor]] = {"pgd": perturb, "apgd": apgd_perturb}
+"""The attacks that a `ThreatSpec` can name, for training."""

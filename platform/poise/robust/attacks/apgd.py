@@ -9,21 +9,27 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import product
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from poise.robust.attacks.checks import check_inputs, require_logits
-from poise.robust.attacks.contract import (
+from poise.robust.attacks.apgd_schedule import (
+    HalvingSchedule,
+    SparsitySchedule,
+    StepSchedule,
+    Walk,
+    checkpoints,
+)
+from poise.robust.attacks.base import (
     AttackResult,
     BNMode,
-    at_once,
     attack_mode,
     choose,
     input_gradient,
     lowest,
     require_finite,
+    runs_per_batch,
     scores,
     warn_unmoved,
 )
@@ -35,13 +41,14 @@ from poise.robust.attacks.losses import (
     targeted_margin,
     without_underflow,
 )
+from poise.robust.attacks.sanity_checks import check_inputs, require_logits
 from poise.robust.noise import Noise, Source, as_noise
 from poise.robust.threats import Threat
 
-__all__ = ["apgd", "apgd_perturb", "checkpoints"]
+__all__ = ["apgd", "apgd_perturb"]
 
 _Stage = tuple[Threat, int]  # a ball, and the steps taken in it
-_Aimed = Callable[[Tensor, Tensor, Tensor], Tensor]  # logits (N, K), labels (N,), targets (N,) -> losses (N,)
+_TargetedLoss = Callable[[Tensor, Tensor, Tensor], Tensor]  # logits (N, K), labels (N,), targets (N,) -> losses (N,)
 _Record = TypeVar("_Record")
 
 
@@ -64,53 +71,64 @@ def apgd(
     """APGD for evaluation: an example is correct only if the model withstands every feasible point that was visited.
 
     `adversarial` holds the first fooling point, the image itself where the model is wrong already, or else the visited
-    point of highest loss. Examples leave at the checkpoint that follows the step which fools the model.
+    point of highest loss. An example is dropped at the first checkpoint after the step that fools the model.
 
     Args:
         model: maps (N, ...) images to (N, K) logits.
         x, y: images (N, ...) in [0, 1]; true labels (N,) int64.
-        loss: "ce", "dlr", "margin", or "targeted": the targeted DLR, run after run, towards the `targets` classes
+        loss: "ce", "dlr", "cw", or "targeted": the targeted DLR loss, with runs towards each of the `targets` classes
             (at most K - 1) of highest clean logits; for a model of fewer than four classes, the targeted margin.
         steps: gradients of one run.
-        restarts: runs, per target; those after the first start at random whatever `random_start` says.
+        restarts: runs, per target; those after the first start at random, regardless of `random_start`.
         large_eps: for l1, spend 30, 30 and 40 % of the steps in balls of 3, 2 and 1 times eps, each stage from the best
             point of the one before.
         noise: see `noise.Source`.
         bn_mode: as for `pgd`.
-        batch_size: examples that the model may be given at once: as many runs as fit go side by side, with the result
-            of one after the other. None is one run at a time.
+        batch_size: the largest batch for the model: as many runs as fit share a batch, with the same result as one
+            after the other. None is one run at a time.
 
     Raises:
-        ValueError: see `checks.check_inputs`; an unknown loss, a count below 1, or "dlr" for a model of fewer than
-            three classes.
+        ValueError: see `sanity_checks.check_inputs`; an unknown loss, a count below 1, or "dlr" for a model of fewer
+            than three classes.
         PoiseError: a loss or its gradient was not finite.
     """
     if min(steps, restarts, targets) < 1:
         raise ValueError(f"steps, restarts and targets are at least 1, not {steps}, {restarts} and {targets}")
     y = check_inputs(x, y, threat)
-    streams, stages = as_noise(noise, x), _stages(threat, steps, large_eps and threat.norm == "l1")
+    streams = as_noise(noise, x)
+    stages = _stages(threat, steps, large_eps and threat.norm == "l1")
     with attack_mode(model, bn_mode):
         clean = scores(model, x)
         require_logits(clean, y)
-        aimed, aims = _aims(loss, clean, y, targets)
-        delta, height = torch.zeros_like(x), lowest(x)
-        height[clean.argmax(1) != y] = torch.inf
-        unmoved = height < torch.inf
-        runs = [(streams.at(i), *run) for i, run in enumerate(product(aims.unbind(1), range(restarts)))]
-        while runs and len(alive := (height < torch.inf).nonzero().flatten()):
-            group = runs[: at_once(len(alive), batch_size)]
-            runs, rows = runs[len(group) :], alive.repeat(len(group))
-            among = [(ball.pick(rows), count) for ball, count in stages]
-            first = stages[0][0].pick(alive)
-            starts = [_start(first, x[alive], draws.pick(alive), random=random_start or n > 0) for draws, _, n in group]
-            target = torch.cat([aim[alive] for _, aim, _ in group])
-            found, reached, blind = _through(among, model, aimed, x[rows], y[rows], target, torch.cat(starts), rows)
-            unmoved[alive] &= blind.view(len(group), -1).all(0)
-            for point, top in zip(found.chunk(len(group)), reached.chunk(len(group)), strict=True):
-                better = top > height[alive]
-                delta[alive] = choose(better, point, delta[alive])
-                height[alive] = torch.where(better, top, height[alive])
-    correct = height < torch.inf
+        targeted_loss, ranked = _loss_and_targets(loss, clean, y, targets)  # ranked (N, T)
+        delta = torch.zeros_like(x)  # the best of all runs, and its loss: infinite once the model is fooled
+        best_loss = lowest(x)
+        best_loss[clean.argmax(1) != y] = torch.inf
+        unmoved = best_loss < torch.inf
+        runs = []  # of each run: its noise, its targets (N,), its number among the restarts
+        for index, (target, restart) in enumerate(product(ranked.unbind(1), range(restarts))):
+            runs.append((streams.fold_in(index), target, restart))
+        while runs and len(alive := (best_loss < torch.inf).nonzero().flatten()):
+            # as many runs as fit share one batch: the examples that are alive, once per run
+            group = runs[: runs_per_batch(len(alive), batch_size)]
+            runs = runs[len(group) :]
+            rows = alive.repeat(len(group))
+            group_stages = [(ball.select(rows), count) for ball, count in stages]
+            first_ball = stages[0][0].select(alive)
+            starts = []
+            for run_noise, _, restart in group:
+                is_random = random_start or restart > 0
+                starts.append(_start(first_ball, x[alive], run_noise.select(alive), random=is_random))
+            targets_of_rows = torch.cat([target[alive] for _, target, _ in group])
+            best, run_losses, zero_gradient = _run_stages(
+                group_stages, model, targeted_loss, x[rows], y[rows], targets_of_rows, torch.cat(starts), rows
+            )
+            unmoved[alive] &= zero_gradient.view(len(group), -1).all(0)
+            for run_best, run_loss in zip(best.chunk(len(group)), run_losses.chunk(len(group)), strict=True):
+                better = run_loss > best_loss[alive]
+                delta[alive] = choose(better, run_best, delta[alive])
+                best_loss[alive] = torch.where(better, run_loss, best_loss[alive])
+    correct = best_loss < torch.inf
     warn_unmoved(unmoved & correct)
     return AttackResult(x + delta, correct)
 
@@ -135,241 +153,183 @@ def apgd_perturb(
     the coordinates, not 20 %. With restarts > 1 each example keeps the best of all runs. `spread`: as for `perturb`.
     """
     y = check_inputs(x, y, threat)
-    streams, rows = as_noise(noise, x), torch.arange(len(x), device=x.device)
-    climbed = without_underflow(loss)
-    ascent = _Ascent(model, threat, lambda logits, y, _: climbed(logits, y), seek=False)
-    best, height = torch.zeros_like(x), lowest(x)
+    streams = as_noise(noise, x)
+    rows = torch.arange(len(x), device=x.device)
+    ascent = _Ascent(model, threat, _untargeted(loss), seek=False)
+    best = torch.zeros_like(x)
+    best_loss = lowest(x)
     with attack_mode(model, bn_mode):
         for run in range(restarts):
-            start = _start(threat, x, streams.at(run), random=random_start or run > 0, spread=spread)
-            found, reached, _ = ascent.climb(x, y, y, start, steps, share=0.05, rows=rows)
-            best = choose(reached > height, found, best)
-            height = torch.maximum(reached, height)
+            start = _start(threat, x, streams.fold_in(run), random=random_start or run > 0, spread=spread)
+            run_best, run_losses, _ = ascent.run(x, y, y, start, steps, share=0.05, rows=rows)
+            best = choose(run_losses > best_loss, run_best, best)
+            best_loss = torch.maximum(run_losses, best_loss)
     return x + best
 
 
-def checkpoints(threat: Threat, steps: int) -> tuple[int, ...]:
-    """The steps of a run after which step sizes are judged.
-
-    linf and l2: 22 % of the run, then gaps that shrink by 3 % each down to 6 %. l1: every 4 %.
-    """
-    gap, floor, fall = (max(steps * percent // 100, 1) for percent in (22, 6, 3))
-    if threat.norm == "l1":
-        gap, fall = max(steps * 4 // 100, 1), 0
-    found, at = [], gap
-    while at <= steps:
-        found.append(at)
-        gap = max(gap - fall, floor) if fall else gap
-        at += gap
-    return tuple(found)
-
-
 def _stages(threat: Threat, steps: int, large_eps: bool) -> list[_Stage]:
+    """The balls of one run, each with its number of steps; with `large_eps` those of 3, 2 and 1 times eps."""
     if not large_eps:
         return [(threat, steps)]
     third = steps * 3 // 10
     stages = [(3, third), (2, third), (1, steps - 2 * third)]
-    return [(replace(threat, eps=times * threat.eps), count) for times, count in stages if count]
+    return [(replace(threat, eps=factor * threat.eps), count) for factor, count in stages if count]
 
 
-def _aims(loss: str, clean: Tensor, y: Tensor, targets: int) -> tuple[_Aimed, Tensor]:
-    """What is climbed, and each example's targets (N, T) in falling order of clean logits; T = 1 without a target."""
+def _untargeted(loss: Loss) -> _TargetedLoss:
+    """`loss`, or what takes its place in an attack, as a loss that ignores the target."""
+    ascended = without_underflow(loss)
+
+    def untargeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+        return ascended(logits, y)
+
+    return untargeted
+
+
+def _loss_and_targets(loss: str, clean: Tensor, y: Tensor, targets: int) -> tuple[_TargetedLoss, Tensor]:
+    """The loss that is maximised, and each example's targets (N, T) in falling order of clean logits.
+
+    A loss without a target has T = 1, and the labels in place of targets.
+    """
     if loss in LOSSES:
-        climbed = without_underflow(LOSSES[loss])
-        return lambda logits, y, _: climbed(logits, y), y.unsqueeze(1)
+        return _untargeted(LOSSES[loss]), y.unsqueeze(1)
     if loss != "targeted":
         raise ValueError(f"unknown loss {loss!r}: use one of {', '.join(LOSSES)}, targeted")
     classes = clean.shape[1]
     others = clean.scatter(1, y.unsqueeze(1), -torch.inf)
     ranked = others.topk(min(targets, classes - 1), dim=1)
-    aims = torch.where(ranked.values > -torch.inf, ranked.indices, ranked.indices[:, :1])  # no class that is masked
-    return targeted_dlr if classes >= 4 else targeted_margin, aims
+    # a masked class (logit -inf) is no target: the best class takes its place
+    chosen = torch.where(ranked.values > -torch.inf, ranked.indices, ranked.indices[:, :1])
+    return targeted_dlr if classes >= 4 else targeted_margin, chosen
 
 
 def _start(threat: Threat, x: Tensor, noise: Noise, *, random: bool, spread: float | None = None) -> Tensor:
-    """Under l1 a random start is N(0, I) projected: as sparse as what is sought, which a point of the ball is not."""
+    """The start of a run, like x: zero, random, or with `spread` normal noise of that standard deviation, projected.
+
+    Under l1 a random start is N(0, I) projected onto the ball: such a point is sparse, as the best points are, and one
+    that is uniform in the ball is not.
+    """
     if random and threat.norm == "l1" and spread is None:
         spread = 1.0
     if spread is not None:
         return threat.project(x, spread * noise.normal(x[0].numel(), x.dtype).view_as(x))
-    return threat.start_from(x, noise.uniform(x[0].numel() + 1, x.dtype)) if random else torch.zeros_like(x)
+    if not random:
+        return torch.zeros_like(x)
+    return threat.random_start_from(x, noise.uniform(x[0].numel() + 1, x.dtype))
 
 
-def _through(
+def _run_stages(
     stages: Sequence[_Stage],
     model: nn.Module,
-    aimed: _Aimed,
+    targeted_loss: _TargetedLoss,
     x: Tensor,
     y: Tensor,
     target: Tensor,
     delta: Tensor,
     rows: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One run through balls that shrink to the threat itself, the last and only one where a point counts as found."""
+    """One run through balls that shrink to the threat itself; see `_Ascent.run` for the results.
+
+    Only in the last ball, which is the threat, does a point that fools the model count.
+    """
     for number, (ball, steps) in enumerate(stages):
-        ascent = _Ascent(model, ball, aimed, seek=number == len(stages) - 1)
+        ascent = _Ascent(model, ball, targeted_loss, seek=number == len(stages) - 1)
         share = None if number else 0.2
-        delta, height, blind = ascent.climb(x, y, target, ball.project(x, delta), steps, share=share, rows=rows)
-    return delta, height, blind
-
-
-@dataclass(frozen=True)
-class _Walk:
-    """Where the examples of a run stand and the best that they met: all (N, ...)."""
-
-    x: Tensor
-    y: Tensor
-    target: Tensor
-    delta: Tensor
-    previous: Tensor
-    grad: Tensor
-    loss: Tensor
-    best: Tensor
-    best_grad: Tensor
-    best_loss: Tensor  # infinite once the model is fooled, so that the first fooling point is never replaced
-    rises: Tensor  # steps since the last checkpoint that raised the loss
-    finite: Tensor  # steps before the first gradient or loss that was not finite
-    blind: Tensor  # bool, a gradient of zero at every point
-
-    def back_to_best(self, where: Tensor) -> _Walk:
-        return replace(
-            self,
-            delta=choose(where, self.best, self.delta),
-            grad=choose(where, self.best_grad, self.grad),
-            loss=torch.where(where, self.best_loss, self.loss),
-            rises=torch.zeros_like(self.rises),
+        delta, best_loss, zero_gradient = ascent.run(
+            x, y, target, ball.project(x, delta), steps, share=share, rows=rows
         )
-
-
-class _Pace(Protocol):
-    """The rule for the size of the steps."""
-
-    def step(self, threat: Threat, walk: _Walk, *, first: bool) -> Tensor:
-        """The next delta."""
-
-    def judged(self, walk: _Walk, gap: int) -> tuple[_Pace, Tensor]:
-        """The pace after a checkpoint, `gap` steps after the last, and who goes back to the best point, bool (N,)."""
-
-
-@dataclass(frozen=True)
-class _Halving:
-    """linf and l2: steps of 2 eps with momentum 0.75, halved where they stopped paying."""
-
-    size: Tensor
-    best_before: Tensor
-    halved: Tensor
-
-    @classmethod
-    def begin(cls, threat: Threat, walk: _Walk) -> _Halving:
-        size = torch.full_like(walk.best_loss, 2 * threat.eps)
-        return cls(size, walk.best_loss, torch.zeros_like(walk.y, dtype=torch.bool))
-
-    def step(self, threat: Threat, walk: _Walk, *, first: bool) -> Tensor:
-        ascent = threat.project(walk.x, walk.delta + threat.steepest(walk.grad, self.size))
-        if first:
-            return ascent
-        mixed = walk.delta + 0.75 * (ascent - walk.delta) + 0.25 * (walk.delta - walk.previous)
-        return threat.project(walk.x, mixed)
-
-    def judged(self, walk: _Walk, gap: int) -> tuple[_Halving, Tensor]:
-        stalled = ~self.halved & (walk.best_loss <= self.best_before)
-        halve = (walk.rises < 0.75 * gap) | stalled
-        return _Halving(torch.where(halve, self.size / 2, self.size), walk.best_loss, halve), halve
-
-
-@dataclass(frozen=True)
-class _Thinning:
-    """l1: steps over two thirds of the coordinates that the best point changes, long again where these became fewer."""
-
-    eps: float
-    size: Tensor
-    count: Tensor
-    changed: Tensor
-
-    @classmethod
-    def begin(cls, threat: Threat, walk: _Walk, share: float | None) -> _Thinning:
-        """With `share` of the coordinates at first; None: as sparse as the point that the run starts from."""
-        width = torch.full_like(walk.best_loss, walk.x[0].numel())
-        changed = _changed(walk) if share is None else width
-        count = changed / 1.5 if share is None else share * width
-        return cls(threat.eps, torch.full_like(width, threat.eps), count.floor().clamp(min=1), changed)
-
-    def step(self, threat: Threat, walk: _Walk, *, first: bool) -> Tensor:
-        at = walk.x + walk.delta
-        return threat.project(walk.x, walk.delta + threat.steepest(walk.grad, self.size, at=at, sparsity=self.count))
-
-    def judged(self, walk: _Walk, gap: int) -> tuple[_Thinning, Tensor]:
-        changed = _changed(walk)
-        thinner = changed < 0.95 * self.changed
-        size = torch.where(thinner, self.eps, (self.size / 1.5).clamp(min=self.eps / 10))
-        return replace(self, size=size, count=(changed / 1.5).floor().clamp(min=1), changed=changed), thinner
-
-
-def _changed(walk: _Walk) -> Tensor:
-    """Coordinates that the best point changes, (N,)."""
-    return (walk.best.flatten(1) != 0).sum(1).to(walk.best_loss.dtype)
+    return delta, best_loss, zero_gradient
 
 
 @dataclass(frozen=True)
 class _Ascent:
-    """One run in one ball; with `seek`, a point that fools the model counts as the best there is."""
+    """One run in one ball; with `seek`, a point that fools the model is the best point, whatever its loss."""
 
     model: nn.Module
     threat: Threat
-    loss: _Aimed
+    loss: _TargetedLoss
     seek: bool
 
-    def climb(
+    def run(
         self, x: Tensor, y: Tensor, target: Tensor, delta: Tensor, steps: int, *, share: float | None, rows: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The best delta, its loss, infinite where it fools, and whose gradient was zero at every point.
+        """The best delta, its loss (infinite where it fools), and whether the gradient was zero at every point.
 
-        `rows`: the places of the examples in their batch.
+        `rows`: the places of the examples in their batch. `share`: see `SparsitySchedule.begin`.
         """
-        walk, left = self._begin(x, y, target, delta, steps), torch.arange(len(x), device=x.device)
-        pace: _Pace = (
-            _Thinning.begin(self.threat, walk, share) if self.threat.norm == "l1" else _Halving.begin(self.threat, walk)
-        )
-        best, height, finite = walk.best.clone(), walk.best_loss.clone(), walk.finite.clone()
-        blind = walk.blind.clone()
-        last, checks = 0, {*checkpoints(self.threat, steps), steps}
         threat = self.threat
+        walk = self._begin(x, y, target, delta, steps)
+        schedule: StepSchedule
+        if threat.norm == "l1":
+            schedule = SparsitySchedule.begin(threat, walk, share)
+        else:
+            schedule = HalvingSchedule.begin(threat, walk)
+        # results of all examples; `walk` holds only those that `alive` lists
+        best = walk.best.clone()
+        best_loss = walk.best_loss.clone()
+        finite = walk.finite.clone()
+        zero_gradient = walk.zero_gradient.clone()
+        alive = torch.arange(len(x), device=x.device)
+        last_checkpoint = 0
+        all_checkpoints = {*checkpoints(threat, steps), steps}
         for step in range(1, steps + 1):
-            walk = self._visit(walk, pace.step(threat, walk, first=step == 1), step, final=step == steps)
-            if step in checks:
-                best[left], height[left], finite[left] = walk.best, walk.best_loss, walk.finite
-                blind[left] = walk.blind
-                pace, back = pace.judged(walk, step - last)
-                walk, last = walk.back_to_best(back), step
-                if self.seek:
-                    standing = (walk.best_loss < torch.inf).nonzero().flatten()
-                    walk, pace, left = _pick(walk, standing), _pick(pace, standing), left[standing]
-                    threat = threat.pick(standing)
-                    if len(left) == 0:
-                        break
+            walk = self._visit(walk, schedule.step(threat, walk, first=step == 1), step, final=step == steps)
+            if step not in all_checkpoints:
+                continue
+            best[alive] = walk.best
+            best_loss[alive] = walk.best_loss
+            finite[alive] = walk.finite
+            zero_gradient[alive] = walk.zero_gradient
+            schedule, goes_back = schedule.update(walk, step - last_checkpoint)
+            walk = walk.back_to_best(goes_back)
+            last_checkpoint = step
+            if self.seek:  # drop the examples that are fooled
+                keep = (walk.best_loss < torch.inf).nonzero().flatten()
+                walk = _select(walk, keep)
+                schedule = _select(schedule, keep)
+                threat = threat.select(keep)
+                alive = alive[keep]
+                if len(alive) == 0:
+                    break
         require_finite(finite, steps + 1, rows)
-        return best, height, blind
+        return best, best_loss, zero_gradient
 
-    def _begin(self, x: Tensor, y: Tensor, target: Tensor, delta: Tensor, steps: int) -> _Walk:
-        zero, count = torch.zeros_like(x), torch.zeros_like(y)
-        low = lowest(x)
-        walk = _Walk(x, y, target, delta, delta, zero, low, delta, zero, low, count, count + steps + 1, count == 0)
-        return replace(self._visit(walk, delta, 0, final=False), rises=count)
+    def _begin(self, x: Tensor, y: Tensor, target: Tensor, delta: Tensor, steps: int) -> Walk:
+        """A walk that has visited its start `delta`."""
+        no_gradient = torch.zeros_like(x)
+        no_steps = torch.zeros_like(y)
+        walk = Walk(
+            x=x,
+            y=y,
+            target=target,
+            delta=delta,
+            previous=delta,
+            grad=no_gradient,
+            loss=lowest(x),
+            best=delta,
+            best_grad=no_gradient,
+            best_loss=lowest(x),
+            rises=no_steps,
+            finite=no_steps + steps + 1,
+            zero_gradient=no_steps == 0,
+        )
+        return replace(self._visit(walk, delta, 0, final=False), rises=no_steps)
 
-    def _visit(self, walk: _Walk, delta: Tensor, step: int, *, final: bool) -> _Walk:
-        """Go to delta; the gradient there is not needed at the end of the run."""
+    def _visit(self, walk: Walk, delta: Tensor, step: int, *, final: bool) -> Walk:
+        """The walk after its move to `delta`. At the end of the run (`final`) no gradient is computed."""
         point = walk.x + delta
         if final:
             logits = scores(self.model, point)
-            grad, loss = walk.grad, self.loss(logits, walk.y, walk.target)
+            grad = walk.grad
+            loss = self.loss(logits, walk.y, walk.target)
         else:
             grad, loss, logits = input_gradient(
                 self.model, point, walk.y, lambda logits, y: self.loss(logits, y, walk.target)
             )
-        largest = grad.flatten(1).abs().amax(1)
-        sound = largest.isfinite() & loss.isfinite()
-        height = torch.where(logits.argmax(1) != walk.y, torch.inf, loss) if self.seek else loss
-        better = height > walk.best_loss
+        largest = grad.flatten(1).abs().amax(1)  # (N,)
+        is_finite = largest.isfinite() & loss.isfinite()
+        value = torch.where(logits.argmax(1) != walk.y, torch.inf, loss) if self.seek else loss
+        better = value > walk.best_loss
         return replace(
             walk,
             delta=delta,
@@ -378,14 +338,18 @@ class _Ascent:
             loss=loss,
             best=choose(better, delta, walk.best),
             best_grad=choose(better, grad, walk.best_grad),
-            best_loss=torch.where(better, height, walk.best_loss),
+            best_loss=torch.where(better, value, walk.best_loss),
             rises=walk.rises + (loss > walk.loss),
-            blind=walk.blind & (largest == 0),
-            finite=torch.where(sound, walk.finite, walk.finite.clamp(max=step)),
+            zero_gradient=walk.zero_gradient & (largest == 0),
+            finite=torch.where(is_finite, walk.finite, walk.finite.clamp(max=step)),
         )
 
 
-def _pick(record: _Record, rows: Tensor) -> _Record:
-    """The examples `rows` of a record of tensors (N, ...)."""
-    values = {field.name: getattr(record, field.name) for field in fields(record)}  # type: ignore[arg-type]
-    return replace(record, **{name: v[rows] for name, v in values.items() if isinstance(v, Tensor)})  # type: ignore[type-var]
+def _select(record: _Record, rows: Tensor) -> _Record:
+    """The examples `rows` of a dataclass of tensors (N, ...); fields of other types stay."""
+    selected = {}
+    for field in fields(record):  # type: ignore[arg-type]
+        value = getattr(record, field.name)
+        if isinstance(value, Tensor):
+            selected[field.name] = value[rows]
+    return replace(record, **selected)  # type: ignore[type-var]

@@ -1,4 +1,4 @@
-"""AutoAttack: four attacks, none of which has anything to tune, each on the examples that withstood those before it.
+"""AutoAttack: four attacks without parameters to tune, each on the examples that withstood the attacks before it.
 
 Source: Croce and Hein, 2020 and (l1) 2021; papers/adversarial.md, section 8.
 """
@@ -15,10 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from poise.robust.attacks.apgd import apgd
-from poise.robust.attacks.checks import RANDOMISED, check_inputs, masking, require_logits, suspicions
-from poise.robust.attacks.contract import AttackResult, attack_mode, scores
+from poise.robust.attacks.base import AttackResult, attack_mode, scores
 from poise.robust.attacks.eot import AveragedModel
 from poise.robust.attacks.fab import fab
+from poise.robust.attacks.sanity_checks import (
+    RANDOMISED,
+    check_inputs,
+    gradient_masking,
+    require_logits,
+    sanity_warnings,
+)
 from poise.robust.attacks.square import square
 from poise.robust.noise import Noise, Source, as_noise
 from poise.robust.threats import Threat
@@ -30,7 +36,7 @@ Version = Literal["standard", "rand"]
 
 @dataclass(frozen=True)
 class Stage:
-    """An attack with all but the images bound: (model, x, y, noise) -> AttackResult."""
+    """An attack with its threat and options bound: (model, x, y, noise) -> AttackResult."""
 
     name: str
     attack: Callable[..., AttackResult]
@@ -39,31 +45,33 @@ class Stage:
     batch_size: int | None = None
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, noise: Source = None) -> AttackResult:
-        """Attack images x (N, ...) with labels (N,); of the noise it uses the streams that its name labels."""
-        streams = as_noise(noise, x).at(zlib.crc32(self.name.encode()))
+        """Attack images x (N, ...) with labels (N,). The noise is folded with the name, so that stages differ."""
+        streams = as_noise(noise, x).fold_in(zlib.crc32(self.name.encode()))
         batch = {} if self.batch_size is None else {"batch_size": self.batch_size}
         return self.attack(model, x, y, self.threat, noise=streams, **self.options, **batch)
 
 
 def stages(threat: Threat, num_classes: int, batch_size: int | None = None) -> tuple[Stage, ...]:
-    """The `standard` sequence: APGD-CE, APGD-T, FAB-T and Square, for a job to run one by one.
+    """The `standard` sequence: APGD-CE, APGD-T, FAB-T and Square, to be run one by one.
 
     APGD takes 100 steps; under l1 its 100 are spread over radii 3, 2 and 1 times eps, with 5 runs of APGD-CE and 5
     targets of APGD-T instead of 1 and 9. FAB-T has 9 targets, Square 5,000 queries. There are never more targets than
-    other classes; with 2 or 3 classes APGD-T climbs the targeted margin, since the targeted DLR loss needs 4.
+    other classes. With 2 or 3 classes APGD-T maximises the targeted margin, since the targeted DLR loss needs 4.
 
-    Where few examples are left, runs towards several targets share batches of up to `batch_size`, with the same result.
+    Where few examples remain, runs towards several targets share batches of up to `batch_size`, with the same result.
 
     Raises:
         ValueError: fewer than two classes.
     """
     if num_classes < 2:
         raise ValueError(f"an attack needs at least 2 classes to move between, not {num_classes}")
-    runs, targets = (5, 5) if threat.norm == "l1" else (1, 9)
+    ce_runs, dlr_targets = (5, 5) if threat.norm == "l1" else (1, 9)
     others = num_classes - 1
+    apgd_ce = {"loss": "ce", "steps": 100, "restarts": ce_runs}
+    apgd_t = {"loss": "targeted", "steps": 100, "targets": min(dlr_targets, others)}
     return (
-        Stage("apgd-ce", apgd, threat, {"loss": "ce", "steps": 100, "restarts": runs}, batch_size),
-        Stage("apgd-t", apgd, threat, {"loss": "targeted", "steps": 100, "targets": min(targets, others)}, batch_size),
+        Stage("apgd-ce", apgd, threat, apgd_ce, batch_size),
+        Stage("apgd-t", apgd, threat, apgd_t, batch_size),
         Stage("fab-t", fab, threat, {"steps": 100, "targets": min(9, others)}, batch_size),
         Stage("square", square, threat, {"queries": 5000}),
     )
@@ -72,11 +80,11 @@ def stages(threat: Threat, num_classes: int, batch_size: int | None = None) -> t
 def rand_stages(threat: Threat, num_classes: int, batch_size: int | None = None) -> tuple[Stage, ...]:
     """The `rand` sequence, for randomised models: APGD on the cross entropy, then on the DLR loss, no other attack.
 
-    To be run on an `AveragedModel`. With two classes, where the DLR loss has no denominator, the margin is climbed.
+    Run it on an `AveragedModel`. With two classes, where the DLR loss has no denominator, the margin takes its place.
     Raises ValueError as `stages` does.
     """
     first, *_ = stages(threat, num_classes, batch_size)
-    loss = "dlr" if num_classes >= 3 else "margin"
+    loss = "dlr" if num_classes >= 3 else "cw"
     return first, replace(first, name="apgd-dlr", options={**first.options, "loss": loss})
 
 
@@ -91,32 +99,34 @@ def autoattack(
     batch_size: int = 256,
     draws: int = 20,
 ) -> AttackResult:
-    """Run `stages(threat, K)`, each from the original images of those examples that stand under all before it.
+    """Run `stages(threat, K)`, each from the original images, on the examples that withstood all stages before it.
 
-    Version "rand" is for randomised models: it runs `rand_stages` on their mean prediction over so many `draws`.
+    Version "rand" is for randomised models: it runs `rand_stages` on their mean prediction over `draws` draws.
 
-    `adversarial` holds the point that fooled the model, or the image itself where none did. What should make one
-    doubt the result (see `checks`) is a UserWarning; the signs before the attack are sought on the first batch.
+    `adversarial` holds the point that fooled the model, or the image itself where none did. Reasons to distrust the
+    result (see `sanity_checks`) are UserWarnings; those before the attack are checked on the first batch.
 
     Args:
         model: maps (N, ...) images to (N, K) logits, K >= 2.
         x, y: images (N, ...) in [0, 1], N > 0; true labels (N,) int64.
-        noise: see `noise.Source`. The result hangs neither on the batch size nor on the other examples (up to the
+        noise: see `noise.Source`. The result depends neither on the batch size nor on the other examples (up to the
             rounding of the model).
-        batch_size: examples attacked at once.
+        batch_size: examples per batch.
 
     Raises:
-        ValueError: no examples, pixels outside [0, 1] or not a number, labels that are no class, another version.
+        ValueError: no examples, pixels outside [0, 1] or NaN, labels that are not a class, or an unknown version.
         PoiseError: logits, or a gradient, that are not finite.
     """
     if version not in ("standard", "rand"):
         raise ValueError(f"version {version!r} of AutoAttack is not known here: use 'standard' or 'rand'")
     y = check_inputs(x, y, threat)
-    if version == "rand":
+    is_randomised = version == "rand"
+    if is_randomised:
         model = AveragedModel(model, draws)
-    clean, num_classes = _prepare(model, x, y, batch_size, randomised=version == "rand")
-    sequence = (rand_stages if version == "rand" else stages)(threat, num_classes, batch_size)
-    return _sequence(model, x, y, clean, sequence, as_noise(noise, x), batch_size)
+    clean, num_classes = _prepare(model, x, y, batch_size, randomised=is_randomised)
+    make_stages = rand_stages if is_randomised else stages
+    sequence = make_stages(threat, num_classes, batch_size)
+    return _run_sequence(model, x, y, clean, sequence, as_noise(noise, x), batch_size)
 
 
 @dataclass(frozen=True)
@@ -125,9 +135,9 @@ class UnionResult:
 
     Attributes:
         names: of the threats, in the order in which they were tried.
-        adversarial: like x, the point that fooled the model first, or the image itself.
-        standing: bool (N, threats); column t is True where the model withstood threats 0..t. An example that has
-            fallen is not attacked again, so that a later False says nothing of that threat alone.
+        adversarial: like x, the first point that fooled the model, or the image itself.
+        standing: bool (N, threats); column t is True where the model withstood threats 0..t. An example that is fooled
+            is not attacked again, so that a later False says nothing about that threat alone.
     """
 
     names: tuple[str, ...]
@@ -149,50 +159,59 @@ def union_attack(
     noise: Source = None,
     batch_size: int = 256,
 ) -> UnionResult:
-    """AutoAttack under each threat in turn, on the examples that stand under all threats before it.
+    """AutoAttack under each threat in turn, on the examples that withstood all threats before it.
 
-    The union is exact, and an example costs no more than its first defeat. Arguments, warnings and errors are those of
-    `autoattack`; also ValueError without a threat.
+    The union is exact, and an example is not attacked any more once it is fooled. Arguments, warnings and errors are
+    those of `autoattack`; also ValueError without a threat.
     """
     if not threats:
         raise ValueError("a union of no threats: name at least one")
     y = check_inputs(x, y, *threats.values())
-    standing, num_classes = _prepare(model, x, y, batch_size)
-    streams, columns = as_noise(noise, x), []
+    robust, num_classes = _prepare(model, x, y, batch_size)
+    streams = as_noise(noise, x)
     adversarial = x.clone()
+    columns = []
     for name, threat in threats.items():
-        labelled = streams.at(zlib.crc32(name.encode()))
-        found = _sequence(model, x, y, standing, stages(threat, num_classes, batch_size), labelled, batch_size)
-        fallen = standing & ~found.correct
-        adversarial[fallen], standing = found.adversarial[fallen], found.correct
-        columns.append(standing)
+        threat_noise = streams.fold_in(zlib.crc32(name.encode()))
+        sequence = stages(threat, num_classes, batch_size)
+        result = _run_sequence(model, x, y, robust, sequence, threat_noise, batch_size)
+        fooled = robust & ~result.correct
+        adversarial[fooled] = result.adversarial[fooled]
+        robust = result.correct
+        columns.append(robust)
     return UnionResult(tuple(threats), adversarial, torch.stack(columns, dim=1))
 
 
 def _prepare(
     model: nn.Module, x: Tensor, y: Tensor, batch_size: int, *, randomised: bool = False
 ) -> tuple[Tensor, int]:
-    """Refuse logits that are none, warn of what hides gradients: (which examples are right, bool (N,); classes)."""
+    """Which examples are right, bool (N,), and the number of classes.
+
+    Raises for logits that are not valid, and warns of masked gradients.
+    """
     with attack_mode(model):
         logits = torch.cat([scores(model, batch) for batch in torch.split(x, batch_size)])
     require_logits(logits, y)
-    for sign in suspicions(model, x[:batch_size], y[:batch_size], ("ce", "margin")):
-        if not (randomised and sign.startswith(RANDOMISED)):
-            warnings.warn(sign, stacklevel=3)
+    for warning in sanity_warnings(model, x[:batch_size], y[:batch_size], ("ce", "cw")):
+        if not (randomised and warning.startswith(RANDOMISED)):
+            warnings.warn(warning, stacklevel=3)
     return logits.argmax(1) == y, logits.shape[1]
 
 
-def _sequence(
-    model: nn.Module, x: Tensor, y: Tensor, standing: Tensor, sequence: tuple[Stage, ...], noise: Noise, batch_size: int
+def _run_sequence(
+    model: nn.Module, x: Tensor, y: Tensor, robust: Tensor, sequence: tuple[Stage, ...], noise: Noise, batch_size: int
 ) -> AttackResult:
+    """Run the stages in turn on the examples that are `robust`, bool (N,), before them."""
     adversarial = x.clone()
     for stage in sequence:
-        before, standing = standing, standing.clone()
+        before = robust
+        robust = robust.clone()
         for rows in torch.split(before.nonzero().flatten(), batch_size):
-            if len(rows):
-                found = stage(model, x[rows], y[rows], noise.pick(rows))
-                fallen = rows[~found.correct]
-                standing[rows], adversarial[fallen] = found.correct, found.adversarial[~found.correct]
-        if stage.name == "square" and (sign := masking(before, standing)):
-            warnings.warn(sign, stacklevel=3)
-    return AttackResult(adversarial, standing)
+            if len(rows):  # a split of no examples is one empty batch
+                result = stage(model, x[rows], y[rows], noise.select(rows))
+                fooled = ~result.correct
+                robust[rows] = result.correct
+                adversarial[rows[fooled]] = result.adversarial[fooled]
+        if stage.name == "square" and (warning := gradient_masking(before, robust)):
+            warnings.warn(warning, stacklevel=3)
+    return AttackResult(adversarial, robust)

@@ -1,4 +1,4 @@
-"""What attacks climb: each takes logits (N, K) and labels (N,), and gives a loss per example (N,) in float32 or better.
+"""The losses that attacks maximise: from logits (N, K) and labels (N,) to a loss per example (N,), float32 or better.
 
 Sources: papers/adversarial.md, sections 6, 8 and 9.
 """
@@ -15,11 +15,11 @@ __all__ = [
     "LOSSES",
     "Loss",
     "cross_entropy",
+    "cw_loss",
     "divergence",
     "dlr",
     "kl_from",
     "log_odds",
-    "margin",
     "targeted_dlr",
     "targeted_margin",
     "without_underflow",
@@ -41,30 +41,30 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 def log_odds(logits: Tensor, y: Tensor) -> Tensor:
     """log((1 - p_y) / p_y) = logsumexp_{k != y} z_k - z_y.
 
-    It rises with the cross entropy, so that both have the same gradient direction and order points alike. The gradient
-    of the cross entropy vanishes where p_y rounds to one (in float32 from a margin of 17 on it loses z_y, from 104 on
-    everything); this one does not.
+    It increases with the cross entropy, so both have the same gradient direction and order points in the same way. The
+    gradient of the cross entropy vanishes where p_y rounds to one: in float32 its part of z_y from a margin of 17 on,
+    all of it from 104 on. The gradient of the log odds does not vanish.
     """
     z = wide(logits)
     others = z.scatter(1, y.unsqueeze(1), -torch.inf)
-    return others.logsumexp(1) - _of(z, y)
+    return others.logsumexp(1) - _logit_of(z, y)
 
 
 def without_underflow(loss: Loss) -> Loss:
-    """What an attack climbs in place of `loss`: `log_odds` for the cross entropy, any other loss itself."""
+    """The loss that an attack maximises in place of `loss`: `log_odds` for the cross entropy, any other loss itself."""
     return log_odds if loss is cross_entropy else loss
 
 
-def margin(logits: Tensor, y: Tensor) -> Tensor:
+def cw_loss(logits: Tensor, y: Tensor) -> Tensor:
     """max_{k != y} z_k - z_y: positive exactly where the model is wrong."""
     z = wide(logits)
-    return _best_other(z, y) - _of(z, y)
+    return _best_other(z, y) - _logit_of(z, y)
 
 
 def targeted_margin(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     """z_t - z_y for targets (N,)."""
     z = wide(logits)
-    return _of(z, target) - _of(z, y)
+    return _logit_of(z, target) - _logit_of(z, y)
 
 
 def dlr(logits: Tensor, y: Tensor) -> Tensor:
@@ -75,8 +75,9 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
     z = wide(logits)
     if z.shape[1] < 3:
         raise ValueError(f"the DLR loss needs at least 3 classes, the model has {z.shape[1]}: use the margin or CE")
-    top = _without_masked(z).topk(3, dim=1).values
-    return (_best_other(z, y) - _of(z, y)) / (top[:, 0] - top[:, 2]).clamp(min=1e-12)
+    top = _without_masked(z).topk(3, dim=1).values  # (N, 3)
+    spread = (top[:, 0] - top[:, 2]).clamp(min=1e-12)
+    return (_best_other(z, y) - _logit_of(z, y)) / spread
 
 
 def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
@@ -84,15 +85,16 @@ def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     z = wide(logits)
     if z.shape[1] < 4:
         raise ValueError(f"the targeted DLR loss needs at least 4 classes, the model has {z.shape[1]}: use the margin")
-    top = _without_masked(z).topk(4, dim=1).values
-    return (_of(z, target) - _of(z, y)) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2).clamp(min=1e-12)
+    top = _without_masked(z).topk(4, dim=1).values  # (N, 4)
+    spread = (top[:, 0] - (top[:, 2] + top[:, 3]) / 2).clamp(min=1e-12)
+    return (_logit_of(z, target) - _logit_of(z, y)) / spread
 
 
 def kl_from(reference: Tensor) -> Loss:
     """KL(p || q) of the reference's p, from logits (N, K) at the clean images, and q at the attacked ones (TRADES).
 
     Its gradient is exactly zero at the clean image itself: start elsewhere. Where p rounds to one in a class, the
-    divergence is -log q of that class, whose gradient underflows as well: there it is climbed as its `log_odds`.
+    divergence is -log q of that class, whose gradient underflows as well: there its `log_odds` takes its place.
     """
     reference = reference.detach()
     confidence, predicted = wide(reference).softmax(1).max(1)
@@ -110,23 +112,26 @@ def divergence(reference: Tensor, logits: Tensor) -> Tensor:
     Both enter as logarithms: with p itself, its gradient is NaN where p underflows to zero (papers/adversarial.md,
     section 6).
     """
-    log_p, log_q = (functional.log_softmax(wide(z), dim=1) for z in (reference, logits))
+    log_p = functional.log_softmax(wide(reference), dim=1)  # (N, K)
+    log_q = functional.log_softmax(wide(logits), dim=1)
     return functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
 
 
-LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
+LOSSES: dict[str, Loss] = {"ce": cross_entropy, "cw": cw_loss, "dlr": dlr}
 
 
-def _of(z: Tensor, labels: Tensor) -> Tensor:
+def _logit_of(z: Tensor, labels: Tensor) -> Tensor:
+    """The logit of the label of each example, (N,)."""
     return z.gather(1, labels.unsqueeze(1)).squeeze(1)
 
 
 def _without_masked(z: Tensor) -> Tensor:
-    """Logits of -inf, which a model gives to classes that it masks, replaced by the lowest finite one of their row."""
+    """Logits with -inf, which stands for a masked class, replaced by the lowest finite logit of the row."""
     masked = z == -torch.inf
     lowest = z.detach().masked_fill(masked, torch.inf).amin(1, keepdim=True)
     return torch.where(masked, lowest, z)
 
 
 def _best_other(z: Tensor, y: Tensor) -> Tensor:
+    """max_{k != y} z_k, (N,)."""
     return z.scatter(1, y.unsqueeze(1), -torch.inf).amax(1)

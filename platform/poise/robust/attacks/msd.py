@@ -1,4 +1,4 @@
-"""Multi steepest descent: one perturbation that at every step takes the best of one step in each of several norms.
+"""MSD, multi steepest descent: one perturbation whose every step is the best of one step in each of several norms.
 
 Source: Maini, Wong and Kolter, "Adversarial robustness against the union of multiple perturbation models" (2020);
 papers/adversarial.md, section 3. Every point lies in at least one of the balls, and need not lie in all of them.
@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from poise.robust.attacks.checks import check_inputs, require_logits
-from poise.robust.attacks.contract import (
+from poise.robust.attacks.base import (
     AttackResult,
     BNMode,
     attack_mode,
@@ -26,6 +25,7 @@ from poise.robust.attacks.contract import (
 )
 from poise.robust.attacks.losses import Loss, cross_entropy, without_underflow
 from poise.robust.attacks.pgd import decaying_steps, training_step
+from poise.robust.attacks.sanity_checks import check_inputs, require_logits
 from poise.robust.noise import Noise, Source, as_noise
 from poise.robust.spec import Sparsity
 from poise.robust.threats import Threat
@@ -50,14 +50,14 @@ def msd(
     """MSD for evaluation: an example is correct only if the model withstands every point that was tried.
 
     `adversarial` holds the first fooling point, the image itself where the model is wrong already, or else the point of
-    highest loss. An example leaves at the end of the run that fools the model.
+    highest loss. An example is dropped at the end of the run that fools the model.
 
     Args:
         model: maps (N, ...) images to (N, K) logits.
         x, y: images (N, ...) in [0, 1]; true labels (N,) int64.
         threats: the balls, at least one.
         steps: gradients of one run, each followed by a forward per threat.
-        step_sizes: lengths of every step, each in its own norm; None: steps that shrink, see `pgd.decaying_steps`.
+        step_sizes: lengths of every step, each in its own norm; None: decreasing steps, see `pgd.decaying_steps`.
         restarts: runs; the first starts at the image, the others at random in one ball after the other.
         sparsity, loss, noise, bn_mode: as for `pgd`.
 
@@ -67,29 +67,32 @@ def msd(
     """
     sizes = _sizes(threats, steps, step_sizes, decaying_steps)
     y = check_inputs(x, y, *threats.values())
-    climb, streams = _Climb(threats, steps, sizes, sparsity, without_underflow(loss)), as_noise(noise, x)
+    attack = _Run(threats, steps, sizes, sparsity, without_underflow(loss))
+    streams = as_noise(noise, x)
     balls = list(threats.values())
     with attack_mode(model, bn_mode):
-        delta, height = torch.zeros_like(x), lowest(x)
+        delta = torch.zeros_like(x)  # the best point, and its loss: infinite once the model is fooled
+        best_loss = lowest(x)
         logits = scores(model, x)
         require_logits(logits, y)
-        height[logits.argmax(1) != y] = torch.inf
-        unmoved = height < torch.inf
+        best_loss[logits.argmax(1) != y] = torch.inf
+        unmoved = best_loss < torch.inf
         for run in range(restarts):
-            alive = (height < torch.inf).nonzero().flatten()
+            alive = (best_loss < torch.inf).nonzero().flatten()
             if len(alive) == 0:
                 break
-            own, near = streams.pick(alive).at(run), x[alive]
-            start = torch.zeros_like(near)
+            run_noise = streams.select(alive).fold_in(run)
+            images = x[alive]
+            start = torch.zeros_like(images)
             if run > 0:
-                ball = balls[(run - 1) % len(balls)].pick(alive)
-                start = ball.start_from(near, own.uniform(near[0].numel() + 1, x.dtype))
-            found = climb.among(alive).run(model, near, y[alive], start, own, alive, seek=True)
-            unmoved[alive] &= found.blind
-            better = found.height > height[alive]
-            delta[alive] = torch.where(column(better, x), found.delta, delta[alive])
-            height[alive] = torch.where(better, found.height, height[alive])
-    correct = height < torch.inf
+                ball = balls[(run - 1) % len(balls)].select(alive)
+                start = ball.random_start_from(images, run_noise.uniform(images[0].numel() + 1, x.dtype))
+            highest = attack.select(alive).run(model, images, y[alive], start, run_noise, alive, seek=True)
+            unmoved[alive] &= highest.zero_gradient
+            better = highest.best_loss > best_loss[alive]
+            delta[alive] = torch.where(column(better, x), highest.delta, delta[alive])
+            best_loss[alive] = torch.where(better, highest.best_loss, best_loss[alive])
+    correct = best_loss < torch.inf
     warn_unmoved(unmoved & correct)
     return AttackResult(x + delta, correct)
 
@@ -107,17 +110,23 @@ def msd_perturb(
     noise: Source = None,
     bn_mode: BNMode = "eval",
 ) -> Tensor:
-    """MSD for training: of the image and all that was tried, the point of highest loss, like x, detached.
+    """MSD for training: the point of highest loss among the image and all points tried; like x, detached.
 
-    Arguments and errors as for `msd`, but `step_sizes` of None are each `pgd.training_step`. It costs `steps` gradients
-    and as many forwards per threat.
+    Arguments and errors as for `msd`, but with `step_sizes` of None each step has length `pgd.training_step`. It costs
+    `steps` gradients and as many forwards per threat.
     """
-    sizes = _sizes(threats, steps, step_sizes, lambda eps, steps: (training_step(eps, steps),) * steps)
+    sizes = _sizes(threats, steps, step_sizes, _equal_steps)
     y = check_inputs(x, y, *threats.values())
-    climb, rows = _Climb(threats, steps, sizes, sparsity, without_underflow(loss)), torch.arange(len(x))
+    attack = _Run(threats, steps, sizes, sparsity, without_underflow(loss))
+    rows = torch.arange(len(x))
     with attack_mode(model, bn_mode):
         start = torch.zeros_like(x)
-        return x + climb.run(model, x, y, start, as_noise(noise, x), rows, seek=False).delta
+        highest = attack.run(model, x, y, start, as_noise(noise, x), rows, seek=False)
+        return x + highest.delta
+
+
+def _equal_steps(eps: float, steps: int) -> Sequence[float]:
+    return (training_step(eps, steps),) * steps
 
 
 def _sizes(
@@ -137,22 +146,25 @@ def _sizes(
 
 
 class _Highest:
-    """Keeps, of the points it is shown, that of highest loss; with `seek`, the first that the model gets wrong."""
+    """The point of highest loss among those passed to `update`; with `seek`, the first that the model gets wrong."""
 
     def __init__(self, delta: Tensor, y: Tensor, seek: bool) -> None:
-        self.y, self.seek, self.delta, self.height = y, seek, delta, lowest(delta)
-        self.blind = torch.ones_like(y, dtype=torch.bool)  # whose gradient was zero at every step
+        self.y = y
+        self.seek = seek
+        self.delta = delta
+        self.best_loss = lowest(delta)
+        self.zero_gradient = torch.ones_like(y, dtype=torch.bool)  # whether the gradient was zero at every step
 
-    def see(self, delta: Tensor, losses: Tensor, logits: Tensor) -> None:
-        height = torch.where(logits.argmax(1) != self.y, torch.inf, losses) if self.seek else losses
-        better = height > self.height
+    def update(self, delta: Tensor, losses: Tensor, logits: Tensor) -> None:
+        best_loss = torch.where(logits.argmax(1) != self.y, torch.inf, losses) if self.seek else losses
+        better = best_loss > self.best_loss
         self.delta = torch.where(column(better, delta), delta, self.delta)
-        self.height = torch.where(better, height, self.height)
+        self.best_loss = torch.where(better, best_loss, self.best_loss)
 
 
 @dataclass(frozen=True)
-class _Climb:
-    """One run."""
+class _Run:
+    """One run of the attack, on all examples or on some of them (`select`)."""
 
     threats: Mapping[str, Threat]
     steps: int
@@ -160,36 +172,42 @@ class _Climb:
     sparsity: Sparsity
     loss: Loss
 
-    def among(self, rows: Tensor) -> _Climb:
-        return replace(self, threats={norm: threat.pick(rows) for norm, threat in self.threats.items()})
+    def select(self, rows: Tensor) -> _Run:
+        """The run on the examples `rows`."""
+        return replace(self, threats={norm: threat.select(rows) for norm, threat in self.threats.items()})
 
     def run(
         self, model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, noise: Noise, rows: Tensor, *, seek: bool
     ) -> _Highest:
-        """The best point met; with `seek`, the first that fools the model. `rows`: as for `require_finite`."""
+        """The best point visited; with `seek`, the first that fools the model. `rows`: as for `require_finite`."""
         low, high = (self.sparsity, self.sparsity) if isinstance(self.sparsity, int) else self.sparsity
-        counts = noise.at(-1).integers(low, high + 1, self.steps)
-        highest, finite = _Highest(delta, y, seek), torch.full((len(x),), self.steps, device=x.device)
+        counts = noise.fold_in(-1).integers(low, high + 1, self.steps)  # (N, steps)
+        highest = _Highest(delta, y, seek)
+        finite = torch.full(
+            (len(x),), self.steps, device=x.device
+        )  # steps before the first gradient that is not finite
         for step in range(self.steps):
             grad, losses, logits = input_gradient(model, x + delta, y, self.loss)
-            largest = grad.flatten(1).abs().amax(1)
+            largest = grad.flatten(1).abs().amax(1)  # (N,)
             finite = torch.where(largest.isfinite(), finite, finite.clamp(max=step))
-            highest.blind &= largest == 0
-            highest.see(delta, losses, logits)
+            highest.zero_gradient &= largest == 0
+            highest.update(delta, losses, logits)
             candidates = self._candidates(x, delta, grad, counts[:, step], step)
-            reached = []
+            candidate_losses = []
             for candidate in candidates:
                 logits = scores(model, x + candidate)
-                reached.append(self.loss(logits, y))
-                highest.see(candidate, reached[-1], logits)
-            best = torch.stack(reached).argmax(0)
+                losses = self.loss(logits, y)
+                candidate_losses.append(losses)
+                highest.update(candidate, losses, logits)
+            best = torch.stack(candidate_losses).argmax(0)  # (N,), from (P, N)
             delta = torch.stack(candidates)[best, torch.arange(len(x), device=x.device)]
         require_finite(finite, self.steps, rows)
         return highest
 
     def _candidates(self, x: Tensor, delta: Tensor, grad: Tensor, counts: Tensor, step: int) -> list[Tensor]:
-        """One steepest step from delta in each norm, back into the ball of that norm."""
-        return [
-            threat.project(x, delta + threat.steepest(grad, self.sizes[norm][step], at=x + delta, sparsity=counts))
-            for norm, threat in self.threats.items()
-        ]
+        """One steepest step from delta in each norm, projected onto the ball of that norm."""
+        candidates = []
+        for norm, threat in self.threats.items():
+            ascent = threat.steepest_step(grad, self.sizes[norm][step], at=x + delta, sparsity=counts)
+            candidates.append(threat.project(x, delta + ascent))
+        return candidates

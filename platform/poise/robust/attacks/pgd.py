@@ -1,4 +1,4 @@
-"""Projected gradient ascent on a loss of the model, for any threat."""
+"""PGD: projected gradient ascent on a loss of the model, for any threat."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from poise.robust.attacks.checks import check_inputs, require_logits
-from poise.robust.attacks.contract import (
+from poise.robust.attacks.base import (
     AttackResult,
     BNMode,
     attack_mode,
@@ -21,6 +20,7 @@ from poise.robust.attacks.contract import (
     warn_unmoved,
 )
 from poise.robust.attacks.losses import Loss, cross_entropy, without_underflow
+from poise.robust.attacks.sanity_checks import check_inputs, require_logits
 from poise.robust.noise import Noise, Source, as_noise
 from poise.robust.spec import Sparsity
 from poise.robust.threats import Threat
@@ -45,45 +45,50 @@ def pgd(
 ) -> AttackResult:
     """Attack for evaluation: an example is correct only if the model withstands every point that was tried.
 
-    The image itself counts as the first point, then every iterate of every run; an example leaves at the end of the
-    run that fools the model. `adversarial` holds the first fooling point, or the last point tried if there is none.
+    The image itself is the first point that is tried, then every iterate of every run. An example is dropped at the end
+    of the run that fools the model. `adversarial` holds the first fooling point, or the last point tried if there is
+    none.
 
     Args:
         model: maps (N, ...) images to (N, K) logits.
         x, y: images (N, ...) in [0, 1]; true labels (N,) int64.
         steps: gradients of one run.
-        step_size: length of every step in the threat's norm; None: steps that shrink, see `decaying_steps`.
-        restarts: runs; those after the first start at random whatever `random_start` says.
+        step_size: length of every step in the threat's norm; None: decreasing steps, see `decaying_steps`.
+        restarts: runs; those after the first start at random, regardless of `random_start`.
         sparsity: for l1, coordinates per step: a count, or a range that each example draws from at each step.
-        loss: what is climbed, see `attacks.losses`; for the cross entropy, its log odds, which do not underflow.
+        loss: what is maximised, see `attacks.losses`; for the cross entropy, its log odds, which do not underflow.
         noise: see `noise.Source`.
         bn_mode: "train" lets BN use the statistics of the attacked batch (its buffers still stay untouched).
 
-    Warns where the loss of an example that stands had a gradient of zero throughout.
+    Warns when the loss of an example that is not fooled had a gradient of zero at every point.
 
     Raises:
-        ValueError: images, labels or a radius that make no sense, see `checks.check_inputs`.
+        ValueError: invalid images, labels or radius, see `sanity_checks.check_inputs`.
         PoiseError: the model has no gradient, or the loss gradient of an example was not finite.
     """
     y = check_inputs(x, y, threat)
     sizes = decaying_steps(threat.eps, steps) if step_size is None else (step_size,) * steps
-    ascent, streams = _Ascent(threat, sizes, sparsity, without_underflow(loss)), as_noise(noise, x)
+    ascent = _Ascent(threat, sizes, sparsity, without_underflow(loss))
+    streams = as_noise(noise, x)
     with attack_mode(model, bn_mode):
         logits = scores(model, x)
         require_logits(logits, y)
-        adversarial, correct = x.clone(), logits.argmax(1) == y
+        adversarial = x.clone()
+        correct = logits.argmax(1) == y
         unmoved = correct.clone()
         for run in range(restarts):
             alive = correct.nonzero().flatten()
             if len(alive) == 0:
                 break
-            among = replace(ascent, threat=threat.pick(alive))
-            start = among.start(x[alive], streams.pick(alive).at(run), random=random_start or run > 0)
-            watch = FirstFooling(x[alive], y[alive])
-            last, blind = among.climb(model, x[alive], y[alive], start, watch)
-            unmoved[alive] &= blind
-            watch(last, scores(model, last))
-            adversarial[alive], correct[alive] = torch.where(column(watch.fooled, x), watch.point, last), ~watch.fooled
+            run_ascent = replace(ascent, threat=threat.select(alive))
+            run_noise = streams.select(alive).fold_in(run)
+            start = run_ascent.start(x[alive], run_noise, random=random_start or run > 0)
+            first_fooling = FirstFooling(x[alive], y[alive])
+            last, zero_gradient = run_ascent.run(model, x[alive], y[alive], start, first_fooling)
+            unmoved[alive] &= zero_gradient
+            first_fooling(last, scores(model, last))
+            adversarial[alive] = torch.where(column(first_fooling.fooled, x), first_fooling.point, last)
+            correct[alive] = ~first_fooling.fooled
     warn_unmoved(unmoved & correct)
     return AttackResult(adversarial, correct)
 
@@ -107,26 +112,30 @@ def perturb(
     """Attack for training: the last iterate, like x, detached, at `steps` gradients and no forward beyond them.
 
     Arguments and errors as for `pgd`, but a `step_size` of None is `training_step`. With `spread`, every run starts at
-    the image plus spread * N(0, I), cut to the threat, whatever `random_start` says. With restarts > 1 each example
-    keeps the run of highest final loss, which costs two forwards per further run.
+    the image plus spread * N(0, I), projected onto the threat, regardless of `random_start`. With restarts > 1 each
+    example keeps the run of highest final loss, which costs two forwards per further run.
     """
     y = check_inputs(x, y, threat)
     size = training_step(threat.eps, steps) if step_size is None else step_size
-    ascent, streams = _Ascent(threat, (size,) * steps, sparsity, without_underflow(loss)), as_noise(noise, x)
+    ascent = _Ascent(threat, (size,) * steps, sparsity, without_underflow(loss))
+    streams = as_noise(noise, x)
     with attack_mode(model, bn_mode):
-        best, _ = ascent.climb(model, x, y, ascent.start(x, streams, random=random_start, spread=spread))
+        start = ascent.start(x, streams, random=random_start, spread=spread)
+        best, _ = ascent.run(model, x, y, start)
         for run in range(1, restarts):
-            other, _ = ascent.climb(model, x, y, ascent.start(x, streams.at(run), random=True, spread=spread))
-            before, after = (ascent.loss(scores(model, point), y) for point in (best, other))
-            best = torch.where(column(after > before, x), other, best)
+            start = ascent.start(x, streams.fold_in(run), random=True, spread=spread)
+            other, _ = ascent.run(model, x, y, start)
+            best_loss = ascent.loss(scores(model, best), y)
+            other_loss = ascent.loss(scores(model, other), y)
+            best = torch.where(column(other_loss > best_loss, x), other, best)
     return best
 
 
 def decaying_steps(eps: float, steps: int) -> tuple[float, ...]:
     """The default step lengths of an evaluation: eps * (1 + cos(pi * t / steps)) / 2 for t = 0, ..., steps - 1.
 
-    The first step crosses the ball and the last ones refine, so that more steps only find more. Equal steps of
-    2.5 * eps / steps cannot leave the region of their start when there are many. Cosine-annealed steps are those of
+    The first step crosses the ball and the last ones refine, so that more steps make a stronger attack. Many equal
+    steps of 2.5 * eps / steps cannot leave the region of their start. Cosine-annealed steps are those of
     Probability Margin Attack (arXiv 2411.15210), here from eps instead of 2 * eps.
     """
     return tuple(eps * (1 + math.cos(math.pi * step / steps)) / 2 for step in range(steps))
@@ -138,10 +147,12 @@ def training_step(eps: float, steps: int) -> float:
 
 
 class FirstFooling:
-    """Keeps, of the points it is shown, the first of each example that the model gets wrong."""
+    """Called with points and their logits in turn, keeps the first point of each example that the model gets wrong."""
 
     def __init__(self, x: Tensor, y: Tensor) -> None:
-        self.y, self.point, self.fooled = y, x, torch.zeros_like(y, dtype=torch.bool)
+        self.y = y
+        self.point = x
+        self.fooled = torch.zeros_like(y, dtype=torch.bool)
 
     def __call__(self, point: Tensor, logits: Tensor) -> None:
         wrong = (logits.argmax(1) != self.y) & ~self.fooled
@@ -165,39 +176,43 @@ class _Ascent:
     loss: Loss
 
     def start(self, x: Tensor, noise: Noise, *, random: bool, spread: float | None = None) -> _Start:
-        """Everything that one run draws, before it begins, so that its loop never waits for the device."""
+        """All random numbers of one run, drawn before its loop."""
         width = x[0].numel() + 1
         if spread is not None:
             delta = self.threat.project(x, spread * noise.normal(width - 1, x.dtype).view_as(x))
+        elif random:
+            delta = self.threat.random_start_from(x, noise.uniform(width, x.dtype))
         else:
-            delta = self.threat.start_from(x, noise.uniform(width, x.dtype)) if random else torch.zeros_like(x)
+            delta = torch.zeros_like(x)
         low, high = (self.sparsity, self.sparsity) if isinstance(self.sparsity, int) else self.sparsity
-        return _Start(delta, noise.at(-1).integers(low, high + 1, len(self.sizes)))
+        counts = noise.fold_in(-1).integers(low, high + 1, len(self.sizes))  # (N, steps)
+        return _Start(delta, counts)
 
-    def climb(
+    def run(
         self,
         model: nn.Module,
         x: Tensor,
         y: Tensor,
         start: _Start,
-        watch: Callable[[Tensor, Tensor], None] | None = None,
+        observe: Callable[[Tensor, Tensor], None] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The last iterate, and whose gradient was zero at every step, bool (N,).
+        """The last iterate, and whether the gradient was zero at every step, bool (N,).
 
-        `watch` sees every earlier iterate together with its logits, which cost nothing extra.
+        `observe` is called with every earlier iterate and its logits, which are computed anyway.
         """
-        blind = torch.ones_like(y, dtype=torch.bool)
+        zero_gradient = torch.ones_like(y, dtype=torch.bool)
         steps = len(self.sizes)
-        delta, finite = start.delta, torch.full((len(x),), steps, device=x.device)
+        delta = start.delta
+        finite = torch.full((len(x),), steps, device=x.device)  # steps before the first gradient that is not finite
         for step, size in enumerate(self.sizes):
             point = x + delta
             grad, _, logits = input_gradient(model, point, y, self.loss)
-            largest = grad.flatten(1).abs().amax(1)
+            largest = grad.flatten(1).abs().amax(1)  # (N,)
             finite = torch.where(largest.isfinite(), finite, finite.clamp(max=step))
-            blind = blind & (largest == 0)
-            if watch is not None:
-                watch(point, logits)
-            ascent = self.threat.steepest(grad, size, at=point, sparsity=start.counts[:, step])
+            zero_gradient = zero_gradient & (largest == 0)
+            if observe is not None:
+                observe(point, logits)
+            ascent = self.threat.steepest_step(grad, size, at=point, sparsity=start.counts[:, step])
             delta = self.threat.project(x, delta + ascent)
         require_finite(finite, steps)
-        return x + delta, blind
+        return x + delta, zero_gradient

@@ -1,4 +1,4 @@
-"""Eigenspaces of the images of each class, or of all classes together: where perturbations count as on the manifold."""
+"""Eigenspaces of the images of each class, or of all classes; perturbations in them count as on the data manifold."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Eigenbasis:
 
     Args:
         mean: (S, d).
-        directions: (S, r, d), orthonormal rows by falling variance.
-        variance: (S, r), of the images along each direction (over n - 1, as in a sample covariance).
+        directions: (S, r, d), orthonormal rows in order of falling variance.
+        variance: (S, r), of the images along each direction (divided by n - 1, as in a sample covariance).
         total: (S,), the variance along all d directions.
     """
 
@@ -33,18 +33,24 @@ class Eigenbasis:
 
     @property
     def explained(self) -> float:
-        """The share of the variance that lies in the eigenspaces, a mean over the sets."""
+        """The share of the variance that lies in the eigenspace, averaged over the sets."""
         return (self.variance.sum(1) / self.total).mean().item()
 
     def to(self, like: Tensor) -> Eigenbasis:
         """The same basis on the device and in the precision of `like`."""
-        return Eigenbasis(*(part.to(like) for part in (self.mean, self.directions, self.variance, self.total)))
+        return Eigenbasis(
+            mean=self.mean.to(like),
+            directions=self.directions.to(like),
+            variance=self.variance.to(like),
+            total=self.total.to(like),
+        )
 
     def groups(self, y: Tensor) -> Sequence[tuple[Tensor | slice, int]]:
-        """The examples of labels y (N,) that share a set, as (rows, set); waits for the device once."""
+        """The examples of labels y (N,) grouped by set, as pairs (rows, set); synchronises with the device once."""
         if len(self.mean) == 1:
             return [(slice(None), 0)]
-        order, counts = y.argsort(), torch.bincount(y, minlength=len(self.mean))
+        order = y.argsort()
+        counts = torch.bincount(y, minlength=len(self.mean))
         if len(counts) > len(self.mean):
             raise ValueError(
                 f"the labels go up to {len(counts) - 1} and there are eigenspaces of {len(self.mean)} classes"
@@ -53,13 +59,15 @@ class Eigenbasis:
         return [(rows, index) for index, rows in enumerate(parts) if len(rows)]
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """How far each image of x (N, ...) lies from the affine eigenspace, mean and span, of its class: (N,), l2."""
-        flat = x.flatten(1)
-        far = torch.empty_like(flat[:, 0])
+        """The l2 distance (N,) of each image of x (N, ...) to the affine eigenspace (mean plus span) of its class."""
+        flat = x.flatten(1)  # (N, d)
+        distances = torch.empty_like(flat[:, 0])
         for rows, index in self.groups(y):
-            centred, directions = flat[rows] - self.mean[index], self.directions[index]
-            far[rows] = torch.linalg.vector_norm(centred - centred @ directions.T @ directions, dim=1)
-        return far
+            centred = flat[rows] - self.mean[index]
+            directions = self.directions[index]  # (r, d)
+            residual = centred - centred @ directions.T @ directions
+            distances[rows] = torch.linalg.vector_norm(residual, dim=1)
+        return distances
 
 
 def eigenbasis(x: Tensor, y: Tensor, rank: int, *, shared: bool = False) -> Eigenbasis:
@@ -67,7 +75,7 @@ def eigenbasis(x: Tensor, y: Tensor, rank: int, *, shared: bool = False) -> Eige
 
     Args:
         x, y: images (N, ...) in [0, 1] and labels (N,) int64; the classes are 0 to the largest label.
-        rank: directions that each eigenspace keeps.
+        rank: number of directions of each eigenspace.
         shared: one eigenspace for all classes.
 
     Raises:
@@ -75,21 +83,26 @@ def eigenbasis(x: Tensor, y: Tensor, rank: int, *, shared: bool = False) -> Eige
 
     Source: papers/bounds.md, section 5.
     """
-    sets = [x] if shared else [x[y == label] for label in range(int(y.max()) + 1)]
-    names = ["the training set"] if shared else [f"class {label}" for label in range(len(sets))]
-    parts = [_principal(images.flatten(1), rank, name) for images, name in zip(sets, names, strict=True)]
-    return Eigenbasis(*(torch.stack(column) for column in zip(*parts, strict=True)))
+    if shared:
+        sets = {"the training set": x}
+    else:
+        labels = range(int(y.max()) + 1)
+        sets = {f"class {label}": x[y == label] for label in labels}
+    parts = [_principal(images.flatten(1), rank, name) for name, images in sets.items()]
+    means, directions, variances, totals = zip(*parts, strict=True)
+    return Eigenbasis(torch.stack(means), torch.stack(directions), torch.stack(variances), torch.stack(totals))
 
 
 def _principal(x: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean (d,), directions (rank, d), variances (rank,) and total variance of images (n, d)."""
     mean = x.double().mean(0)
     centred = x.double() - mean
-    if len(x) > x.shape[1]:  # the triangle has the same singular values and directions, and is smaller
+    if len(x) > x.shape[1]:  # R of the QR decomposition is smaller, with the same singular values and directions
         centred = torch.linalg.qr(centred, mode="r").R
     _, singular, directions = torch.linalg.svd(centred, full_matrices=False)
-    noise = singular[:1] * max(x.shape) * torch.finfo(torch.float64).eps
-    spanned = min(int((singular > noise).sum()), max(len(x) - 1, 0))
+    rounding = singular[:1] * max(x.shape) * torch.finfo(torch.float64).eps
+    # n centred images span at most n - 1 directions
+    spanned = min(int((singular > rounding).sum()), max(len(x) - 1, 0))
     if rank > spanned:
         raise ValueError(f"{name} has {len(x)} images, which span {spanned} directions: {rank} are too many")
     variance = singular.square() / (len(x) - 1)

@@ -1,6 +1,7 @@
-"""Perturbations of an image's code: what a conditional decoder makes of them is on the manifold by construction.
+"""Perturbations of the latent code of an image; the images that a decoder makes of codes are on the manifold.
 
-A code is (N, m + K): the m latent coordinates of each image, then its label as a one-hot row that no attack touches.
+A code is (N, m + K): the m latent coordinates of each image, then its label as a one-hot row, which attacks must not
+change.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from torch import Tensor, nn
 
 from poise.robust.threats import Threat
 
-__all__ = ["Decoded", "Latent", "elbo_parts"]
+__all__ = ["DecodedClassifier", "Latent", "elbo_parts"]
 
 
 @dataclass(frozen=True)
 class Latent(Threat):
     """The ball of radius eps around the first `width` coordinates of a code; there is no box. linf or l2.
 
-    Source: papers/bounds.md, section 5 (its GA-PGD, with the ball that the published code meant).
+    Source: papers/bounds.md, section 5 (its GA-PGD, with the ball that the published code intended).
     """
 
     width: int = field(kw_only=True)
@@ -32,24 +33,25 @@ class Latent(Threat):
 
     @property
     def in_box(self) -> bool:
-        """A code is no image."""
+        """False: a code is not an image."""
         return False
 
-    def confine(self, x: Tensor, delta: Tensor) -> Tensor:
-        """Nothing behind the latent coordinates moves."""
+    def clip_to_box(self, x: Tensor, delta: Tensor) -> Tensor:
+        """delta with zeros after the latent coordinates, so that the label does not move; there is no box."""
         return torch.cat([delta[:, : self.width], torch.zeros_like(delta[:, self.width :])], dim=1)
 
-    def steepest(
+    def steepest_step(
         self, grad: Tensor, size: float | Tensor, *, at: Tensor | None = None, sparsity: int | Tensor = 1
     ) -> Tensor:
-        return super().steepest(self.confine(grad, grad), size)
+        return super().steepest_step(self.clip_to_box(grad, grad), size)
 
 
-class Decoded(nn.Module):
-    """Codes (N, m + K) to the logits of the classifier at the images that the decoder makes of them.
+class DecodedClassifier(nn.Module):
+    """Maps codes (N, m + K) to the logits of the classifier at the decoded images.
 
-    With a `Latent` threat any attack on it is x' = dec(z + dz, y). At radius 0 it is the accuracy on reconstructions,
-    which belongs beside every such attack: what it loses, no adversary has taken.
+    With a `Latent` threat any attack on it is x' = dec(z + dz, y). At radius 0 it gives the accuracy on
+    reconstructions. Report that beside every such attack: errors at radius 0 are due to the decoder, not to an
+    adversary.
     """
 
     def __init__(self, classifier: nn.Module, decoder: nn.Module) -> None:
@@ -64,14 +66,16 @@ class Decoded(nn.Module):
 def elbo_parts(
     x: Tensor, images: Tensor, mean: Tensor, log_variance: Tensor, log_deviation: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What the evidence lower bound loses, per image (N,) in nats: it is minus the sum of the two.
+    """The two terms of the evidence lower bound per image, (N,) each, in nats; the bound is minus their sum.
 
-    Minus the log density of images x (N, ...), whose pixels are normal around `images` (N, ...) with one standard
-    deviation exp(log_deviation) for all, and the divergence KL(q || N(0, I)) of q = N(mean, exp(log_variance)), (N, m)
-    each (Kingma and Welling, 2014, appendices B and C.2). In the precision of x.
+    The first is minus the log density of images x (N, ...), whose pixels are normal around `images` (N, ...) with one
+    standard deviation exp(log_deviation) for all. The second is KL(q || N(0, I)) of q = N(mean, exp(log_variance)),
+    (N, m) each (Kingma and Welling, 2014, appendices B and C.2). Both are in the precision of x.
     """
-    images, mean, log_variance = (part.to(x.dtype) for part in (images, mean, log_variance))
+    images = images.to(x.dtype)
+    mean = mean.to(x.dtype)
+    log_variance = log_variance.to(x.dtype)
     squares = ((x - images) * (-log_deviation).exp()).square().flatten(1)
-    density = (squares / 2 + log_deviation + math.log(2 * math.pi) / 2).sum(1)
+    negative_log_density = (squares / 2 + log_deviation + math.log(2 * math.pi) / 2).sum(1)
     kl = (mean.square() + log_variance.exp() - 1 - log_variance).sum(1) / 2
-    return density, kl
+    return negative_log_density, kl

@@ -1,8 +1,8 @@
-"""Perturbations that stay in the eigenspaces of the data (on the manifold), or leave them at right angles (off it).
+"""Perturbations in the eigenspaces of the data (on the manifold), or orthogonal to them (off the manifold).
 
-For an orthonormal basis B (r, d) a perturbation delta = B^T c has ||delta||_2 = ||c||_2, and the steepest ascent in the
-coefficients c is, seen in pixels, ascent along the projected gradient B^T B g. So an eigenspace is a threat like any
-other, only a smaller one, and every attack and objective that takes a `Threat` searches it. Source: papers/bounds.md,
+For an orthonormal basis B (r, d) a perturbation delta = B^T c has ||delta||_2 = ||c||_2. Steepest ascent in the
+coefficients c is, in pixels, ascent along the projected gradient B^T B g. So an eigenspace is a threat like any other,
+only a smaller one, and every attack and objective that takes a `Threat` can search it. Source: papers/bounds.md,
 section 5, whose published code has the same ascent for l2 and an approximate constraint for linf.
 """
 
@@ -19,22 +19,22 @@ from torch import Tensor
 from poise.robust.manifold.eigenbasis import Eigenbasis
 from poise.robust.threats import Threat
 
-__all__ = ["Departure", "Within", "departure"]
+__all__ = ["EigenspaceThreat", "SubspaceResidual", "subspace_residual"]
 
-_ROUNDS = 10
+_DYKSTRA_ROUNDS = 10
 
 
 @dataclass(frozen=True, eq=False)
-class Within(Threat):
-    """The perturbations of a ball that lie in the eigenspace of each example's class, or at right angles to it.
+class EigenspaceThreat(Threat):
+    """The perturbations of a ball that lie in the eigenspace of each example's class, or orthogonal to it.
 
     Args:
         basis: on the device and in the precision of the images.
-        labels: (N,), those of the examples that are attacked, in their order.
-        off: the orthogonal complement instead.
+        labels: (N,), of the attacked examples, in their order.
+        off: whether it is the orthogonal complement of the eigenspace instead.
 
     `project` gives a perturbation of the subspace and of the ball exactly, then moves it into the box, which may
-    take it out of the subspace again: see `residual`.
+    take it out of the subspace again: see `subspace_residual`.
     """
 
     basis: Eigenbasis = field(kw_only=True)
@@ -45,52 +45,53 @@ class Within(Threat):
     def _groups(self) -> Sequence[tuple[Tensor | slice, int]]:
         return self.basis.groups(self.labels)
 
-    def pick(self, rows: Tensor) -> Within:
-        return Within(self.norm, self.eps, basis=self.basis, labels=self.labels[rows], off=self.off)
+    def select(self, rows: Tensor) -> EigenspaceThreat:
+        return EigenspaceThreat(self.norm, self.eps, basis=self.basis, labels=self.labels[rows], off=self.off)
 
     def onto(self, delta: Tensor) -> Tensor:
         """The nearest point of the subspace to each of delta (N, ...)."""
         flat = delta.flatten(1)
         inside = torch.empty_like(flat)
-        with torch.autocast(delta.device.type, enabled=False):  # in bf16 nothing would stay in the subspace
+        with torch.autocast(delta.device.type, enabled=False):  # bf16 rounding would leave the subspace
             for rows, index in self._groups:
                 directions = self.basis.directions[index]
                 inside[rows] = flat[rows] @ directions.T @ directions
         return (flat - inside if self.off else inside).view_as(delta)
 
     def project(self, x: Tensor, delta: Tensor) -> Tensor:
-        """A perturbation near `delta`, by Dykstra's alternation between the subspace and what ball and box leave."""
-        near, correction = self.onto(delta), torch.zeros_like(delta)
-        for _ in range(_ROUNDS):
+        """A feasible perturbation near `delta`: Dykstra's alternating projections onto the subspace and the threat."""
+        near = self.onto(delta)
+        correction = torch.zeros_like(delta)
+        for _ in range(_DYKSTRA_ROUNDS):
             inside = super().project(x, near + correction)
             correction = near + correction - inside
             near = self.onto(inside)
-        return self.confine(x, self.shrink(near))
+        return self.clip_to_box(x, self.scale_to_ball(near))
 
-    def start_from(self, x: Tensor, uniform: Tensor) -> Tensor:
-        """A random start of the ball, projected."""
-        return self.project(x, super().start_from(x, uniform))
+    def random_start_from(self, x: Tensor, uniform: Tensor) -> Tensor:
+        """A random start in the ball, projected."""
+        return self.project(x, super().random_start_from(x, uniform))
 
-    def steepest(
+    def steepest_step(
         self, grad: Tensor, size: float | Tensor, *, at: Tensor | None = None, sparsity: int | Tensor = 1
     ) -> Tensor:
         """The step along the gradient in the coefficients.
 
-        For linf it is as long in l2 as a step of signs, for l1 as a step of one coordinate, and `sparsity` counts for
-        nothing: signs and single coordinates would leave the subspace, and projected back they come to rest well short
-        of the optimum, which on a linear model is that of a linear program.
+        For linf it is as long in l2 as a step of signs, for l1 as a step of one coordinate; `sparsity` has no effect.
+        Signs and single coordinates would leave the subspace, and projected back they stop well short of the optimum
+        (on a linear model that is the optimum of a linear program).
         """
-        inner = self.onto(grad)
-        length = size * math.sqrt(inner[0].numel()) if self.norm == "linf" else size
-        return Threat("l2", self.eps).steepest(inner, length)
+        gradient_inside = self.onto(grad)
+        length = size * math.sqrt(gradient_inside[0].numel()) if self.norm == "linf" else size
+        return Threat("l2", self.eps).steepest_step(gradient_inside, length)
 
 
 @dataclass(frozen=True)
-class Departure:
+class SubspaceResidual:
     """How far perturbations have left their subspace, per example (N,).
 
-    `residual` is the l2 distance of delta from the subspace, `share` that distance over the length of delta (0 where
-    there is no delta), `clipped` the share of the pixels at which the part inside the subspace leaves the box.
+    `residual` is the l2 distance of delta from the subspace, `share` that distance divided by the length of delta (0
+    where delta is 0), `clipped` the share of the pixels at which the part inside the subspace leaves the box.
     """
 
     residual: Tensor
@@ -98,12 +99,13 @@ class Departure:
     clipped: Tensor
 
 
-def departure(x: Tensor, adversarial: Tensor, threat: Within) -> Departure:
-    """What the box has made of perturbations that were searched in `threat`: all zero where it was not in the way."""
+def subspace_residual(x: Tensor, adversarial: Tensor, threat: EigenspaceThreat) -> SubspaceResidual:
+    """How far the box moved perturbations out of the subspace of `threat`; all zero where it did not clip any."""
     delta = adversarial - x
     inside = threat.onto(delta)
-    residual, length = (torch.linalg.vector_norm(part.flatten(1), dim=1) for part in (delta - inside, delta))
+    residual = torch.linalg.vector_norm((delta - inside).flatten(1), dim=1)
+    length = torch.linalg.vector_norm(delta.flatten(1), dim=1)
     rounding = torch.finfo(x.dtype).eps * x[0].numel()
     beyond = (x + inside < -rounding) | (x + inside > 1 + rounding)
     share = residual / length.clamp(min=torch.finfo(x.dtype).tiny)
-    return Departure(residual, share, beyond.flatten(1).to(x.dtype).mean(1))
+    return SubspaceResidual(residual, share, beyond.flatten(1).to(x.dtype).mean(1))

@@ -1,16 +1,16 @@
-"""What adversarial training minimises, by name. Each objective is a function of one batch; see `play`."""
+"""The objectives of adversarial training, by name. Each is a function of one batch; see `base`."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from poise.robust.objective_spec import Adt, Eat
+from poise.robust.objectives.base import Attack, Objective, ObjectiveInput, ObjectiveOutput, State
 from poise.robust.objectives.clean import mart, trades
 from poise.robust.objectives.eat import eat, eat_probabilities, initial_errors
 from poise.robust.objectives.fast import fgsm_rs, gradalign
 from poise.robust.objectives.joint import mix, msd, sat
 from poise.robust.objectives.norms import adt, adt_weights, at, avg, initial_weights, max
-from poise.robust.objectives.play import Attack, Objective, Outcome, Play, State
 from poise.robust.objectives.projection import GradientProjection
 from poise.robust.objectives.ramp import ramp
 
@@ -19,8 +19,8 @@ __all__ = [
     "Attack",
     "GradientProjection",
     "Objective",
-    "Outcome",
-    "Play",
+    "ObjectiveInput",
+    "ObjectiveOutput",
     "State",
     "adt_weights",
     "eat_probabilities",
@@ -45,7 +45,9 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def initial_state(options: Any, norms: tuple[str, ...]) -> State:
-    """What an objective remembers before the first batch: nothing, for most."""
+    """The state of an objective before the first batch; empty for most objectives."""
     if isinstance(options, Eat):
         return initial_errors(len(norms))
-    return initial_weights(options, norms) if isinstance(options, Adt) else {}
+    if isinstance(options, Adt):
+        return initial_weights(options, norms)
+    return {}

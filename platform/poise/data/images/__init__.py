@@ -1,0 +1,1 @@
+"""Image data sets: readers, splits, augmentation and batches."""

@@ -1,0 +1,1 @@
+"""Text data: records, formats, questions and batches of tokens."""

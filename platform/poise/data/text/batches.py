@@ -1,0 +1,252 @@
+"""Prompts and completions as tokens, read from a world or from files, and batches of them with random access."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from poise.data.spec import JsonlText, ParquetText, TextSpec, WorldText, num_validation
+from poise.data.synthetic_facts import make_world
+from poise.data.text.examples import TextExample, encode_answers, encode_example
+from poise.data.text.records import Row, read_pair, read_rows
+from poise.errors import UserError
+from poise.models.limits import NO_LIMITS, ModelLimits
+from poise.spec.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+__all__ = [
+    "IGNORE_INDEX",
+    "TextBatch",
+    "TextBatches",
+    "TextData",
+    "TextExample",
+    "encode_rows",
+    "load_text",
+    "text_batch",
+    "text_tokenizer",
+]
+
+IGNORE_INDEX = -100
+"""The label of a position that no loss is computed for."""
+
+
+@dataclass(frozen=True)
+class TextData:
+    """The training examples and the examples held out for validation."""
+
+    train: list[TextExample]
+    validation: list[TextExample]
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """b sequences, padded on the right to the length T of the longest sequence of the global batch of all ranks.
+
+    ids: (b, T) int64, every token but the last of each sequence.
+    labels: (b, T) int64, the next token of each position. They are already shifted: compare them with the logits of
+        the same position. IGNORE_INDEX where the next token belongs to the prompt, and on padding.
+    mask: (b, T) int64, 0 on padding.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    mask: Tensor
+
+
+def text_tokenizer(spec: TextSpec) -> Tokenizer:
+    """The tokenizer of a model that is trained from scratch on this text, which must be a world.
+
+    Raises:
+        UserError: text from files, which defines no vocabulary.
+    """
+    if not isinstance(spec, WorldText):
+        raise UserError("a new model has no tokenizer for text from files: name a `run` or `folder` with a model")
+    return make_world(spec.world).tokenizer()
+
+
+def load_text(spec: TextSpec, tokenizer: Tokenizer, seed: int, limits: ModelLimits = NO_LIMITS) -> TextData:
+    """Read a data set as tokens of a model.
+
+    `seed` draws the samples of a world, or the validation examples of files.
+
+    Raises:
+        UserError: files are missing or malformed; an example is too long for the spec, exceeds the `limits` of the
+            model or has nothing to learn (all with file and line); or the tokenizer lacks words of the world.
+    """
+    if isinstance(spec, WorldText):
+        world = make_world(spec.world, seed)
+        train = _encode_world(world.texts(spec.split), tokenizer)
+        validation = _encode_world(world.texts("validation"), tokenizer)
+        _check_limits([*train, *validation], limits)
+        return TextData(train, validation)
+    rows = read_rows(spec.path, ".jsonl" if spec.name == "jsonl" else ".parquet")
+    examples = encode_rows(rows, spec, tokenizer, limits)
+    held_out = num_validation(spec, len(examples))
+    if held_out >= len(examples):
+        raise UserError(f"data.validation: {held_out} held out of {len(examples)} examples leaves none to train on")
+    order = _permutation(len(examples), derive_seed(seed, "validation")).tolist()
+    train = [examples[row] for row in sorted(order[held_out:])]
+    validation = [examples[row] for row in sorted(order[:held_out])]
+    return TextData(train, validation)
+
+
+class TextBatches:
+    """The training stream, with random access: `batch(i)` is a pure function of the arguments and of i.
+
+    An epoch is one seeded permutation of the examples, cut into `batches_per_epoch` global batches. Examples that do
+    not fill a last batch are dropped; each epoch drops different ones. Ranks take equal slices of a global batch, so
+    that all ranks together see what a single worker would see.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[TextExample],
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """`batch_size` is the sum over all ranks.
+
+        Raises:
+            UserError: fewer examples than one batch, or a batch that the ranks cannot share equally.
+        """
+        if len(examples) < batch_size:
+            raise UserError(f"batch_size: {batch_size} is more than the {len(examples)} training examples")
+        if batch_size % world_size:
+            raise UserError(f"batch_size: {batch_size} examples cannot be shared equally by {world_size} workers")
+        self.batches_per_epoch = len(examples) // batch_size
+        self._corpus = _Corpus(examples)
+        self._device = torch.device(device)
+        self._batch_size = batch_size
+        self._seed = seed
+        per_rank = batch_size // world_size
+        self._slice = slice(rank * per_rank, (rank + 1) * per_rank)
+        # the permutation of the epoch that was read last
+        self._epoch = -1
+        self._order = torch.empty(0, dtype=torch.int64)
+
+    def batch(self, index: int) -> TextBatch:
+        """This rank's share of global batch `index`, counted from 0 over all epochs."""
+        rows = self._rows(index)
+        width = int(self._corpus.lengths[rows].max())  # the longest sequence of all ranks
+        batch = self._corpus.batch(rows[self._slice], width)
+        return TextBatch(batch.ids.to(self._device), batch.labels.to(self._device), batch.mask.to(self._device))
+
+    def supervised(self, index: int) -> int:
+        """The number of learned tokens in global batch `index`, over all ranks."""
+        return int(self._corpus.supervised[self._rows(index)].sum())
+
+    def _rows(self, index: int) -> Tensor:
+        """The examples (batch_size,) of global batch `index`."""
+        epoch, offset = divmod(index, self.batches_per_epoch)
+        if epoch != self._epoch:
+            self._order = _permutation(self._corpus.lengths.numel(), derive_seed(self._seed, "order", epoch))
+            self._epoch = epoch
+        start = offset * self._batch_size
+        return self._order[start : start + self._batch_size]
+
+
+def text_batch(examples: Sequence[TextExample]) -> TextBatch:
+    """The examples as one batch, in their order, on the CPU."""
+    corpus = _Corpus(examples)
+    return corpus.batch(torch.arange(len(examples)), int(corpus.lengths.max()))
+
+
+class _Corpus:
+    """The tokens of all N examples concatenated in one tensor, so that a batch of any size is one gather.
+
+    starts: (N,) place of the first token of each example in `tokens`.
+    lengths: (N,) number of inputs, one less than the number of tokens, since the last token is a label only.
+    first: (N,) the input whose label is the first token of the completion; -1 without a prompt.
+    supervised: (N,) number of labels that are learned.
+    """
+
+    def __init__(self, examples: Sequence[TextExample]) -> None:
+        self.tokens = torch.tensor([token for example in examples for token in (*example.prompt, *example.completion)])
+        prompts = torch.tensor([len(example.prompt) for example in examples])
+        sizes = prompts + torch.tensor([len(example.completion) for example in examples])
+        self.starts = sizes.cumsum(0) - sizes
+        self.lengths = sizes - 1
+        self.first = prompts - 1
+        # without a prompt, no input predicts the first token of the completion
+        self.supervised = self.lengths - self.first.clamp(min=0)
+
+    def batch(self, rows: Tensor, width: int) -> TextBatch:
+        """The b examples at `rows`, padded to `width` = T: inputs without the last token, labels without the first."""
+        column = torch.arange(width)  # (T,)
+        inside = column < self.lengths[rows][:, None]  # (b, T)
+        # padding reads place 0, so that every index is valid; its value is replaced below
+        places = torch.where(inside, self.starts[rows][:, None] + column, 0)
+        ids = torch.where(inside, self.tokens[places], 0)
+        learned = inside & (column >= self.first[rows][:, None])
+        labels = torch.where(learned, self.tokens[places + 1], IGNORE_INDEX)
+        return TextBatch(ids, labels, inside.long())
+
+
+def _encode_world(pairs: list[tuple[str, str]], tokenizer: Tokenizer) -> list[TextExample]:
+    """Texts of a world as tokens; UserError where the tokenizer lacks one of their words.
+
+    The last token of a completion is not looked at: it is EOS, which some models share with the unknown word.
+    """
+    examples = encode_answers(pairs, tokenizer)
+    unknown = tokenizer.unk_token_id
+    for example, texts in zip(examples, pairs, strict=True):
+        if unknown is not None and unknown in (*example.prompt, *example.completion[:-1]):
+            raise UserError(f"the model has no tokens for {' '.join(texts)!r}: it was trained on another world")
+    return examples
+
+
+def encode_rows(
+    rows: Sequence[Row], spec: JsonlText | ParquetText, tokenizer: Tokenizer, limits: ModelLimits
+) -> list[TextExample]:
+    """The tokens of every row; UserError that names the first row that cannot be learned."""
+    encode = lru_cache(maxsize=65_536)(partial(encode_example, tokenizer))
+    examples = []
+    for row in rows:
+        prompt, completion = read_pair(row, spec)
+        try:
+            example = encode(prompt, completion)
+            limits.check_ids((*example.prompt, *example.completion))
+        except UserError as error:
+            raise UserError(f"{row.where}: {error}") from error
+        examples.append(_limit_length(example, row.where, spec, limits))
+    return examples
+
+
+def _limit_length(example: TextExample, where: str, spec: JsonlText | ParquetText, limits: ModelLimits) -> TextExample:
+    """The example, its completion cut where `too_long` is cut; UserError where it is too long otherwise."""
+    size = len(example.prompt) + len(example.completion)
+    max_tokens = min(spec.max_tokens, limits.context)
+    if size <= max_tokens:
+        return example
+    model_is_limit = limits.context < spec.max_tokens
+    limit = f"the {max_tokens} that the model can hold" if model_is_limit else f"data.max_tokens {max_tokens}"
+    if spec.too_long != "cut":
+        advice = "shorten it" if model_is_limit else "raise it"
+        raise UserError(f"{where}: {size} tokens are more than {limit}; {advice} or set too_long: cut")
+    room = max_tokens - len(example.prompt)
+    if room < 1:
+        raise UserError(f"{where}: the prompt alone fills {limit}; nothing to learn would be left")
+    return TextExample(example.prompt, example.completion[:room])
+
+
+def _check_limits(examples: Sequence[TextExample], limits: ModelLimits) -> None:
+    """UserError for an example of a world that is too long for the model or has tokens without embeddings."""
+    for example in set(examples):
+        tokens = (*example.prompt, *example.completion)
+        limits.check_ids(tokens)
+        if len(tokens) > limits.context:
+            raise UserError(f"an example of {len(tokens)} tokens is more than the {limits.context} of the model")
+
+
+def _permutation(n: int, seed: int) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))

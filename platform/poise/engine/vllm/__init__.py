@@ -1,0 +1,1 @@
+"""One vLLM engine behind the sampler interface. Only this package imports vLLM."""

@@ -1,0 +1,1 @@
+"""Sampling from language models: the interface, a sampler by transformers, and samples committed in shards."""

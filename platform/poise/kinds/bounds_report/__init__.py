@@ -1,0 +1,1 @@
+"""Kind bounds.report: generalisation bounds of trained networks."""

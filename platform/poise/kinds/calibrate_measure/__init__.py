@@ -1,0 +1,1 @@
+"""Kind calibrate.measure: calibration of a language model by semantic sampling."""

@@ -1,0 +1,1 @@
+"""Code that several kinds share: opening, measuring and exporting models."""

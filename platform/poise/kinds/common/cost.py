@@ -1,0 +1,17 @@
+"""Texts about the cost of a run."""
+
+from __future__ import annotations
+
+__all__ = ["in_bytes"]
+
+
+def in_bytes(count: int) -> str:
+    """A number of bytes with a binary unit, such as 1.5 MiB."""
+    size = float(count)
+    unit = "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size /= 1024
+        unit = larger
+    return f"{size:.4g} {unit}"

@@ -1,0 +1,154 @@
+"""Trained classifiers of runs of `robust.train`, opened from the store for other kinds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from torch import Tensor, nn
+
+from poise.data.images.batches import Dataset, load
+from poise.errors import IntegrityError, UserError
+from poise.kinds.robust_train.result import RobustTrainResult
+from poise.kinds.robust_train.spec import RobustTrainSpec
+from poise.kinds.sweep.result import SweepResult
+from poise.models.architectures import Shape
+from poise.models.build import build
+from poise.spec.seeds import derive_seed
+from poise.store.inputs import check_inputs
+from poise.store.result import require_result
+from poise.store.runs import Run, open_run
+from poise.store.storage import scratch_folder
+from poise.train.state import load_weights
+
+__all__ = [
+    "AVERAGED",
+    "TrainedClassifier",
+    "classifier",
+    "open_trained",
+    "open_weights",
+    "trained_runs",
+    "trained_spec",
+]
+
+AVERAGED = "artifacts/averaged.safetensors"
+"""The state dict of the averaged model of a run with weight averaging."""
+
+
+@dataclass(frozen=True)
+class TrainedClassifier:
+    """A trained classifier in eval mode.
+
+    Attributes:
+        name: of its run.
+        spec: of its run.
+        data: of its run.
+        selected: which weights it has: best, final or averaged.
+        step: the optimizer step of these weights.
+    """
+
+    name: str
+    spec: RobustTrainSpec
+    data: Dataset
+    model: nn.Module
+    selected: str
+    step: int
+
+
+def classifier(spec: RobustTrainSpec, data: Dataset) -> nn.Module:
+    """The network of `spec` as its training starts, on the CPU."""
+    seed = derive_seed(spec.seed, "model")
+    return build(spec.model, shape=data.shape, classes=data.classes, mean=data.mean, std=data.std, seed=seed)
+
+
+def trained_runs(store: str, names: list[str]) -> tuple[list[str], list[str]]:
+    """The runs of `robust.train` that `names` stand for, and the unfinished trials of sweeps.
+
+    A sweep stands for all its trials.
+
+    Raises:
+        UserError: a run does not exist, has no result, or is of another kind.
+    """
+    runs = list[str]()
+    unfinished = list[str]()
+    for name in names:
+        run = open_run(store, name, must_exist=True)
+        manifest = run.manifest()
+        kind = "robust.train" if manifest is None else manifest.kind
+        if kind == "sweep":
+            trials = require_result(run, SweepResult).trials
+            finished = [trial.run for trial in trials if trial.status == "finished"]
+            unfinished += [trial.run for trial in trials if trial.status != "finished"]
+            runs += trained_runs(store, finished)[0]
+        elif kind == "robust.train":
+            require_result(run, RobustTrainResult)
+            runs.append(name)
+        else:
+            raise UserError(f"run {name!r} is a {kind} and trains no classifier; name a robust.train")
+    return list(dict.fromkeys(runs)), unfinished
+
+
+def open_trained(store: str, name: str, device: torch.device, weights: str | None = None) -> TrainedClassifier:
+    """Read the data and the "best", "final" or "averaged" weights of a finished run, by default its selected ones.
+
+    Raises:
+        UserError: the run has no such weights, or its data have changed since it was trained.
+        IntegrityError: the weights are damaged.
+    """
+    spec = trained_spec(store, name)
+    data = load(spec.data, spec.seed)
+    run = open_run(store, name)
+    model = classifier(spec, data).to(device)
+    selected, step = _load_weights(model, run, weights, device)
+    return TrainedClassifier(name, spec, data, model.eval(), selected, step)
+
+
+def open_weights(
+    store: str, name: str, shape: Shape, classes: int, device: torch.device, weights: str | None = None
+) -> tuple[nn.Module, str]:
+    """The classifier of a finished run in eval mode, and which weights it has. The data are not read.
+
+    Raises:
+        UserError, IntegrityError: as `open_trained`.
+    """
+    run = open_run(store, name, must_exist=True)
+    spec = RobustTrainSpec.model_validate(yaml.safe_load(run.read("spec.yaml")))
+    mean = (0.0,) * shape[0]  # mean and std are replaced by those of the checkpoint
+    std = (1.0,) * shape[0]
+    model = build(spec.model, shape=shape, classes=classes, mean=mean, std=std, seed=0).to(device)
+    selected, _ = _load_weights(model, run, weights, device)
+    return model.eval(), selected
+
+
+def trained_spec(store: str, name: str) -> RobustTrainSpec:
+    """The spec of a run. UserError where its data have changed since it was trained."""
+    run = open_run(store, name, must_exist=True)
+    spec = RobustTrainSpec.model_validate(yaml.safe_load(run.read("spec.yaml")))
+    check_inputs(run, spec)
+    return spec
+
+
+def _load_weights(model: nn.Module, run: Run, weights: str | None, device: torch.device) -> tuple[str, int]:
+    """Load the weights of this name, by default the selected ones; their name and their step."""
+    result = require_result(run, RobustTrainResult)
+    selected = weights or result.selected
+    step = result.step_of(selected)
+    if selected == "averaged":
+        model.load_state_dict(_read_averaged(run))
+    else:
+        with scratch_folder() as scratch:
+            folder = run.checkpoints.fetch(run.checkpoints.at(step), scratch / "checkpoint")
+            load_weights(model, folder, device)
+    return selected, step
+
+
+def _read_averaged(run: Run) -> dict[str, Tensor]:
+    try:
+        return dict(load_tensors(run.read(AVERAGED)))
+    except FileNotFoundError:
+        raise UserError(f"run {run.name!r} has left no averaged weights: it has best and final ones") from None
+    except SafetensorError as error:
+        raise IntegrityError(f"{run.url}/{AVERAGED} is damaged: {error}") from None

@@ -1,0 +1,1 @@
+"""Kind finetune.sft: supervised fine-tuning of a language model."""

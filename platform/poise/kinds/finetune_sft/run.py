@@ -1,0 +1,217 @@
+"""`kind: finetune.sft`: supervised training of a language model on prompts and completions.
+
+text -> model -> train.loop [logits -> cross entropy or GEM over the tokens of the step] -> cross entropy and entropy
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from poise.data.spec import WorldText
+from poise.data.text.batches import (
+    IGNORE_INDEX,
+    TextBatch,
+    TextBatches,
+    TextData,
+    load_text,
+    text_batch,
+    text_tokenizer,
+)
+from poise.errors import UserError
+from poise.finetune.losses import cross_entropy, entropy, gem_loss
+from poise.finetune.spec import Gem, Lora, LossSpec
+from poise.kinds.common.export import (
+    export_model,
+    next_token_probabilities,
+    probe_sequences,
+    rehearse_export,
+)
+from poise.kinds.common.language_evaluation import ReferenceDistribution, held_out, warn
+from poise.kinds.finetune_sft.adapters import add_adapters, merge_adapters, prepare_tuning
+from poise.kinds.finetune_sft.result import FinetuneSftResult, TokenCounts
+from poise.kinds.finetune_sft.spec import FinetuneSftSpec
+from poise.models.language import open_language_model
+from poise.models.limits import model_limits
+from poise.models.special_tokens import reconcile
+from poise.spec.seeds import derive_seed
+from poise.store.result import write_result
+from poise.train.context import Context
+from poise.train.loop import FitResult, fit
+from poise.train.plan import EpochPlan
+from poise.train.restore import restore
+from poise.train.task import StepContext, StepOutput, Task, TaskState
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+__all__ = ["run"]
+
+
+class _Batch(NamedTuple):
+    """A micro-batch of this rank, and the number by which the loss divides its sum over tokens."""
+
+    text: TextBatch
+    normalizer: float
+
+
+def run(spec: FinetuneSftSpec, context: Context) -> None:
+    """Train, then measure the exported weights on held-out examples and, in a world, against the true answers."""
+    # Model and data.
+    new_tokenizer = text_tokenizer(spec.data) if spec.model.name else None
+    model, tokenizer = open_language_model(spec.model, spec.store, derive_seed(spec.seed, "model"), new_tokenizer)
+    special = reconcile(model, tokenizer)
+    data = load_text(spec.data, tokenizer, spec.seed, model_limits(model))
+    reference = None
+    if isinstance(spec.data, WorldText):
+        reference = ReferenceDistribution(spec.data.world, tokenizer, special.stop)
+    batches = TextBatches(data.train, spec.batch_size, spec.seed, context.rank, context.world_size, context.device)
+    warnings = [*special.notes, *prepare_tuning(model, spec.tuning)]
+    warn(warnings, context)
+
+    # What the end of the run will need is tried before the first step: the export and the evaluation.
+    preview = _preview(data, tokenizer)
+    probes = probe_sequences([(*example.prompt, *example.completion) for example in data.train[:4]])
+    rehearse_export(model, tokenizer, probes, context)
+    model = add_adapters(model, spec.tuning, derive_seed(spec.seed, "lora")).to(context.device)
+    held_out(model, data.validation[: context.world_size], context)
+
+    # Training.
+    fitted = fit(_task(spec, model, batches, data, reference, context), spec.train, context)
+    selected = "best" if spec.export == "best" and restore(model, fitted.best_step, context) else "final"
+
+    # Evaluation, export and result.
+    parameters = _num_parameters(model)
+    trainable = _num_parameters(model, trainable=True)
+    probabilities = next_token_probabilities(model, probes)
+    model = merge_adapters(model, spec.tuning)
+    measured = _measure(model, data, reference, context)
+    context.on_main(partial(export_model, model, tokenizer, probes, probabilities, context))
+    tokens = _count_tokens(spec, data, batches, fitted)
+    result = FinetuneSftResult(
+        run=spec.name,
+        seed=spec.seed,
+        warnings=warnings,
+        objective=_objective(spec.loss),
+        tuning=f"lora (rank {spec.tuning.rank})" if isinstance(spec.tuning, Lora) else spec.tuning.name,
+        step=fitted.final_step,
+        best_step=fitted.best_step,
+        selected=selected,
+        parameters=parameters,
+        trainable=trainable,
+        measured=measured,
+        floor=reference.floor if reference else None,
+        tokens=tokens,
+        supervised_share=tokens.supervised / tokens.all,
+        tokens_per_answer=tokens.supervised / tokens.examples,
+        preview=preview,
+    )
+    context.on_main(lambda: write_result(context.run, result))
+
+
+def _task(
+    spec: FinetuneSftSpec,
+    model: nn.Module,
+    batches: TextBatches,
+    data: TextData,
+    reference: ReferenceDistribution | None,
+    context: Context,
+) -> Task:
+    return Task(
+        model=model,
+        batch=_normalized_batches(batches, spec.train.plan(batches.batches_per_epoch), context.world_size),
+        step=_step(spec.loss),
+        batches_per_epoch=batches.batches_per_epoch,
+        examples_per_batch=spec.batch_size,
+        seed=spec.seed,
+        evaluate=partial(_measure, model, data, reference, context) if data.validation else None,
+        monitor="-ce",
+        unit="examples",
+    )
+
+
+def _normalized_batches(batches: TextBatches, plan: EpochPlan, world_size: int) -> Callable[[int], _Batch]:
+    """Micro-batches whose losses, as the loop averages them, are the mean over all tokens of their optimizer step.
+
+    The loop divides by the b micro-batches of the step and DDP by the number of ranks. With n supervised tokens in the
+    step, the sum over tokens is therefore divided by n / (b * ranks). Every rank counts the tokens of all ranks, so no
+    communication is needed.
+    """
+
+    def batch(index: int) -> _Batch:
+        step_batches = plan.with_batch(index)  # the micro-batches of the optimizer step that `index` belongs to
+        tokens = sum(map(batches.supervised, step_batches))
+        if not tokens:
+            raise UserError(f"data: the batches {step_batches[0]} to {step_batches[-1]} have no token to learn")
+        return _Batch(batches.batch(index), tokens / (len(step_batches) * world_size))
+
+    return batch
+
+
+def _step(loss: LossSpec) -> Callable[[nn.Module, _Batch, TaskState, StepContext], StepOutput]:
+    """The step function: the loss, and as metrics cross entropy and the entropy of the model at supervised tokens."""
+
+    def step(model: nn.Module, batch: _Batch, state: TaskState, step_context: StepContext) -> StepOutput:
+        text = batch.text
+        normalizer = batch.normalizer
+        logits = model(input_ids=text.ids, attention_mask=text.mask, use_cache=False).logits  # (B, T, V)
+        value = _loss(loss, logits, text.labels, normalizer)
+        with torch.no_grad():
+            metrics = {
+                "ce": cross_entropy(logits, text.labels, normalizer=normalizer),
+                "entropy": entropy(logits, text.labels, normalizer=normalizer),
+            }
+        return StepOutput(value, metrics, state)
+
+    return step
+
+
+def _loss(spec: LossSpec, logits: Tensor, labels: Tensor, normalizer: float) -> Tensor:
+    if isinstance(spec, Gem):
+        return gem_loss(logits, labels, float(spec.beta), spec.variant, normalizer=normalizer)
+    return cross_entropy(logits, labels, normalizer=normalizer)
+
+
+def _measure(
+    model: nn.Module, data: TextData, reference: ReferenceDistribution | None, context: Context
+) -> dict[str, float]:
+    """Metrics on held-out examples and, in a world, against its true answers."""
+    metrics = held_out(model, data.validation, context)
+    if reference is None:
+        return metrics
+    return metrics | reference.measure(model, context)
+
+
+def _objective(loss: LossSpec) -> str:
+    """The loss for people."""
+    return f"gem ({loss.variant}, beta {loss.beta})" if isinstance(loss, Gem) else loss.name
+
+
+def _count_tokens(spec: FinetuneSftSpec, data: TextData, batches: TextBatches, fitted: FitResult) -> TokenCounts:
+    """Token counts of the training set, and of all batches of the run, where repeated tokens count each time."""
+    # Without a prompt, the first token of the completion has nothing before it and is not predicted.
+    supervised = sum(len(example.completion) - (not example.prompt) for example in data.train)
+    total = sum(len(example.prompt) + len(example.completion) for example in data.train)
+    plan = spec.train.plan(batches.batches_per_epoch)
+    learned_from = sum(map(batches.supervised, range(plan.batches_before(fitted.final_step))))
+    return TokenCounts(examples=len(data.train), all=total, supervised=supervised, learned_from=learned_from)
+
+
+def _preview(data: TextData, tokenizer: Tokenizer) -> list[tuple[str | None, str | None]]:
+    """The first training example as the model sees it: each token, with its label where it is supervised."""
+    batch = text_batch(data.train[:1])
+
+    def token_text(token: int) -> str | None:
+        return None if token == IGNORE_INDEX else str(tokenizer.convert_ids_to_tokens(token))
+
+    ids = batch.ids[0].tolist()
+    labels = batch.labels[0].tolist()
+    return [(token_text(token), token_text(label)) for token, label in zip(ids, labels, strict=True)]
+
+
+def _num_parameters(model: nn.Module, *, trainable: bool = False) -> int:
+    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad or not trainable)

@@ -1,0 +1,64 @@
+"""`kind: finetune.sft`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from poise.data.spec import TextSpec, WorldText
+from poise.finetune.spec import Ce, Full, LossSpec, TuningSpec
+from poise.models.spec import LanguageModelSpec
+from poise.spec import MetricSource, RunSpec, field_error, row_sources, summary_sources
+from poise.train.spec import TrainSpec
+
+__all__ = ["FinetuneSftSpec"]
+
+
+class FinetuneSftSpec(RunSpec):
+    """Supervised training of a language model on prompts and completions, from scratch or from another model."""
+
+    kind: Literal["finetune.sft"]
+    model: LanguageModelSpec = Field(description="where the training starts from")
+    data: TextSpec = Field(description="prompts, and the completions that are supervised")
+    batch_size: int = Field(32, ge=1, le=65_536, description="training examples per batch, over all workers together")
+    loss: LossSpec = Field(Ce(), description="what is minimised, a mean over the tokens of each optimizer step")
+    tuning: TuningSpec = Field(Full(), description="which weights are trained: all, or low-rank adapters")
+    train: TrainSpec = Field(description="length, optimizer, schedule, checkpoints")
+    export: Literal["final", "best"] = Field(
+        "final",
+        description="which weights are exported as the run's model; best: of the lowest validation cross entropy",
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> FinetuneSftSpec:
+        if self.model.name is not None and not isinstance(self.data, WorldText):
+            raise field_error(
+                "model.name", "a new model takes its words from a world; for files name a `run` or `folder`"
+            )
+        self.workers.check_shares("batch_size", self.batch_size)
+        return self
+
+    def metrics(self) -> dict[str, MetricSource]:
+        """Losses on held-out examples and, in a world, against its true answers."""
+        if not isinstance(self.data, WorldText) and self.data.validation == 0:
+            return row_sources(["loss"], "train")
+        world = ("answer_ce", "excess", "answer_entropy", "outside") if isinstance(self.data, WorldText) else ()
+        names = ("ce", "entropy", *world)
+        at_the_end = summary_sources(["measured"], names, "validation")
+        return row_sources(["loss"], "train") | at_the_end | row_sources(names, "validation", during=True)
+
+    def cost(self) -> list[str]:
+        """Steps and examples, where the data is known before it is read."""
+        workers = f"{self.workers.count} workers of {self.workers.cpus} CPU and {self.workers.gpus} GPU"
+        if not isinstance(self.data, WorldText):
+            return ["steps and tokens: known when the data is read", workers]
+        world = self.data.world
+        examples = world.num_questions * (world.pretrain if self.data.split == "pretrain" else world.tune)
+        plan = self.train.plan(examples // self.batch_size)
+        steps = self.train.total_steps(plan.steps)
+        return [
+            f"{steps:,} optimizer steps, {steps / plan.steps:.4g} epochs of {examples:,} examples: "
+            f"{plan.batches_before(steps) * self.batch_size:,} examples",
+            workers,
+        ]

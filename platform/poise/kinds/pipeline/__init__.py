@@ -1,0 +1,1 @@
+"""Kind pipeline: jobs in order, each of which can read the results of earlier ones."""

@@ -1,0 +1,1 @@
+"""Kind robust.evaluate: a classifier under a list of attacks."""

@@ -1,0 +1,1 @@
+"""Kind robust.manifold: attacks on and off the data manifold."""

@@ -1,0 +1,65 @@
+"""`kind: robust.manifold`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from poise.robust.spec import Eigenspace, Threats
+from poise.spec import ExactNumber, Input, RunName, RunSpec, SpecModel
+
+__all__ = ["LatentSpec", "RobustManifoldSpec"]
+
+
+class LatentSpec(SpecModel):
+    """A ball around the code of each image, and the projected gradient ascent that searches it."""
+
+    vae: RunName = Field(description="finished run of robust.vae on images of the same shape and classes")
+    norm: Literal["linf", "l2"] = Field("linf", description="norm of the ball, in latent coordinates")
+    eps: Annotated[ExactNumber, Field(ge=0, le=1_000_000)] = Field(
+        ExactNumber(1),
+        description="radius of the ball; codes of the prior have a standard deviation of 1 in each coordinate",
+    )
+    steps: int = Field(40, ge=1, le=1000, description="gradient steps of one run of the attack")
+    step_size: Annotated[ExactNumber, Field(gt=0, le=1_000_000)] | None = Field(
+        None, description="length of a step in the ball's norm; default: steps that decay from eps to 0 on a cosine"
+    )
+    restarts: int = Field(1, ge=1, le=1000, description="runs; those after the first start at random")
+
+    def inputs(self) -> Iterator[Input]:
+        """The autoencoder."""
+        yield Input(("vae",), "run", self.vae, kinds=("robust.vae",))
+
+
+class RobustManifoldSpec(RunSpec):
+    """Accuracy of trained classifiers under attacks on the data manifold, off it, and anywhere in the same balls."""
+
+    kind: Literal["robust.manifold"]
+    runs: list[RunName] = Field(
+        min_length=1, max_length=1000, description="finished runs of robust.train; a sweep stands for all its trials"
+    )
+    eigenspace: Eigenspace = Field(description="what counts as the manifold of the images")
+    threats: Threats | None = Field(
+        None, description="the balls and the PGD attacks in them; default, for each run, those of its test"
+    )
+    latent: LatentSpec | None = Field(None, description="attack on the codes that an autoencoder gives the images")
+    num_examples: int = Field(1000, ge=1, description="test images to attack, the same share of each class")
+    batch_size: int = Field(256, ge=1, le=65_536, description="images attacked at once; does not affect the result")
+
+    def inputs(self) -> Iterator[Input]:
+        """The runs of the classifiers, and the inputs of the sections."""
+        for index, name in enumerate(self.runs):
+            yield Input(("runs", index), "run", name, kinds=("robust.train", "sweep"))
+        yield from super().inputs()
+
+    def cost(self) -> list[str]:
+        """Image gradients of the attacks, where the threats are known."""
+        lines = [f"{len(self.runs)} runs: an exact principal component analysis of the training images of each"]
+        if self.threats:
+            gradients = 3 * sum(threat.steps * threat.restarts for _, threat in self.threats.items())
+            lines.append(f"at most {self.num_examples * gradients:,} image gradients for each: anywhere, on and off")
+        if self.latent:
+            lines.append(f"at most {self.num_examples * self.latent.steps * self.latent.restarts:,} gradients of codes")
+        return lines

@@ -1,0 +1,1 @@
+"""Kind robust.train: adversarial training of an image classifier."""

@@ -1,0 +1,1 @@
+"""Kind robust.vae: training of a conditional variational autoencoder."""

@@ -1,0 +1,1 @@
+"""Kind sweep: one job varied over a space of values."""

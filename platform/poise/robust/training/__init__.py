@@ -1,0 +1,1 @@
+"""Training of robust models around the objective: weight averages, weight perturbation, and monitors."""

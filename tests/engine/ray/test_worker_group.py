@@ -1,0 +1,48 @@
+"""What a worker group that failed tells its user."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+from ray.exceptions import RayTaskError
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+
+from poise.engine.ray.worker_group import cluster, failure_of
+from poise.errors import PoiseError, UserError
+
+TRACEBACK = "Traceback (most recent call last):\n  File ...\nRuntimeError: gloo"
+
+
+def test_what_a_worker_explains_itself_is_said_as_it_is():
+    """Workers that do not reach each other fail while Ray's controller starts them; Ray wraps that in its own error."""
+    raised = RayTaskError("execute", TRACEBACK, PoiseError("worker 1 on b did not reach the other workers"))
+    error = pickle.loads(pickle.dumps(ControllerError(raised)))
+    said = failure_of(error, attempts=0)
+    assert str(said) == "worker 1 on b did not reach the other workers"
+    failed = failure_of(WorkerGroupError("", {3: UserError("data.root: no such folder")}), attempts=1)
+    assert (str(failed), failed.exit_code) == ("data.root: no such folder", 2)
+
+
+def test_a_defect_keeps_its_traceback_and_says_when_it_happened():
+    start = str(failure_of(ControllerError(RayTaskError("execute", TRACEBACK, KeyError("x"))), attempts=0))
+    assert start.startswith("the workers could not be started.")
+    assert "max_failures" not in start
+    later = str(failure_of(WorkerGroupError("", {2: RuntimeError("boom"), 1: RuntimeError("bang")}), attempts=4))
+    assert later.startswith("worker 1 failed, in attempt 4; workers.max_failures allows no more.")
+    assert later.endswith("bang")
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("foo", "write HOST:PORT"),
+        ("", "write HOST:PORT"),
+        ("http://127.0.0.1:8265", "write HOST:PORT"),
+        ("no.such.host.invalid:6379", "no Ray cluster answers"),
+        ("127.0.0.1:1", "Connection refused"),
+    ],
+)
+def test_an_address_where_no_cluster_is_is_told_at_once(address, said):
+    with pytest.raises(UserError, match=said), cluster(address, []):
+        pass
