@@ -124,14 +124,27 @@ def test_a_signal_to_a_driver_and_to_a_worker_on_ray(
     assert_same(run, uninterrupted)
 
 
-def test_ctrl_c_while_the_workers_start_says_what_goes_on(head, desk, tmp_path):
+def workers_of(head) -> list[psutil.Process]:
+    family = psutil.Process(head.pid).children(recursive=True)
+    return [process for process in family if process.name().startswith("ray::RayTrainWorker")]
+
+
+@pytest.mark.parametrize("phase", ["starting", "training"])
+def test_ctrl_c_ends_a_run_on_ray_at_once_and_says_what_goes_on(head, desk, tmp_path, phase):
     job = desk.start("interrupted", str(tmp_path / "runs"), address=head.address)
-    job.until(lambda: "starting 2 workers" in job.text())
+    if phase == "starting":
+        job.until(lambda: "starting 2 workers" in job.text())
+    else:
+        job.until_committed(1)
     os.kill(job.process.pid, signal.SIGINT)
     assert job.wait() == 130, job.text()
     assert "stopped; the same command goes on from the last commit" in job.text()
     assert "Traceback" not in job.text()
     assert not Lease.is_held(job.run.storage, job.run.name)
+    deadline = time.monotonic() + 60
+    while workers_of(head) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not workers_of(head), "the workers have outlived their driver"
 
 
 def test_a_finished_run_is_left_as_it_is(uninterrupted, tmp_path, poise):
