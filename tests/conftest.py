@@ -6,6 +6,7 @@ import http.client
 import logging
 import os
 import random
+import signal
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -21,7 +22,18 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 os.environ["RAY_AUTH_MODE"] = "disabled"  # before any test imports Ray, which reads it once for the process
 
-_LONGEST = ("test_ray.py", "test_selfplay_on_ray.py", "test_calibration_on_ray.py", "test_sweep.py", "test_pool.py")
+# A shell that starts the tests in the background ignores Ctrl-C for them, and nohup a hangup: the processes that tests
+# start would inherit that and ignore the signals that tests send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+_LONGEST = (
+    "test_ray.py",
+    "test_selfplay_on_ray.py",
+    "test_calibration_on_ray.py",
+    "test_sweep.py",
+    "test_sampler_pool.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -51,7 +51,7 @@ def test_a_module_that_only_this_machine_has_is_sent_to_the_workers(head, tmp_pa
     done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     summary = json.loads(open_run(store, "judged").read("result.json"))
-    assert summary["examples"] == 20
+    assert summary["num_examples"] == 20
     assert {path.name for path in Path(elsewhere).iterdir()} == {"spec.yaml"}
 
 

@@ -425,7 +425,8 @@ def test_a_long_name_leaves_room_for_what_the_operator_appends(render):
 
 def test_versions_are_those_of_the_project():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    (ray,) = (need.partition("==")[2] for need in project["dependencies"] if need.startswith("ray["))
+    needs = project["optional-dependencies"]["ray"]
+    (ray,) = (need.partition("==")[2] for need in needs if need.startswith("ray["))
     values = yaml.safe_load((CHART / "values.yaml").read_text())
     assert values["rayVersion"] == ray
     import poise

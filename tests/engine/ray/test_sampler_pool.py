@@ -213,7 +213,7 @@ def test_an_error_inside_an_engine_ends_the_run_with_its_own_words(engine, ray_h
     try:
         for _ in range(2):  # what is left in it is nobody's business
             with pytest.raises(
-                PoiseError, match=r"failed: RuntimeError: CPU Generator does not use offset \(.*test_pool"
+                PoiseError, match=r"failed: RuntimeError: CPU Generator does not use offset \(.*test_sampler_pool"
             ):
                 engine.generate(requests(1), FREE)
     finally:
