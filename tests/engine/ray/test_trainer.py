@@ -56,4 +56,4 @@ def test_a_private_cluster_is_never_asked_to_grow():
     assert (decision.num_workers, decision.resources_per_worker) == (2, {"CPU": 1})
     assert isinstance(policy.make_decision_for_running_worker_group(None, None), NoopDecision)
     assert policy._coordinator_client is None
-    assert {"_initialize_and_run_controller", "_register_sigint_handler"} <= vars(DataParallelTrainer).keys()
+    assert "_initialize_and_run_controller" in vars(DataParallelTrainer)

@@ -55,9 +55,6 @@ class Trainer(DataParallelTrainer):  # type: ignore[misc]
             scaling_policy = _LocalScalingPolicy(scaling_policy.scaling_config)
         return super()._initialize_and_run_controller(scaling_policy=scaling_policy, **options)
 
-    def _register_sigint_handler(self, controller: Any) -> None:
-        """Keep Python's handler of Ctrl-C: Ray's loses one that arrives before its controller runs."""
-
 
 class _LocalScalingPolicy(FixedScalingPolicy):  # type: ignore[misc]
     """A fixed number of workers on a cluster without an autoscaler: sends nothing to Ray's autoscaling coordinator."""
