@@ -20,8 +20,8 @@ from poise.kinds.common.user_model import explain_backward
 from poise.kinds.robust_evaluate.chunks import ChunkEvaluator, ChunkResult
 from poise.kinds.robust_evaluate.recheck import recheck
 from poise.kinds.robust_evaluate.result import BallResult, RobustEvaluateResult
-from poise.kinds.robust_evaluate.results import EvaluationResults
 from poise.kinds.robust_evaluate.spec import RobustEvaluateSpec
+from poise.kinds.robust_evaluate.stage_results import EvaluationResults
 from poise.observe.events import event
 from poise.observe.progress import Progress
 from poise.observe.rows import Rows
