@@ -53,6 +53,8 @@ def evaluate_shard(
     """
     indices = torch.tensor(context.shard(count), dtype=torch.int64)
     evaluation = evaluate(model, x, y, attacks, batch_size=batch_size, seed=seed, indices=indices)
-    rows = context.unshard(evaluation.correct.unbind())  # of all examples, each (attacks,)
-    correct = torch.stack(rows) if rows else evaluation.correct
+    # Whole matrices are sent: a row is a view, and pickling one sends the storage of all rows with it.
+    correct = torch.empty(count, len(evaluation.names), dtype=torch.bool)
+    for rank, rows in enumerate(context.gather(evaluation.correct)):
+        correct[rank :: context.world_size] = rows
     return Evaluation(evaluation.names, correct)
