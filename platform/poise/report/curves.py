@@ -57,6 +57,7 @@ class Curve:
         """
         if len(self) <= points:
             return self
+        # the borders between groups of nearly equal size, without the two outer ends
         edges = np.linspace(0, len(self), points + 1).round().astype(int)[1:-1]
         epochs = [float(group[-1]) for group in np.split(self.epochs, edges)]
         steps = [int(group[-1]) for group in np.split(self.steps, edges)]
@@ -112,6 +113,6 @@ def phase_seconds(rows: pa.Table) -> dict[str, float]:
     totals: dict[str, float] = {}
     for name, value in zip(timings["name"].to_pylist(), timings["value"].to_pylist(), strict=True):
         phase = name.removeprefix("seconds/")
-        seconds = value if math.isfinite(value) else 0.0
+        seconds = value if math.isfinite(value) else 0.0  # a damaged row is not a time
         totals[phase] = totals.get(phase, 0.0) + seconds
     return totals

@@ -315,7 +315,7 @@ def final_bars(runs: Sequence[tuple[str, Mapping[str, float], int]]) -> Figure |
         for place, measure in enumerate(measures):
             value = accuracy.get(measure, accuracy.get(f"robust/{measure}", math.nan))
             if math.isfinite(value):
-                x = place + (index - (len(runs) - 1) / 2) * width
+                x = place + (index - (len(runs) - 1) / 2) * width  # the bars of a measure are centred at its place
                 _interval_bar(axes, x, value, count, width, colour(measure, measures), _opacity(index, len(runs)))
     axes.set_xticks(range(len(measures)), [label(measure) for measure in measures], color=INK)
     axes.set_xlim(-0.55, len(measures) - 0.45)
@@ -338,6 +338,7 @@ def _interval_bar(axes: Axes, x: float, value: float, count: int, width: float, 
     top = value
     if count > 0:
         low, top = wilson(value, count)
+        # rounding may put an end of the interval a digit inside the value, which errorbar refuses
         axes.errorbar(x, value, [[max(value - low, 0)], [max(top - value, 0)]], color=MUTED, lw=1.2, capsize=2.5)
     if width > 0.13:
         axes.annotate(
@@ -361,10 +362,12 @@ def to_svg(figure: Figure, name: str, description: str) -> str:
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
+    svg = svg[svg.index("<svg") :]  # an element of HTML has no XML declaration
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    # ids of groups repeat in every figure, and those of one page must differ; nothing refers to them
     svg = re.sub(r'(<g) id="[^"]*"', r"\1", svg)
     svg = svg.replace("xlink:href", "href")
+    # only the box is kept of the attributes: without width and height the figure takes the width of the page
     box = re.search(r'viewBox="[^"]*"', svg)
     head = f'<svg {box[0] if box else ""} role="img" aria-label="{html.escape(description)}">'
     svg = re.sub(r"<svg[^>]*>", lambda _: head, svg, count=1)

@@ -89,6 +89,7 @@ def _facts(record: RunRecord, sections: Sections) -> Iterator[tuple[str, str]]:
     rate = curve(record.rows, "timing", "examples_per_s").values
     if len(rate):
         unit = sections[record.kind].unit if record.kind in sections else "examples"
+        # the median, since the first rates contain the start and a pause would move a mean
         yield "speed", f"{np.nanmedian(rate):,.0f} {unit}/s (median)"
     seconds = sum(phase_seconds(record.rows).values())
     if seconds:
@@ -147,6 +148,7 @@ def _events(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Every failure and the last EVENTS_SHOWN of the other events, in order."""
     alarms = [index for index, event in enumerate(events) if is_alarm(event)]
     others = [index for index, event in enumerate(events) if not is_alarm(event)]
+    # the last of the others, since those at the end explain how a run ended
     indices = sorted({*alarms, *others[-EVENTS_SHOWN:]})
     return [_event(events[index]) for index in indices]
 

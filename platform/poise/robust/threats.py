@@ -64,6 +64,7 @@ class Threat:
     def scale_to_ball(self, delta: Tensor) -> Tensor:
         """delta scaled into the ball, in its own direction."""
         length = torch.linalg.vector_norm(delta.flatten(1), ord=ORDERS[self.norm], dim=1)  # (N,)
+        # never above 1: a perturbation inside the ball is not stretched to its surface
         factor = (self.eps / length.clamp(min=_tiny(length))).clamp(max=1)
         return delta * _column(factor, delta)
 
@@ -74,6 +75,7 @@ class Threat:
     def random_start(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A feasible perturbation: uniform in the ball, then clipped to the box. Drawn on the generator's device."""
         generator = torch.Generator() if generator is None else generator
+        # every norm takes d + 1 numbers, so that the draws of one threat do not move those of the next
         shape = (len(x), math.prod(x.shape[1:]) + 1)
         uniform = torch.rand(shape, generator=generator, dtype=x.dtype, device=generator.device)
         return self.random_start_from(x, uniform)
@@ -91,12 +93,13 @@ class Threat:
         if self.norm == "linf":
             return self.clip_to_box(x, (self.eps * signed).view_as(x))
         if self.norm == "l2":
-            direction = torch.erfinv(signed)
+            direction = torch.erfinv(signed)  # normal up to a factor, which the length divides out
             order = 2
         else:
-            direction = -signed.sign() * signed.abs().clamp(min=rounding).log()
+            direction = -signed.sign() * signed.abs().clamp(min=rounding).log()  # Laplace
             order = 1
         length = torch.linalg.vector_norm(direction, ord=order, dim=1, keepdim=True).clamp(min=rounding)
+        # the volume within radius r grows as r^d, so u^(1/d) makes the radius uniform in volume
         radius = self.eps * uniform[:, -1:] ** (1 / signed.shape[1])
         return self.clip_to_box(x, (direction / length * radius).view_as(x))
 
@@ -116,6 +119,7 @@ class Threat:
             return length * grad.sign()
         if self.norm == "l2":
             return length * _unit(grad)
+        # the distance of each coordinate to the side of the box that the step moves to
         room = torch.full_like(grad, torch.inf) if at is None else torch.where(grad > 0, 1 - at, at).clamp(min=0)
         budget = size.view(-1, 1) if isinstance(size, Tensor) else size
         return _sparse_step(grad.flatten(1), room.flatten(1), budget, sparsity).view_as(grad)
@@ -202,15 +206,16 @@ def _sparse_step(grad: Tensor, room: Tensor, size: float | Tensor, sparsity: int
     counts = counts.clamp(max=grad.shape[1]).view(-1, 1)  # (N, 1) or (1, 1)
     order = grad.abs().argsort(dim=1, descending=True)
     wanted = torch.minimum(room.gather(1, order), size / counts)  # (N, d)
-    spent_before = wanted.cumsum(1) - wanted
+    spent_before = wanted.cumsum(1) - wanted  # by the coordinates of larger |grad|
     length = torch.minimum(wanted, (size - spent_before).clamp(min=0))
     return torch.zeros_like(grad).scatter(1, order, length) * grad.sign()
 
 
 def _unit(grad: Tensor) -> Tensor:
     """grad / ||grad||_2 per example. Scaled by the largest entry first: the squares of 1e-25 are zero in float32."""
-    flat = grad.flatten(1)
+    flat = grad.flatten(1)  # (N, d)
     scaled = flat / flat.abs().amax(1, keepdim=True).clamp(min=_tiny(flat))
+    # at least 1, since the largest entry is 1; the clamp is for a gradient of 0, which stays 0
     length = torch.linalg.vector_norm(scaled, dim=1, keepdim=True).clamp(min=1)
     unit: Tensor = scaled / length
     return unit.view_as(grad)

@@ -100,6 +100,7 @@ def record_inputs(
     current = _current(spec, recorded, lenient=lenient, note=note)
     _check_unchanged(run, _differences(recorded, current))
     merged = {**recorded, **{record.key: record for record in current}}
+    # unchanged records are not written, so that a finished run stays as it is
     if merged != read_inputs(run):
         records = [record for _, record in sorted(merged.items())]
         run.write(INPUTS, _RECORDS.dump_json(records, indent=1, exclude_none=True))

@@ -182,7 +182,7 @@ def seed_rng(seed: int, rank: int, step: int = 0) -> None:
     """Seed all random generators of this process from the seed of the run, the rank and the step."""
     value = derive_seed(seed, "rank", rank, step)
     random.seed(value)
-    np.random.seed(value % 2**32)
+    np.random.seed(value % 2**32)  # numpy takes 32 bits
     torch.manual_seed(value)
 
 

@@ -44,6 +44,7 @@ def crop_and_flip(images: Tensor, draws: Draws, *, pad: int, mode: PadMode) -> T
     # source coordinates of every target pixel; negative or too large ones lie in the padding
     rows = torch.arange(height, device=images.device) + (draws.top - pad)[:, None]  # (N, H)
     cols = torch.arange(width, device=images.device) + (draws.left - pad)[:, None]  # (N, W)
+    # to mirror a crop is to read its columns from right to left
     cols = torch.where(draws.flip[:, None], cols.flip(1), cols)
     source_rows = _reflect(rows, height)[:, :, None]  # (N, H, 1)
     source_cols = _reflect(cols, width)[:, None, :]  # (N, 1, W)
@@ -52,6 +53,7 @@ def crop_and_flip(images: Tensor, draws: Draws, *, pad: int, mode: PadMode) -> T
     cropped = images.flatten(2).gather(2, flat).view(images.shape)
     if mode == "reflect":
         return cropped
+    # padding by zeros: the same gather, then every pixel that came from outside the image becomes 0
     outside = _is_outside(rows, height)[:, :, None] | _is_outside(cols, width)[:, None, :]  # (N, H, W)
     return cropped.masked_fill_(outside[:, None], 0)
 
@@ -59,6 +61,7 @@ def crop_and_flip(images: Tensor, draws: Draws, *, pad: int, mode: PadMode) -> T
 def _reflect(index: Tensor, side: int) -> Tensor:
     """Coordinates mirrored at 0 and at side - 1, so that all lie inside."""
     last = side - 1
+    # |i| mirrors at 0; last - |last - i| mirrors at last
     return last - (last - index.abs()).abs()
 
 

@@ -114,6 +114,7 @@ def score_question(
     extracted = [
         extract(text, finished=not sample.is_truncated, rule=rule) for text, sample in zip(texts, samples, strict=True)
     ]
+    # a marker says why a sample has no answer; such samples form no class, or their agreement would be confidence
     is_answer = [answer not in MARKERS for answer in extracted]
     answers = list(compress(extracted, is_answer))
     num_unanswered = len(extracted) - len(answers)
@@ -153,7 +154,7 @@ def score_question(
     sem2_confidence = sem2_exact(counts, unanswered=num_unanswered)
     true_confidence = true_probability = None
     if exact and question.distribution is not None:
-        answered_samples = list(compress(samples, is_answer))
+        answered_samples = list(compress(samples, is_answer))  # in the order of `classes.assign`
         true_confidence = _class_probability(answered_samples, classes, modal_class)
         true_probability = sum(p for answer, p in question.distribution.items() if matches_alias(modal, [answer]))
     return QuestionResult(
@@ -174,6 +175,7 @@ def score_question(
 
 def _class_probability(samples: Sequence[Sample], classes: Clusters, index: int) -> float:
     """The probability that the model gives to a class: the sum over the distinct responses in it."""
+    # by tokens, since a response that was sampled twice has its probability once
     responses = {
         sample.tokens: sample.logprobs
         for sample, assigned in zip(samples, classes.assign, strict=True)

@@ -33,6 +33,7 @@ class EvaluationResults:
     def still_correct(self, stage: BoundStage) -> Tensor:
         """bool (n,): the examples that the stage is to attack."""
         columns = ("clean", *stage.threats, stage.column)
+        # no stage has run yet: the clean one looks at every example
         if not any(column in self.under for column in columns):
             return torch.ones(self.n, dtype=torch.bool)
         return self._all_correct(columns)
@@ -40,7 +41,7 @@ class EvaluationResults:
     def add(self, stage: BoundStage, chunk_results: Sequence[ChunkResult]) -> None:
         """Add the chunk results of a stage."""
         attacked = self.still_correct(stage)
-        after = attacked.clone()
+        after = attacked.clone()  # an example that was wrong before stays wrong
         for chunk_result in chunk_results:
             after[chunk_result.examples] = chunk_result.correct
         self.under[stage.column or "clean"] = after
@@ -49,7 +50,7 @@ class EvaluationResults:
     def threats(self) -> dict[str, Tensor]:
         """By threat, bool (n,): the examples that withstood it; for a union of balls, also each ball of the union."""
         robust: dict[str, Tensor] = {}
-        for part in self.stages[1:]:
+        for part in self.stages[1:]:  # the first stage is the clean one
             stage = part.stage
             robust[stage.column] = self._all_correct(("clean", *stage.threats, stage.column))
         return robust
@@ -68,6 +69,7 @@ class EvaluationResults:
         union = torch.ones(self.n, dtype=torch.bool)
         summaries = []
         for part in self.stages:
+            # an example that the stage did not attack is not held against it
             union = union & (part.after | ~part.attacked)
             summaries.append(part.summary(_share(union)))
         return summaries

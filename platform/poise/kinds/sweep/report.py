@@ -131,7 +131,7 @@ def _metric_panels(trials: Sequence[TrialResult], metric: str) -> Figure | None:
         return None
     paths = list(measured[0].values)
     figure, first = new_figure(WIDE, 3.2 * math.ceil(len(paths) / 3), "", "")
-    first.remove()
+    first.remove()  # the axes that a new figure has; each panel adds its own
     columns = min(3, len(paths))
     for index, path in enumerate(paths):
         axes = figure.add_subplot(math.ceil(len(paths) / columns), columns, index + 1, xlabel=path)
@@ -158,6 +158,7 @@ def _panel(axes: Axes, trials: Sequence[TrialResult], path: str) -> None:
         _draw_points(axes, sorted(points), color, others, as_line=as_lines)
     if as_lines and len(groups) > 1:
         legend(axes)
+    # values over almost two decades, such as learning rates, would crowd at the left of a linear axis
     xs = [point.x for points in groups.values() for point in points]
     if min(xs) > 0 and max(xs) > 50 * min(xs):
         axes.set_xscale("log")

@@ -172,10 +172,11 @@ def union_attack(
     adversarial = x.clone()
     columns = []
     for name, threat in threats.items():
+        # each threat has streams of its own, so that its result does not depend on the threats before it
         threat_noise = streams.fold_in(zlib.crc32(name.encode()))
         sequence = stages(threat, num_classes, batch_size)
         result = _run_sequence(model, x, y, robust, sequence, threat_noise, batch_size)
-        fooled = robust & ~result.correct
+        fooled = robust & ~result.correct  # by this threat, for the first time
         adversarial[fooled] = result.adversarial[fooled]
         robust = result.correct
         columns.append(robust)

@@ -99,6 +99,7 @@ def input_gradient(model: nn.Module, point: Tensor, y: Tensor, loss: Loss) -> tu
         losses = loss(logits, y)
         if not losses.requires_grad:
             raise UserError(NO_GRADIENT)
+        # allow_unused: a model that detaches its input gives None here instead of an error of torch
         (gradient,) = torch.autograd.grad(losses.sum(), point, allow_unused=True)
     if gradient is None:
         raise UserError(NO_GRADIENT)

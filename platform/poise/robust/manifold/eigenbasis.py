@@ -49,7 +49,7 @@ class Eigenbasis:
         """The examples of labels y (N,) grouped by set, as pairs (rows, set); synchronises with the device once."""
         if len(self.mean) == 1:
             return [(slice(None), 0)]
-        order = y.argsort()
+        order = y.argsort()  # examples of one class stand next to each other
         counts = torch.bincount(y, minlength=len(self.mean))
         if len(counts) > len(self.mean):
             raise ValueError(
@@ -65,7 +65,7 @@ class Eigenbasis:
         for rows, index in self.groups(y):
             centred = flat[rows] - self.mean[index]
             directions = self.directions[index]  # (r, d)
-            residual = centred - centred @ directions.T @ directions
+            residual = centred - centred @ directions.T @ directions  # minus its projection
             distances[rows] = torch.linalg.vector_norm(residual, dim=1)
         return distances
 
@@ -105,5 +105,6 @@ def _principal(x: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor, Tensor,
     spanned = min(int((singular > rounding).sum()), max(len(x) - 1, 0))
     if rank > spanned:
         raise ValueError(f"{name} has {len(x)} images, which span {spanned} directions: {rank} are too many")
+    # squared singular values of the centred images are the sums of squares along each direction
     variance = singular.square() / (len(x) - 1)
     return mean, directions[:rank].clone(), variance[:rank], variance.sum()

@@ -55,7 +55,7 @@ class EigenspaceThreat(Threat):
         with torch.autocast(delta.device.type, enabled=False):  # bf16 rounding would leave the subspace
             for rows, index in self._groups:
                 directions = self.basis.directions[index]
-                inside[rows] = flat[rows] @ directions.T @ directions
+                inside[rows] = flat[rows] @ directions.T @ directions  # (n, d) -> (n, r) -> (n, d)
         return (flat - inside if self.off else inside).view_as(delta)
 
     def project(self, x: Tensor, delta: Tensor) -> Tensor:
@@ -63,6 +63,9 @@ class EigenspaceThreat(Threat):
         near = self.onto(delta)
         correction = torch.zeros_like(delta)
         for _ in range(_DYKSTRA_ROUNDS):
+            # Dykstra: what the last projection onto the threat removed is put back before the next one. Without
+            # it, alternating projections end at a common point that is not the nearest. The subspace is linear and
+            # needs no correction of its own.
             inside = super().project(x, near + correction)
             correction = near + correction - inside
             near = self.onto(inside)
@@ -82,6 +85,7 @@ class EigenspaceThreat(Threat):
         (on a linear model that is the optimum of a linear program).
         """
         gradient_inside = self.onto(grad)
+        # sign(g) of length `size` in linf has length size * sqrt(d) in l2
         length = size * math.sqrt(gradient_inside[0].numel()) if self.norm == "linf" else size
         return Threat("l2", self.eps).steepest_step(gradient_inside, length)
 
@@ -105,6 +109,7 @@ def subspace_residual(x: Tensor, adversarial: Tensor, threat: EigenspaceThreat) 
     inside = threat.onto(delta)
     residual = torch.linalg.vector_norm((delta - inside).flatten(1), dim=1)
     length = torch.linalg.vector_norm(delta.flatten(1), dim=1)
+    # a sum over d products is off by up to d roundings: less than that beyond the box is no clipping
     rounding = torch.finfo(x.dtype).eps * x[0].numel()
     beyond = (x + inside < -rounding) | (x + inside > 1 + rounding)
     share = residual / length.clamp(min=torch.finfo(x.dtype).tiny)
