@@ -50,6 +50,16 @@ def test_heavy_imports_happen_where_they_are_used(module, heavy):
     assert not heavy & loaded
 
 
+def test_looking_at_runs_does_without_torch():
+    """`poise runs` and `poise report` import the results and the report sections of all kinds, but no spec."""
+    code = (
+        "import sys\nfrom poise.kinds import report_sections, result_classes\nimport poise.report.page\n"
+        "assert len(report_sections()) == len(result_classes()) > 5\nprint('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 PLANTED = {
     "robust/threats.py": ("ray", "science packages know torch, numpy and scipy only"),
     "calibrate/ece.py": ("poise.finetune.losses", "science packages do not know each other"),

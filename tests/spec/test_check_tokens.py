@@ -94,7 +94,7 @@ def test_texts_that_are_short_in_bytes_need_no_tokenizer(family_folder):
     code = (
         "import sys, json\nfrom poise.kinds import KINDS\nfrom poise.kinds.check import find_mistakes\n"
         "values = json.loads(sys.argv[1])\nassert find_mistakes(KINDS[values['kind']].model_validate(values)) == []\n"
-        "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+        "print('transformers' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code, json.dumps(values)], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == "False"

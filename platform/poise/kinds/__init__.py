@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,21 @@ if TYPE_CHECKING:
 
 __all__ = ["KINDS", "read_any_result", "report_sections", "result_classes", "run"]
 
-KINDS: Mapping[str, type[RunSpec]] = {name: kind.spec for name, kind in REGISTRY.items()}
+
+class _SpecClasses(Mapping[str, type[RunSpec]]):
+    """The class of the specs of each kind, imported when it is first asked for: the classes of methods need torch."""
+
+    def __getitem__(self, kind: str) -> type[RunSpec]:
+        return REGISTRY[kind].spec
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(REGISTRY)
+
+    def __len__(self) -> int:
+        return len(REGISTRY)
+
+
+KINDS: Mapping[str, type[RunSpec]] = _SpecClasses()
 """The class of the specs of each kind, by name."""
 
 

@@ -13,23 +13,31 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from poise.robust.step_sizes import DECAYING_STEPS, DEFAULT_SPARSITY, TRAINING_STEP
 from poise.spec import ExactNumber, SpecModel, field_error
 
 __all__ = [
+    "DEFAULT_TARGETS",
     "NORMS",
     "Coordinates",
     "Eigenspace",
+    "Eps",
     "EvaluateSpec",
     "Norm",
     "Sparsity",
+    "StepSize",
     "ThreatSpec",
     "Threats",
+    "check_steps",
     "oversized",
 ]
 
 Norm = Literal["linf", "l2", "l1"]
 NORMS: tuple[Norm, ...] = ("linf", "l2", "l1")
 Sparsity = int | tuple[int, int]
+
+DEFAULT_TARGETS = 9
+"""How many of the likeliest wrong classes a targeted attack tries."""
 
 
 def _sparsity(value: Sparsity) -> Sparsity:
@@ -63,8 +71,31 @@ def oversized(norm: Norm, eps: float, dimensions: int | None, key: str = "eps") 
     )
 
 
-Coordinates = Annotated[Sparsity, BeforeValidator(_pair), AfterValidator(_sparsity)]
-"""How many coordinates one l1 step moves: a count, or a range as a list of two in YAML."""
+Eps = Annotated[ExactNumber, Field(ge=0, le=1_000_000)]
+"""The radius of a ball in its own norm."""
+
+StepSize = Annotated[ExactNumber, Field(gt=0, le=1_000_000)]
+"""The length of a step in the norm of the threat."""
+
+Coordinates = Annotated[
+    Annotated[Sparsity, BeforeValidator(_pair), AfterValidator(_sparsity)] | None,
+    Field(
+        description="l1 only: coordinates that a step moves, a count or a range [low, high]; default "
+        f"{list(DEFAULT_SPARSITY)}"
+    ),
+]
+"""How many coordinates one l1 step moves: a count, or a range as a list of two in YAML; None for the default."""
+
+
+def check_steps(norm: Norm, step_size: ExactNumber | None, sparsity: Sparsity | None, section: str = "") -> None:
+    """Raise a `field_error` for steps that projected gradient ascent cannot take in this norm.
+
+    `section` is the path of the section with the keys, with a dot at its end.
+    """
+    if step_size is not None and (problem := oversized(norm, float(step_size), None, "step_size")):
+        raise field_error(f"{section}step_size", problem)
+    if sparsity is not None and norm != "l1":
+        raise field_error(f"{section}sparsity", f"sparsity belongs to l1 alone: remove it from {norm}")
 
 
 class ThreatSpec(SpecModel):
@@ -73,14 +104,14 @@ class ThreatSpec(SpecModel):
     attack: Literal["pgd", "apgd"] = Field(
         default="pgd", description="pgd: steps of one length; apgd: Auto-PGD, which chooses its steps itself"
     )
-    eps: Annotated[ExactNumber, Field(ge=0, le=1_000_000)] = Field(
+    eps: Eps = Field(
         description="radius of the ball in its own norm, pixels in [0, 1]; a fraction such as 8/255 is read exactly"
     )
     steps: int = Field(default=10, ge=1, le=1000, description="gradient steps of one run of the attack")
-    step_size: Annotated[ExactNumber, Field(gt=0, le=1_000_000)] | None = Field(
+    step_size: StepSize | None = Field(
         default=None,
-        description="length of a step in the threat's norm; default: in training 2.5 * eps / steps, at most eps; in "
-        "tests, steps that decay from eps to 0 on a cosine",
+        description=f"length of a step in the threat's norm; default: in training {TRAINING_STEP}; in tests, "
+        f"{DECAYING_STEPS}",
     )
     restarts: int = Field(
         default=1, ge=1, le=1000, description="runs of the attack; those after the first start at random"
@@ -89,19 +120,25 @@ class ThreatSpec(SpecModel):
         default=None,
         description="start the first run at random in the ball, not at the image; default true for pgd, false for apgd",
     )
-    sparsity: Coordinates | None = Field(
-        default=None,
-        description="l1 only: coordinates that a step moves, a count or a range [low, high]; default [5, 20]",
-    )
+    sparsity: Coordinates = None
+
+    @property
+    def starts_at_random(self) -> bool:
+        """Whether the first run starts at a random point of the ball."""
+        return self.attack == "pgd" if self.random_start is None else self.random_start
 
     def options(self) -> dict[str, Any]:
-        """The keyword arguments of the attack that this section sets."""
-        start = self.attack == "pgd" if self.random_start is None else self.random_start
-        common = {"steps": self.steps, "restarts": self.restarts, "random_start": start}
-        if self.attack == "apgd":
-            return common
-        size = None if self.step_size is None else float(self.step_size)
-        return {**common, "step_size": size, "sparsity": self.sparsity or (5, 20)}
+        """The keyword arguments of the attack that this section sets; the others keep the defaults of the attack."""
+        options: dict[str, Any] = {
+            "steps": self.steps,
+            "restarts": self.restarts,
+            "random_start": self.starts_at_random,
+        }
+        if self.step_size is not None:
+            options["step_size"] = float(self.step_size)
+        if self.sparsity is not None:
+            options["sparsity"] = self.sparsity
+        return options
 
     @model_validator(mode="after")
     def _no_steps_for_apgd(self) -> ThreatSpec:
@@ -125,11 +162,7 @@ class Threats(SpecModel):
         for norm, threat in self.items():
             if problem := oversized(norm, float(threat.eps), None):
                 raise field_error(f"{norm}.eps", problem)
-            size = 0.0 if threat.step_size is None else float(threat.step_size)
-            if problem := oversized(norm, size, None, "step_size"):
-                raise field_error(f"{norm}.step_size", problem)
-            if threat.sparsity is not None and norm != "l1":
-                raise ValueError(f"sparsity belongs to l1 alone: remove it from {norm}")
+            check_steps(norm, threat.step_size, threat.sparsity, f"{norm}.")
         return self
 
     def keys(self) -> tuple[Norm, ...]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from poise.robust.training.averaging import Average, MoreauEnvelope, WeightAverage
 from poise.spec import ExactNumber, Interval, SpecModel
 
 __all__ = ["Averaging", "Awp", "Compute", "Ema", "Mea", "Monitors", "Overfitting", "Swa"]
@@ -17,20 +19,28 @@ _DECAY = "share of the old average that one move keeps"
 _WARM_UP = "the t-th move keeps at most (1 + t) / (10 + t)"
 
 
-class _Average(SpecModel):
+class _AverageSpec(SpecModel, ABC):
     start: Interval | None = Field(
         default=None, description="epochs or steps before averaging begins; default: with the first step"
     )
 
+    @abstractmethod
+    def build(self, start: int, every: int) -> Average:
+        """The average that begins after `start` optimizer steps and moves every `every` steps."""
 
-class Swa(_Average):
+
+class Swa(_AverageSpec):
     """The equal average of iterates."""
 
     name: Literal["swa"] = Field(default="swa", description="equal average of the weights, once every interval")
     every: Interval = Field(default=Interval(epochs=1), description="interval between two weights that are averaged")
 
+    def build(self, start: int, every: int) -> Average:
+        """The equal average."""
+        return WeightAverage("swa", start, every)
 
-class Ema(_Average):
+
+class Ema(_AverageSpec):
     """The exponential moving average of iterates."""
 
     name: Literal["ema"] = Field(default="ema", description="exponential moving average of the weights")
@@ -38,8 +48,12 @@ class Ema(_Average):
     decay: _Decay = Field(default=ExactNumber("0.995"), description=_DECAY)
     warm_up: bool = Field(default=True, description=_WARM_UP)
 
+    def build(self, start: int, every: int) -> Average:
+        """The moving average."""
+        return WeightAverage("ema", start, every, decay=float(self.decay), warm_up=self.warm_up)
 
-class Mea(_Average):
+
+class Mea(_AverageSpec):
     """The Moreau envelope algorithm."""
 
     name: Literal["mea"] = Field(
@@ -66,6 +80,13 @@ class Mea(_Average):
             if changed and self.rule != rule:
                 raise ValueError(f"{key} belongs to rule `{rule}`: remove it, or set the rule")
         return self
+
+    def build(self, start: int, every: int) -> Average:
+        """The anchor, with the proximal term that pulls the weights towards it."""
+        anchor = WeightAverage(
+            self.rule, start, every, decay=float(self.decay), warm_up=self.warm_up, rate=float(self.rate)
+        )
+        return MoreauEnvelope(float(self.pull), anchor)
 
 
 Averaging = Annotated[Swa | Ema | Mea, Field(discriminator="name")]

@@ -30,7 +30,7 @@ from poise.robust.attacks.losses import LOSSES, dlr, log_odds, targeted_dlr
 from poise.robust.attacks.sanity_checks import sanity_warnings
 from poise.robust.evaluate import evaluate
 from poise.robust.noise import Noise
-from poise.robust.objectives.fast import gradient_cosines
+from poise.robust.objectives.one_step import gradient_cosines
 from poise.robust.threats import Threat
 
 LINF = Threat("linf", 0.05)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
+from doctest import DocTestParser
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,50 +17,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from poise.errors import PoiseError
 from poise.robust.attacks import perturb
-from poise.robust.objective_spec import (
-    Adt,
-    At,
-    Avg,
-    Eat,
-    FgsmRs,
-    GradAlign,
-    Mart,
-    Max,
-    Mix,
-    Msd,
-    Ramp,
-    Sat,
-    Trades,
-)
-from poise.robust.objectives import (
-    OBJECTIVES,
-    Objective,
-    ObjectiveInput,
-    ObjectiveOutput,
-    State,
-    adt_weights,
-    initial_state,
-)
-from poise.robust.objectives.norms import adt, avg
+from poise.robust.objectives import OBJECTIVES, Objective, ObjectiveContext, ObjectiveOutput, State, adt_weights, base
+from poise.robust.objectives.adt import Adt
+from poise.robust.objectives.at import At
+from poise.robust.objectives.avg import Avg
+from poise.robust.objectives.max import Max
+from poise.robust.objectives.msd import Msd
+from poise.robust.objectives.ramp import Ramp
 from poise.robust.threats import Threat
 
 NORMS = ("linf", "l2", "l1")
 EPS = {"linf": 0.1, "l2": 0.5, "l1": 2.0}
-OPTIONS: dict[str, Any] = {
-    "at": At(),
-    "trades": Trades(),
-    "mart": Mart(),
-    "avg": Avg(),
-    "max": Max(),
-    "sat": Sat(),
-    "msd": Msd(steps=2),
-    "mix": Mix(),
-    "adt": Adt(),
-    "eat": Eat(),
-    "ramp": Ramp(projection=None),
-    "fgsm_rs": FgsmRs(),
-    "gradalign": GradAlign(),
-}
+OPTIONS: dict[str, Objective] = {name: objective() for name, objective in OBJECTIVES.items()}
+OPTIONS |= {"msd": Msd(steps=2), "ramp": Ramp(projection=None)}
 WANTED = {"at": 1, "trades": 1, "mart": 1, "fgsm_rs": 1, "gradalign": 1, "ramp": 2}
 THIRDS = torch.full((3,), 1 / 3)
 
@@ -92,11 +62,16 @@ def _decree(losses: dict[str, Any]) -> dict[str, Callable[..., Tensor]]:
     }
 
 
-def _run(
-    objective: Objective, losses: dict[str, Any], state: State, options: Any, n: int = 1, **more: Any
+def _output(
+    objective: Objective, model: nn.Module, batch: tuple[Tensor, Tensor], attacks: Any, state: State, **more: Any
 ) -> ObjectiveOutput:
-    x, y = torch.zeros(n, dtype=torch.double), torch.zeros(n, dtype=torch.long)
-    return objective(_Table(), x, y, ObjectiveInput(_decree(losses), options, state, **more))
+    context = ObjectiveContext(model, *batch, attacks, state, **more)
+    return objective.loss(objective.craft(context), context)
+
+
+def _run(objective: Objective, losses: dict[str, Any], state: State, n: int = 1, **more: Any) -> ObjectiveOutput:
+    batch = torch.zeros(n, dtype=torch.double), torch.zeros(n, dtype=torch.long)
+    return _output(objective, _Table(), batch, _decree(losses), state, **more)
 
 
 @pytest.mark.parametrize(
@@ -126,14 +101,10 @@ def test_a_loss_of_zero_is_floored() -> None:
 
 def test_the_loss_is_the_weighted_sum_and_the_weights_are_constants() -> None:
     """Losses 4, 2, 1, inverse weights 1/7, 2/7, 4/7: the sum is 12/7, and so is its derivative in the scale."""
-    options = Adt(lag=0)
-    x, y, model = torch.zeros(1, dtype=torch.double), torch.zeros(1, dtype=torch.long), _Table()
-    out = adt(
-        model,
-        x,
-        y,
-        ObjectiveInput(_decree({"linf": 4.0, "l2": 2.0, "l1": 1.0}), options, initial_state(options, NORMS)),
-    )
+    objective = Adt(lag=0)
+    batch, model = (torch.zeros(1, dtype=torch.double), torch.zeros(1, dtype=torch.long)), _Table()
+    attacks = _decree({"linf": 4.0, "l2": 2.0, "l1": 1.0})
+    out = _output(objective, model, batch, attacks, objective.initial_state(NORMS))
     out.loss.backward()
     assert out.loss.item() == pytest.approx(12 / 7)
     assert model.scale.grad.item() == pytest.approx(12 / 7)
@@ -146,7 +117,7 @@ def test_the_loss_is_the_weighted_sum_and_the_weights_are_constants() -> None:
 @pytest.mark.parametrize("reset", ["epoch", "never"])
 @pytest.mark.parametrize("lag", [0, 1])
 def test_lag_and_reset(lag: int, reset: str) -> None:
-    options = Adt(lag=lag, reset=reset)
+    objective = Adt(lag=lag, reset=reset)
     batches = [
         ({"linf": 4.0, "l2": 2.0, "l1": 1.0}, True),
         ({"linf": 1.0, "l2": 1.0, "l1": 2.0}, False),
@@ -154,10 +125,10 @@ def test_lag_and_reset(lag: int, reset: str) -> None:
     ]
     own = [torch.tensor(w) for w in ([1 / 7, 2 / 7, 4 / 7], [0.4, 0.4, 0.2], [0.2, 0.2, 0.6])]
     expected = own if lag == 0 else [THIRDS, own[0], THIRDS if reset == "epoch" else own[1]]
-    state = initial_state(options, NORMS)
+    state = objective.initial_state(NORMS)
     for (losses, first), weights in zip(batches, expected, strict=True):
         kept = {name: value.clone() for name, value in state.items()}
-        out = _run(adt, losses, state, options, first_in_epoch=first)
+        out = _run(objective, losses, state, first_in_epoch=first)
         used = torch.stack([out.metrics[f"weight/{norm}"] for norm in NORMS])
         torch.testing.assert_close(used.float(), weights)
         assert out.loss.item() == pytest.approx(
@@ -169,15 +140,15 @@ def test_lag_and_reset(lag: int, reset: str) -> None:
 
 @pytest.mark.parametrize("weighting", ["inverse_loss", "proportional_loss", "smoothness", "uniform"])
 def test_equal_losses_are_those_of_avg(weighting: str) -> None:
-    options, losses = Adt(weighting=weighting, lag=0), dict.fromkeys(NORMS, 1.7)
-    assert _run(adt, losses, initial_state(options, NORMS), options).loss.item() == pytest.approx(1.7)
-    assert _run(avg, losses, {}, Avg()).loss.item() == pytest.approx(1.7)
+    objective, losses = Adt(weighting=weighting, lag=0), dict.fromkeys(NORMS, 1.7)
+    assert _run(objective, losses, objective.initial_state(NORMS)).loss.item() == pytest.approx(1.7)
+    assert _run(Avg(), losses, {}).loss.item() == pytest.approx(1.7)
 
 
 def test_avg_is_the_mean_and_max_the_worst_of_each_example() -> None:
     losses = {"linf": [1.0, 5.0, 2.0, 2.0], "l2": [3.0, 1.0, 2.5, 2.5], "l1": [2.0, 2.0, 1.0, 1.0]}
-    assert _run(avg, losses, {}, Avg(), n=4).loss.item() == pytest.approx(25 / 12)
-    worst = _run(OBJECTIVES["max"], losses, {}, Max(), n=4)
+    assert _run(Avg(), losses, {}, n=4).loss.item() == pytest.approx(25 / 12)
+    worst = _run(Max(), losses, {}, n=4)
     assert worst.loss.item() == pytest.approx((3 + 5 + 2.5 + 2.5) / 4)
     assert [worst.metrics[f"weight/{norm}"].item() for norm in NORMS] == [0.25, 0.75, 0.0]
     assert worst.metrics["loss/l2"].item() == pytest.approx(9 / 4)
@@ -185,28 +156,28 @@ def test_avg_is_the_mean_and_max_the_worst_of_each_example() -> None:
 
 def test_avg_with_weights_is_their_sum_and_equal_ones_are_the_mean() -> None:
     losses = {"linf": [1.0, 5.0], "l2": [3.0, 1.0], "l1": [2.0, 2.5]}
-    weighted = _run(avg, losses, {}, Avg(weights={"l1": "1/2", "linf": "1/2", "l2": 0}), n=2)
+    weighted = _run(Avg(weights={"l1": "1/2", "linf": "1/2", "l2": 0}), losses, {}, n=2)
     assert weighted.loss.item() == pytest.approx((3.0 + 2.25) / 2)
     assert [weighted.metrics[f"weight/{norm}"].item() for norm in NORMS] == [0.5, 0.0, 0.5]
-    thirds = _run(avg, losses, {}, Avg(weights=dict.fromkeys(NORMS, "1/3")), n=2)
-    assert thirds.loss.item() == pytest.approx(_run(avg, losses, {}, Avg(), n=2).loss.item())
+    thirds = _run(Avg(weights=dict.fromkeys(NORMS, "1/3")), losses, {}, n=2)
+    assert thirds.loss.item() == pytest.approx(_run(Avg(), losses, {}, n=2).loss.item())
 
 
 def test_weights_follow_the_mean_over_ranks() -> None:
     """Two ranks with different losses hold the same weights once `mean` has averaged."""
-    options, everywhere = Adt(lag=0), torch.tensor([4.0, 2.0, 1.0], dtype=torch.double)
-    out = _run(adt, dict.fromkeys(NORMS, 9.0), initial_state(options, NORMS), options, mean=lambda _: everywhere)
+    objective, everywhere = Adt(lag=0), torch.tensor([4.0, 2.0, 1.0], dtype=torch.double)
+    out = _run(objective, dict.fromkeys(NORMS, 9.0), objective.initial_state(NORMS), mean=lambda _: everywhere)
     torch.testing.assert_close(out.state["weights"].float(), torch.tensor([1 / 7, 2 / 7, 4 / 7]))
     assert out.loss.item() == pytest.approx(9.0)
 
 
 def test_smoothness_weighs_by_the_inverse_moving_average_of_the_gradients_change() -> None:
     """For `_Table` the gradient of l_p is its number: changes (1, 4), then (3, 0), averaged with decay 1/2."""
-    options, state = Adt(weighting="smoothness", lag=0, smoothness_decay=0.5), {}
-    state = initial_state(options, ("linf", "l1"))
+    objective = Adt(weighting="smoothness", lag=0, smoothness_decay=0.5)
+    state = objective.initial_state(("linf", "l1"))
     seen = []
     for linf, l1 in [(1.0, 1.0), (2.0, 5.0), (5.0, 5.0)]:
-        out = _run(adt, {"linf": linf, "l1": l1}, state, options)
+        out = _run(objective, {"linf": linf, "l1": l1}, state)
         out.loss.backward()
         state = out.state
         seen.append([out.metrics["weight/linf"].item(), out.metrics["weight/l1"].item()])
@@ -223,13 +194,13 @@ def test_with_one_threat_every_objective_is_at(
 ) -> None:
     """Losses, gradients and BN buffers, bit for bit, over two batches."""
     results = []
-    for objective in ("at", name):
-        net, options = copy.deepcopy(small_net), OPTIONS.get(objective, Avg(mode="sequential"))
-        state, losses = initial_state(options, (norm,)), []
+    for objective in (At(), OPTIONS.get(name, Avg(mode="sequential"))):
+        net = copy.deepcopy(small_net)
+        state, losses = objective.initial_state((norm,)), []
         torch.manual_seed(5)
         for first in (True, False):
-            play = ObjectiveInput(_attacks(norm), options, state, step=len(losses), first_in_epoch=first, draw=0.7)
-            out = OBJECTIVES[options.name](net, *images, play)
+            more = {"step": len(losses), "first_in_epoch": first, "draw": 0.7}
+            out = _output(objective, net, images, _attacks(norm), state, **more)
             out.loss.backward()
             state = out.state
             losses.append(out.loss.detach())
@@ -244,8 +215,8 @@ def test_losses_are_those_of_training_forwards_one_per_threat(
     """BN statistics per threat: the batch mean of each forward is its own, and its buffers move three times."""
     small_net[3].p = 0.0
     x, y = images
-    plain, options = copy.deepcopy(small_net), OPTIONS[name]
-    out = OBJECTIVES[name](small_net, x, y, ObjectiveInput(_attacks(*NORMS), options, initial_state(options, NORMS)))
+    plain, objective = copy.deepcopy(small_net), OPTIONS[name]
+    out = _output(objective, small_net, images, _attacks(*NORMS), objective.initial_state(NORMS))
     points = [attack(plain, x, y) for attack in _attacks(*NORMS).values()]
     losses = torch.stack([nn.functional.cross_entropy(plain(point), y, reduction="none") for point in points])
     expected = losses.amax(0).mean() if name == "max" else losses.mean()
@@ -260,18 +231,18 @@ def test_losses_are_those_of_training_forwards_one_per_threat(
 def test_a_wrapped_model_trains_as_the_bare_one(
     name: str, small_net: nn.Module, images: tuple[Tensor, Tensor], tmp_path: Path
 ) -> None:
-    norms, options = NORMS[: WANTED.get(name, 3)], OPTIONS[name]
+    norms, objective = NORMS[: WANTED.get(name, 3)], OPTIONS[name]
     if name == "adt":
-        options = Adt(weighting="smoothness")
+        objective = Adt(weighting="smoothness")
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
     try:
         unwrap, inner = copy.deepcopy(small_net), copy.deepcopy(small_net)
         results = []
         for net in (unwrap, DistributedDataParallel(inner, forward_sync_buffers=False)):
             torch.manual_seed(7)
-            state = initial_state(options, norms)
+            state = objective.initial_state(norms)
             for _ in range(2):
-                out = OBJECTIVES[name](net, *images, ObjectiveInput(_attacks(*norms), options, state))
+                out = _output(objective, net, images, _attacks(*norms), state)
                 out.loss.backward()
                 state = out.state
             results.append([out.loss.detach(), *(p.grad for p in net.parameters()), *state.values()])
@@ -284,19 +255,31 @@ def test_a_wrapped_model_trains_as_the_bare_one(
         torch.testing.assert_close(a, b)
 
 
-def test_every_objective_of_a_spec_is_there() -> None:
-    assert OPTIONS.keys() == OBJECTIVES.keys()
-    assert all(options.name == name for name, options in OPTIONS.items())
+def test_the_name_of_an_objective_is_that_of_its_class() -> None:
+    assert [objective.name for objective in OPTIONS.values()] == list(OBJECTIVES)
+
+
+def test_an_objective_is_used_in_a_notebook_as_its_interface_shows(
+    small_net: nn.Module, images: tuple[Tensor, Tensor]
+) -> None:
+    names = {"model": small_net, "x": images[0], "y": images[1]}
+    for example in DocTestParser().get_examples(base.__doc__):
+        exec(example.source, names)
+    points = names["points"]["linf"]
+    assert ((points - images[0]).abs() <= 8 / 255 + 1e-6).all()
+    assert not torch.equal(points, images[0])
+    assert names["output"].metrics.keys() >= {"loss/linf", "robust/linf", "clean"}
+    assert all(parameter.grad.isfinite().all() for parameter in small_net.parameters())
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_the_state_keeps_its_keys_and_the_old_one_its_values(
     name: str, small_net: nn.Module, images: tuple[Tensor, Tensor]
 ) -> None:
-    norms, options = NORMS[: WANTED.get(name, 3)], OPTIONS[name]
-    state = initial_state(options, norms)
+    norms, objective = NORMS[: WANTED.get(name, 3)], OPTIONS[name]
+    state = objective.initial_state(norms)
     kept = {key: value.clone() for key, value in state.items()}
-    out = OBJECTIVES[name](small_net, *images, ObjectiveInput(_attacks(*norms), options, state, draw=0.5))
+    out = _output(objective, small_net, images, _attacks(*norms), state, draw=0.5)
     assert out.state.keys() == kept.keys() == state.keys()
     assert all(torch.equal(kept[key], state[key]) for key in kept)
     assert all(out.state[key].dtype == kept[key].dtype and out.state[key].shape == kept[key].shape for key in kept)
@@ -309,7 +292,7 @@ def test_the_state_keeps_its_keys_and_the_old_one_its_values(
 def test_a_loss_that_is_not_finite_names_the_example_and_the_step(name: str) -> None:
     losses = {"linf": [1.0, 1.0, 1.0], "l2": [1.0, 1.0, float("nan")], "l1": [1.0, 1.0, 1.0]}
     with pytest.raises(PoiseError, match="under l2 of example 2 of the batch is nan at step 41"):
-        _run(OBJECTIVES[name], losses, initial_state(OPTIONS[name], NORMS), OPTIONS[name], n=3, step=41)
+        _run(OPTIONS[name], losses, OPTIONS[name].initial_state(NORMS), n=3, step=41)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -319,12 +302,12 @@ def test_the_ends_of_the_range_are_handled(name: str, case: str) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(36, 16), nn.ReLU(), nn.Linear(16, classes))
     if case == "constant":
         nn.init.zeros_(model[3].weight)
-    norms, options = NORMS[: WANTED.get(name, 3)], OPTIONS[name]
+    norms, objective = NORMS[: WANTED.get(name, 3)], OPTIONS[name]
     threats = {norm: Threat(norm, 0.0 if case == "eps 0" else EPS[norm]) for norm in norms}
     attacks = {norm: _Bound(perturb, threat=threat, steps=2) for norm, threat in threats.items()}
     x = torch.rand(n, 1, 6, 6, generator=torch.Generator().manual_seed(0))
     y = torch.arange(n) % classes
-    out = OBJECTIVES[name](model, x, y, ObjectiveInput(attacks, options, initial_state(options, norms), draw=0.9))
+    out = _output(objective, model, (x, y), attacks, objective.initial_state(norms), draw=0.9)
     out.loss.backward()
     assert out.loss.isfinite()
     assert all(value.isfinite() for value in out.metrics.values())
@@ -349,11 +332,11 @@ class _InPlace(nn.Module):
 @pytest.mark.parametrize("natural", [False, True])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_the_images_of_the_caller_stay_as_they_are_whatever_the_model_does(name: str, natural: bool) -> None:
-    norms, options = NORMS[: WANTED.get(name, 3)], OPTIONS[name]
+    norms, objective = NORMS[: WANTED.get(name, 3)], OPTIONS[name]
     if natural:  # RAMP's other epochs
-        options = Ramp() if name == "ramp" else options
+        objective = Ramp() if name == "ramp" else objective
     x = torch.rand(6, 1, 6, 6, generator=torch.Generator().manual_seed(0))
     known = x.clone()
-    play = ObjectiveInput(_attacks(*norms), options, initial_state(options, norms), draw=0.9, epoch=0 if natural else 1)
-    OBJECTIVES[name](_InPlace(), x, torch.arange(6) % 5, play)
+    batch, state = (x, torch.arange(6) % 5), objective.initial_state(norms)
+    _output(objective, _InPlace(), batch, _attacks(*norms), state, draw=0.9, epoch=0 if natural else 1)
     assert torch.equal(x, known)

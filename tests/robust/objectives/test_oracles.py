@@ -16,12 +16,21 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from poise.robust.attacks import perturb
 from poise.robust.attacks.msd import msd_perturb
-from poise.robust.objective_spec import Avg, Eat, FgsmRs, GradAlign, Mart, Max, Mix, Msd, Ramp, Sat, Trades
-from poise.robust.objectives import OBJECTIVES, ObjectiveInput, eat_probabilities, initial_state
-from poise.robust.objectives.clean import mart_losses, trades_losses
-from poise.robust.objectives.fast import gradient_cosines
+from poise.robust.objectives import Objective, ObjectiveContext, ObjectiveOutput, eat_probabilities
+from poise.robust.objectives.at import At
+from poise.robust.objectives.avg import Avg
+from poise.robust.objectives.eat import Eat
+from poise.robust.objectives.fgsm_rs import FgsmRs
+from poise.robust.objectives.gradalign import GradAlign
+from poise.robust.objectives.mart import Mart, mart_losses
+from poise.robust.objectives.max import Max
+from poise.robust.objectives.mix import Mix
+from poise.robust.objectives.msd import Msd
+from poise.robust.objectives.one_step import gradient_cosines
+from poise.robust.objectives.ramp import Ramp
+from poise.robust.objectives.sat import Sat
+from poise.robust.objectives.trades import Trades, trades_losses
 from poise.robust.threats import Threat
-from poise.robust.training.awp import WeightPerturbation
 
 NORMS = ("linf", "l2", "l1")
 
@@ -34,6 +43,11 @@ class _Bound(partial[Tensor]):
 
 def _bound(norm: str, eps: float, **options: Any) -> _Bound:
     return _Bound(perturb, threat=Threat(norm, eps), **{"steps": 2, "random_start": False, **options})
+
+
+def _output(objective: Objective, model: nn.Module, x: Tensor, y: Tensor, attacks: Any, **more: Any) -> ObjectiveOutput:
+    context = ObjectiveContext(model, x, y, attacks, **more)
+    return objective.loss(objective.craft(context), context)
 
 
 def _plain(net: nn.Module) -> nn.Module:
@@ -87,10 +101,10 @@ def test_beta_zero_is_the_clean_loss_and_eps_zero_has_no_divergence(
     expected = cross_entropy(_plain(copy.deepcopy(small_net))(x), y)
     for eps, beta in ((0.1, 0), (0.0, 6)):
         net = _plain(copy.deepcopy(small_net))
-        out = OBJECTIVES["trades"](net, x, y, ObjectiveInput({"linf": _bound("linf", eps)}, Trades(beta=beta)))
+        out = _output(Trades(beta=beta), net, x, y, {"linf": _bound("linf", eps)})
         torch.testing.assert_close(out.loss, expected)
     attack = _bound("linf", 0.1)
-    out = OBJECTIVES["mart"](_plain(copy.deepcopy(small_net)), x, y, ObjectiveInput({"linf": attack}, Mart(beta=0)))
+    out = _output(Mart(beta=0), _plain(copy.deepcopy(small_net)), x, y, {"linf": attack})
     plain = _plain(copy.deepcopy(small_net))
     point = attack(plain, x, y, spread=0.001)
     plain(x)
@@ -106,7 +120,7 @@ def test_trades_attacks_in_eval_mode_and_trains_both_branches_in_train_mode(
     (x, y), net = images, _plain(small_net)
     plain = copy.deepcopy(net)
     attack = _bound("linf", 0.1)
-    out = OBJECTIVES["trades"](net, x, y, ObjectiveInput({"linf": attack}, Trades()))
+    out = _output(Trades(), net, x, y, {"linf": attack})
     reference = log_softmax(plain.eval()(x), 1).detach()
 
     def divergence(logits: Tensor, y: Tensor) -> Tensor:
@@ -130,9 +144,7 @@ def test_without_a_start_beside_the_image_the_attack_on_the_divergence_is_inert(
     seen = []
     for spread in (None, 0.001):
         attack = _bound("l2", 0.5, steps=1, step_size=1e-3)
-        out = OBJECTIVES["trades"](
-            copy.deepcopy(net).eval(), x, y, ObjectiveInput({"l2": attack}, Trades(spread=spread))
-        )
+        out = _output(Trades(spread=spread), copy.deepcopy(net).eval(), x, y, {"l2": attack})
         seen.append(out.loss.item() - cross_entropy(copy.deepcopy(net).eval()(x), y).item())
     assert seen[1] > 3 * seen[0]
 
@@ -155,7 +167,7 @@ def test_the_spread_is_that_of_the_noise_and_stays_feasible(norm: str) -> None:
 def test_sat_draws_thirds(small_net: nn.Module, images: tuple[Tensor, Tensor]) -> None:
     attacks = {norm: _bound(norm, 0.1) for norm in NORMS}
     for draw, norm in ((0.0, "linf"), (0.33, "linf"), (0.34, "l2"), (0.66, "l2"), (0.67, "l1"), (1 - 1e-12, "l1")):
-        out = OBJECTIVES["sat"](small_net, *images, ObjectiveInput(attacks, Sat(), draw=draw))
+        out = _output(Sat(), small_net, *images, attacks, draw=draw)
         assert {other for other in NORMS if f"loss/{other}" in out.metrics} == {norm}
         assert {other: out.metrics[f"weight/{other}"].item() for other in NORMS} == {
             other: float(other == norm) for other in NORMS
@@ -173,9 +185,10 @@ def test_sequential_avg_takes_the_threats_in_turn_each_against_the_model_it_meet
         torch.manual_seed(3)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
         for step, norm in enumerate(("l1", "l2", "linf", "l1")):
-            play = ObjectiveInput(attacks if sequential else {norm: attacks[norm]}, Avg(mode="sequential"), step=step)
+            objective = Avg(mode="sequential") if sequential else At()
             optimizer.zero_grad()
-            OBJECTIVES["avg" if sequential else "at"](net, *images, play).loss.backward()
+            given = attacks if sequential else {norm: attacks[norm]}
+            _output(objective, net, *images, given, step=step).loss.backward()
             optimizer.step()
         results.append([*net.parameters(), *net.buffers()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -187,19 +200,17 @@ def test_eat_draws_in_proportion_to_the_errors() -> None:
     even = torch.tensor([0.5, 0.5]).double()
     unseen = {"errors": torch.tensor([2.0, 0.0]).double(), "batches": torch.tensor([10.0, 0.0]).double()}
     torch.testing.assert_close(eat_probabilities(unseen), even)
-    torch.testing.assert_close(eat_probabilities(initial_state(Eat(), ("linf", "l1"))), even)
+    torch.testing.assert_close(eat_probabilities(Eat().initial_state(("linf", "l1"))), even)
     perfect = {"errors": torch.zeros(2).double(), "batches": torch.tensor([10.0, 10.0]).double()}
     torch.testing.assert_close(eat_probabilities(perfect), even)
 
 
 def test_eat_counts_the_errors_of_all_ranks_for_ever(small_net: nn.Module, images: tuple[Tensor, Tensor]) -> None:
-    attacks, state = {norm: _bound(norm, 0.1) for norm in ("linf", "l1")}, initial_state(Eat(), ("linf", "l1"))
+    attacks, state = {norm: _bound(norm, 0.1) for norm in ("linf", "l1")}, Eat().initial_state(("linf", "l1"))
     seen: dict[str, list[float]] = {"linf": [], "l1": []}
     for step, (draw, norm) in enumerate([(0.49, "linf"), (0.0, "linf"), (0.51, "l1"), (0.0, "linf"), (0.999, "l1")]):
-        play = ObjectiveInput(
-            attacks, Eat(), state, draw=draw, first_in_epoch=step % 2 == 0, mean=lambda v: (v + 0.5) / 2
-        )
-        out = OBJECTIVES["eat"](small_net, *images, play)
+        more = {"draw": draw, "first_in_epoch": step % 2 == 0, "mean": lambda v: (v + 0.5) / 2}
+        out = _output(Eat(), small_net, *images, attacks, state=state, **more)
         seen[norm].append((1 - out.metrics[f"robust/{norm}"].item() + 0.5) / 2)
         state = out.state
     assert state["batches"].tolist() == [len(seen["linf"]), len(seen["l1"])] == [3, 2]
@@ -211,7 +222,7 @@ def test_eat_counts_the_errors_of_all_ranks_for_ever(small_net: nn.Module, image
 def test_mix_trains_at_the_mean_of_the_perturbations(small_net: nn.Module, images: tuple[Tensor, Tensor]) -> None:
     (x, y), net = images, _plain(small_net)
     plain, attacks = copy.deepcopy(net), {norm: _bound(norm, 0.1) for norm in NORMS}
-    out = OBJECTIVES["mix"](net, x, y, ObjectiveInput(attacks, Mix()))
+    out = _output(Mix(), net, x, y, attacks)
     delta = sum(attack(plain, x, y) - x for attack in attacks.values()) / 3
     torch.testing.assert_close(out.loss, cross_entropy(plain(x + delta), y))
     assert set(out.metrics) == {"loss/mix", "robust/mix"}
@@ -222,44 +233,30 @@ def test_no_threat_has_a_loss_above_that_of_max(linear_problem: Callable[..., Si
     problem = linear_problem(4, 2, (1, 4, 4), 30)
     attacks = {norm: _bound(norm, eps, steps=1, step_size=eps) for norm, eps in (("linf", 0.06), ("l2", 0.25))}
     batch = (problem.model, problem.x, problem.y)
-    each = [
-        OBJECTIVES["at"](*batch, ObjectiveInput({norm: attack}, None)).loss.item() for norm, attack in attacks.items()
-    ]
-    worst = OBJECTIVES["max"](*batch, ObjectiveInput(attacks, Max()))
-    steepest_step = OBJECTIVES["msd"](
-        *batch, ObjectiveInput(attacks, Msd(steps=1, step_sizes={"linf": 0.06, "l2": 0.25}))
-    )
+    each = [_output(At(), *batch, {norm: attack}).loss.item() for norm, attack in attacks.items()]
+    worst = _output(Max(), *batch, attacks)
+    steepest_step = _output(Msd(steps=1, step_sizes={"linf": 0.06, "l2": 0.25}), *batch, attacks)
     assert 0 < worst.metrics["weight/linf"] < 1
     assert worst.loss.item() > max(each)
     torch.testing.assert_close(steepest_step.loss, worst.loss)
-    assert OBJECTIVES["mix"](*batch, ObjectiveInput(attacks, Mix())).loss < worst.loss
+    assert _output(Mix(), *batch, attacks).loss < worst.loss
 
 
 def test_msd_under_one_norm_is_pgd_from_the_image(linear_problem: Callable[..., SimpleNamespace]) -> None:
     problem = linear_problem(5, 2, (1, 4, 4), 20)
     attack = _bound("l2", 0.3, steps=6)
     batch = (problem.model, problem.x, problem.y)
-    pgd_at = OBJECTIVES["at"](*batch, ObjectiveInput({"l2": attack}, None))
-    torch.testing.assert_close(
-        OBJECTIVES["msd"](*batch, ObjectiveInput({"l2": attack}, Msd(steps=6))).loss, pgd_at.loss
-    )
+    pgd_at = _output(At(), *batch, {"l2": attack})
+    torch.testing.assert_close(_output(Msd(steps=6), *batch, {"l2": attack}).loss, pgd_at.loss)
 
 
-def test_an_attack_of_msd_is_crafted_once_where_weights_are_perturbed(
-    small_net: nn.Module, images: tuple[Tensor, Tensor]
-) -> None:
-    (x, y), seen = images, list[Tensor]()
-
-    def craft(attack: Callable[[], Tensor]) -> Tensor:
-        seen.append(attack())
-        return seen[-1]
-
+def test_msd_is_crafted_from_the_image_with_its_own_steps(small_net: nn.Module, images: tuple[Tensor, Tensor]) -> None:
+    x, y = images
     attacks = {norm: _bound(norm, 0.1) for norm in ("linf", "l2")}
     expected = msd_perturb(small_net, x, y, {norm: attack.threat for norm, attack in attacks.items()}, steps=3)
-    play = ObjectiveInput(attacks, Msd(steps=3), run_attack=craft)
-    WeightPerturbation(small_net, 0.1).objective(OBJECTIVES["msd"], small_net, x, y, play)
-    assert len(seen) == 1
-    assert torch.equal(seen[0], expected)
+    points = Msd(steps=3).craft(ObjectiveContext(small_net, x, y, attacks))
+    assert list(points) == ["msd"]
+    assert torch.equal(points["msd"], expected)
 
 
 # --- RAMP -------------------------------------------------------------------------------------------------------------
@@ -267,9 +264,9 @@ def test_an_attack_of_msd_is_crafted_once_where_weights_are_perturbed(
 
 def test_ramp_without_pairing_is_max(small_net: nn.Module, images: tuple[Tensor, Tensor]) -> None:
     attacks, results = {norm: _bound(norm, 0.2) for norm in ("linf", "l1")}, []
-    for name, options in (("ramp", Ramp(kl_weight=0, projection=None)), ("max", Max())):
+    for objective in (Ramp(kl_weight=0, projection=None), Max()):
         net = _plain(copy.deepcopy(small_net))
-        out = OBJECTIVES[name](net, *images, ObjectiveInput(attacks, options))
+        out = _output(objective, net, *images, attacks)
         out.loss.backward()
         results.append([out.loss.detach(), *(p.grad for p in net.parameters()), *net.buffers()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -283,7 +280,7 @@ def test_ramp_pairs_the_predictions_of_the_examples_that_withstand_the_first_thr
     y = plain.eval()(x).argmax(1)
     y[::3] = (y[::3] + 1) % 5
     plain.train()
-    out = OBJECTIVES["ramp"](net, x, y, ObjectiveInput(attacks, Ramp(projection=None)))
+    out = _output(Ramp(projection=None), net, x, y, attacks)
     points = [attack(plain, x, y) for attack in attacks.values()]
     first, second = (plain(point) for point in points)
     chosen = (first.argmax(1) == y).nonzero().flatten()
@@ -298,21 +295,18 @@ def test_ramp_where_no_example_withstands_has_no_pairing(images: tuple[Tensor, T
     model = nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
     y = model(x).argmin(1)
     attacks = {norm: _bound(norm, 0.01) for norm in ("linf", "l1")}
-    out, worst = (
-        OBJECTIVES[name](model, x, y, ObjectiveInput(attacks, options))
-        for name, options in (("ramp", Ramp(projection=None)), ("max", Max()))
-    )
+    out, worst = (_output(objective, model, x, y, attacks) for objective in (Ramp(projection=None), Max()))
     assert torch.equal(out.loss, worst.loss)
 
 
 def test_the_even_epochs_of_ramp_are_natural(small_net: nn.Module, images: tuple[Tensor, Tensor]) -> None:
     (x, y), net = images, _plain(small_net)
     attacks = {norm: _bound(norm, 0.2) for norm in ("linf", "l1")}
-    natural = OBJECTIVES["ramp"](copy.deepcopy(net), x, y, ObjectiveInput(attacks, Ramp(), epoch=2))
+    natural = _output(Ramp(), copy.deepcopy(net), x, y, attacks, epoch=2)
     torch.testing.assert_close(natural.loss, cross_entropy(copy.deepcopy(net)(x), y))
     assert set(natural.metrics) == {"loss/clean", "clean"}
-    odd = OBJECTIVES["ramp"](copy.deepcopy(net), x, y, ObjectiveInput(attacks, Ramp(), epoch=3))
-    always = OBJECTIVES["ramp"](copy.deepcopy(net), x, y, ObjectiveInput(attacks, Ramp(projection=None), epoch=2))
+    odd = _output(Ramp(), copy.deepcopy(net), x, y, attacks, epoch=3)
+    always = _output(Ramp(projection=None), copy.deepcopy(net), x, y, attacks, epoch=2)
     assert torch.equal(odd.loss, always.loss)
 
 
@@ -331,7 +325,7 @@ def test_the_mean_push_of_fgsm_rs_on_a_linear_model(step: float, share: float) -
         return seen[-1]
 
     watched.threat = attack.threat  # type: ignore[attr-defined]
-    OBJECTIVES["fgsm_rs"](model, x, y, ObjectiveInput({"linf": watched}, FgsmRs(step=step)))
+    _output(FgsmRs(step=step), model, x, y, {"linf": watched})
     sign = (model.weight[1] - model.weight[0]).detach().sign()
     assert ((seen[0] - x) * sign).mean().item() / 0.1 == pytest.approx(share, abs=3e-3)
 
@@ -343,9 +337,9 @@ def test_input_gradients_of_a_linear_margin_are_aligned(linear_problem: Callable
     torch.testing.assert_close(cosines, torch.ones_like(cosines))
     assert angled.all()
     batch = (problem.model, problem.x, problem.y)
-    out = OBJECTIVES["gradalign"](*batch, ObjectiveInput({"linf": _bound("linf", 0.05)}, GradAlign()))
+    out = _output(GradAlign(), *batch, {"linf": _bound("linf", 0.05)})
     fgsm = _bound("linf", 0.05, steps=1, step_size=0.05)
-    torch.testing.assert_close(out.loss, OBJECTIVES["at"](*batch, ObjectiveInput({"linf": fgsm}, None)).loss)
+    torch.testing.assert_close(out.loss, _output(At(), *batch, {"linf": fgsm}).loss)
     assert out.metrics["gradient_cosine"].item() == pytest.approx(1)
 
 
@@ -382,7 +376,7 @@ def test_examples_without_a_gradient_have_no_angle(images: tuple[Tensor, Tensor]
     x, y = images
     constant = nn.Sequential(nn.Flatten(), nn.Linear(36, 5))
     nn.init.zeros_(constant[1].weight)
-    out = OBJECTIVES["gradalign"](constant, x, y, ObjectiveInput({"linf": _bound("linf", 0.1)}, GradAlign()))
+    out = _output(GradAlign(), constant, x, y, {"linf": _bound("linf", 0.1)})
     out.loss.backward()
     assert out.loss.isfinite()
     assert out.metrics["gradient_cosine"] == 1
@@ -421,7 +415,7 @@ def test_the_optimum_of_adversarial_logistic_regression(e: float, optimum: float
     def slope(w: float) -> float:
         model.w.data.fill_(w)
         model.w.grad = None
-        OBJECTIVES["at"](model, x, y, ObjectiveInput({"linf": attack}, None)).loss.backward()
+        _output(At(), model, x, y, {"linf": attack}).loss.backward()
         return model.w.grad.item()
 
     low, high = 0.0, 5.0

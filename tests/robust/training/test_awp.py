@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from poise.robust.attacks import perturb
-from poise.robust.objective_spec import At, Max, Msd
-from poise.robust.objectives import OBJECTIVES, ObjectiveInput
+from poise.robust.objectives import Objective, ObjectiveContext, ObjectiveOutput, Points
+from poise.robust.objectives.at import At
+from poise.robust.objectives.max import Max
+from poise.robust.objectives.msd import Msd
 from poise.robust.threats import Threat
 from poise.robust.training.awp import WeightPerturbation, direction
 
@@ -28,6 +31,13 @@ def _copy(model: nn.Module) -> list[Tensor]:
     return [parameter.detach().clone() for parameter in model.parameters()]
 
 
+def _output(
+    awp: WeightPerturbation, objective: Objective, model: nn.Module, x: Tensor, y: Tensor, attacks: Any, **more: Any
+) -> ObjectiveOutput:
+    context = ObjectiveContext(model, x, y, attacks, **more)
+    return awp.loss(objective, awp.craft(objective, context), context)
+
+
 @pytest.fixture
 def net(small_net: nn.Module) -> nn.Module:
     small_net[3].p = 0.0
@@ -37,7 +47,7 @@ def net(small_net: nn.Module) -> nn.Module:
 def test_every_matrix_moves_by_gamma_times_its_norm_along_the_gradient_at_the_adversarial_examples(net, images):
     before, plain = _copy(net), copy.deepcopy(net)
     awp = WeightPerturbation(net, GAMMA)
-    awp.objective(OBJECTIVES["at"], net, *images, ObjectiveInput(_attacks("linf"), At()))
+    _output(awp, At(), net, *images, _attacks("linf"))
     point = _attacks("linf")["linf"](plain, *images)
     nn.functional.cross_entropy(plain(point), images[1]).backward()
     for now, then, parameter in zip(net.parameters(), before, plain.parameters(), strict=True):
@@ -67,7 +77,7 @@ def test_the_loss_is_that_of_the_perturbed_weights_at_points_crafted_once_before
 
     awp = WeightPerturbation(net, GAMMA)
     before = _copy(net)
-    out = awp.objective(OBJECTIVES["max"], net, *images, ObjectiveInput({"linf": counted, "l2": counted}, Max()))
+    out = _output(awp, Max(), net, *images, {"linf": counted, "l2": counted})
     assert len(calls) == 2
     assert all(torch.equal(a, b) for seen in calls for a, b in zip(seen, before, strict=True))
     for parameter, value in zip(plain.parameters(), _copy(net), strict=True):
@@ -78,19 +88,24 @@ def test_the_loss_is_that_of_the_perturbed_weights_at_points_crafted_once_before
     assert all(torch.equal(a, b) for a, b in zip(net.buffers(), plain.buffers(), strict=True))  # two forwards, at w'
 
 
+class _Counted(Msd):
+    """MSD that remembers the points that it has crafted."""
+
+    crafted: ClassVar[list[Tensor]] = []
+
+    def craft(self, context: ObjectiveContext) -> Points:
+        points = super().craft(context)
+        self.crafted.append(points["msd"])
+        return points
+
+
 def test_an_attack_on_several_threats_at_once_is_crafted_once_too(net, images):
-    crafted = []
-
-    def craft(attack: Callable[[], Tensor]) -> Tensor:
-        crafted.append(attack())
-        return crafted[-1]
-
     attacks = {norm: _Ball(Threat(norm, eps)) for norm, eps in (("linf", 0.1), ("l2", 0.5))}
-    awp = WeightPerturbation(net, GAMMA)
-    out = awp.objective(OBJECTIVES["msd"], net, *images, ObjectiveInput(attacks, Msd(steps=2), run_attack=craft))
-    assert len(crafted) == 1
+    objective = _Counted(steps=2)
+    out = _output(WeightPerturbation(net, GAMMA), objective, net, *images, attacks)
+    (crafted,) = objective.crafted
     net.train()
-    assert torch.equal(out.loss, nn.functional.cross_entropy(net(crafted[0]), images[1], reduction="none").mean())
+    assert torch.equal(out.loss, nn.functional.cross_entropy(net(crafted), images[1], reduction="none").mean())
 
 
 class _Ball:
@@ -98,14 +113,23 @@ class _Ball:
         self.threat = threat
 
 
+class _Unwrapped:
+    """The two functions of an objective without a perturbation of weights."""
+
+    def craft(self, objective: Objective, context: ObjectiveContext) -> Points:
+        return objective.craft(context)
+
+    def loss(self, objective: Objective, points: Points, context: ObjectiveContext) -> ObjectiveOutput:
+        return objective.loss(points, context)
+
+
 def test_without_a_step_the_weights_come_back_bit_for_bit_and_with_one_they_move_by_its_difference(net, images):
     awp, before = WeightPerturbation(net, GAMMA), _copy(net)
-    play = ObjectiveInput(_attacks("linf"), At())
-    awp.objective(OBJECTIVES["at"], net, *images, play)
+    _output(awp, At(), net, *images, _attacks("linf"))
     awp.restore()
     assert all(torch.equal(a, b) for a, b in zip(before, _copy(net), strict=True))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
-    awp.objective(OBJECTIVES["at"], net, *images, play).loss.backward()
+    _output(awp, At(), net, *images, _attacks("linf")).loss.backward()
     perturbed = _copy(net)
     optimizer.step()
     stepped = _copy(net)
@@ -120,7 +144,7 @@ def test_without_a_step_the_weights_come_back_bit_for_bit_and_with_one_they_move
 def test_of_several_batches_in_a_step_each_starts_from_the_unperturbed_weights(net, images):
     awp, before = WeightPerturbation(net, GAMMA), _copy(net)
     for rows in (slice(0, 6), slice(6, 12)):
-        awp.objective(OBJECTIVES["at"], net, images[0][rows], images[1][rows], ObjectiveInput(_attacks("linf"), At()))
+        _output(awp, At(), net, images[0][rows], images[1][rows], _attacks("linf"))
         for now, then in zip(net.parameters(), before, strict=True):
             assert (now.detach() - then).norm().item() <= 1.001 * GAMMA * then.norm().item()
     awp.restore()
@@ -130,11 +154,12 @@ def test_of_several_batches_in_a_step_each_starts_from_the_unperturbed_weights(n
 def test_gamma_zero_is_the_method_itself(net, images):
     results = []
     for wrapped in (False, True):
-        model, play = copy.deepcopy(net), ObjectiveInput(_attacks("linf", "l2"), Max())
+        model = copy.deepcopy(net)
         awp = WeightPerturbation(model, 0.0)
-        objective = partial(awp.objective, OBJECTIVES["max"]) if wrapped else OBJECTIVES["max"]
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        objective(model, *images, play).loss.backward()
+        context = ObjectiveContext(model, *images, _attacks("linf", "l2"))
+        wrapper = awp if wrapped else _Unwrapped()
+        wrapper.loss(Max(), wrapper.craft(Max(), context), context).loss.backward()
         optimizer.step()
         awp.restore()
         results.append([*model.parameters(), *model.buffers()])
@@ -146,7 +171,7 @@ def test_the_ascent_direction_is_the_mean_over_ranks(net, images):
     matrices = [p.detach().clone() for p in net.parameters() if p.ndim > 1]
     everywhere = torch.cat([matrix.flatten() for matrix in matrices])
     awp = WeightPerturbation(net, GAMMA)
-    awp.objective(OBJECTIVES["at"], net, *images, ObjectiveInput(_attacks("linf"), At(), mean=lambda _: everywhere))
+    _output(awp, At(), net, *images, _attacks("linf"), mean=lambda _: everywhere)
     for now, then in zip([p for p in net.parameters() if p.ndim > 1], matrices, strict=True):
         torch.testing.assert_close(now.detach(), (1 + GAMMA) * then)
 
@@ -154,9 +179,7 @@ def test_the_ascent_direction_is_the_mean_over_ranks(net, images):
 def test_under_autocast_the_second_forward_sees_the_perturbed_weights(net, images):
     awp = WeightPerturbation(net, 0.5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = awp.objective(
-            OBJECTIVES["at"], net, *images, ObjectiveInput({"linf": lambda model, x, y, **options: x}, At())
-        )
+        out = _output(awp, At(), net, *images, {"linf": lambda model, x, y, **options: x})
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(out.loss, nn.functional.cross_entropy(net(images[0]), images[1]))
 

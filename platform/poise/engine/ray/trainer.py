@@ -1,7 +1,7 @@
 """Ray's trainer for a group of torch processes, which starts only the actors that a worker group needs.
 
-Ray's own TorchTrainer forms the same process group, but also loads torch into the driver and the controller, and
-starts actors for data sets that are not used and for machines that cannot be added.
+Ray's own TorchTrainer forms the same process group, but also loads torch into the controller, and starts actors
+for data sets that are not used and for machines that cannot be added.
 """
 
 from __future__ import annotations

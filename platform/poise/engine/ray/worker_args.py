@@ -1,10 +1,11 @@
 """The arguments of a worker and the function that it runs.
 
-The driver and Ray's controller import this module too, so it does not import torch, which takes seconds.
+Ray's controller imports this module too and receives the arguments, so neither needs torch, which takes seconds.
 """
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +20,20 @@ class WorkerArgs:
     """Arguments sent to every worker. Must not contain credentials: Ray logs them.
 
     `store` is absolute, `token` that of the run's lease, `folder` the driver's working directory, `coordinator` the
-    handle of the actor.
+    handle of the actor. The spec stays pickled until a worker asks for it: its class may import torch.
     """
 
-    spec: RunSpec
+    pickled_spec: bytes
     store: str
     token: str
     folder: str
     coordinator: Any
+
+    @property
+    def spec(self) -> RunSpec:
+        """The spec of the run."""
+        spec: RunSpec = pickle.loads(self.pickled_spec)
+        return spec
 
 
 def run_worker(config: dict[str, WorkerArgs]) -> None:

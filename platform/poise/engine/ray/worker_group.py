@@ -8,6 +8,7 @@ already reported, and every worker would wait for the poll.
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import signal
 import threading
@@ -149,7 +150,7 @@ def run_worker_group(
     ):
         display.note(f"[{spec.name}] starting {spec.workers.count} workers")
         coordinator = start_coordinator()
-        args = WorkerArgs(spec, absolute_store(spec), lease.token, os.getcwd(), coordinator)
+        args = WorkerArgs(pickle.dumps(spec), absolute_store(spec), lease.token, os.getcwd(), coordinator)
         with _watch(coordinator, spec, display, sink, on_group or _ignore_group), PROCESS.deferred():
             _fit(_trainer(spec, args, str(scratch), private), coordinator)
 

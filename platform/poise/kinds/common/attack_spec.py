@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from poise.robust.spec import Coordinates, Norm, oversized
+from poise.robust.spec import DEFAULT_TARGETS, Coordinates, Eps, Norm, StepSize, check_steps, oversized
+from poise.robust.step_sizes import DECAYING_STEPS
 from poise.spec import ExactNumber, Name, SpecModel, field_error
 
 __all__ = [
@@ -24,7 +25,6 @@ __all__ = [
     "threat_names",
 ]
 
-Eps = Annotated[ExactNumber, Field(ge=0, le=1_000_000)]
 Draws = Annotated[
     int | None,
     Field(
@@ -198,24 +198,17 @@ class PgdStage(_OneBall):
     attack: Literal["pgd"] = Field(description="projected gradient ascent")
     loss: Literal["ce", "cw", "dlr"] = Field("ce", description="loss that is maximised")
     steps: int = Field(40, ge=1, le=1000, description="gradient steps of one run")
-    step_size: Annotated[ExactNumber, Field(gt=0, le=1_000_000)] | None = Field(
-        None,
-        description="length of a step in the norm of the threat; default: steps that decay from eps to 0 on a cosine",
+    step_size: StepSize | None = Field(
+        None, description=f"length of a step in the norm of the threat; default: {DECAYING_STEPS}"
     )
     restarts: Restarts = 1
     random_start: bool = Field(True, description="start the first run at random in the ball, not at the image")
-    sparsity: Coordinates | None = Field(
-        None, description="l1 only: coordinates that a step moves, a count or a range [low, high]; default [5, 20]"
-    )
+    sparsity: Coordinates = None
     draws: Draws = None
 
     @model_validator(mode="after")
-    def _sparsity_of_l1(self) -> PgdStage:
-        if self.sparsity is not None and self.threat.norm != "l1":
-            raise field_error("sparsity", f"sparsity belongs to l1 alone: remove it from {self.threat.norm}")
-        size = 0.0 if self.step_size is None else float(self.step_size)
-        if problem := oversized(self.threat.norm, size, None, "step_size"):
-            raise field_error("step_size", problem)
+    def _check_steps(self) -> PgdStage:
+        check_steps(self.threat.norm, self.step_size, self.sparsity)
         return self
 
     def spent(self) -> tuple[int, int]:
@@ -237,7 +230,7 @@ class ApgdStage(_OneBall):
         None,
         ge=1,
         le=100_000,
-        description="targeted only: how many of the likeliest wrong classes are tried; default 9",
+        description=f"targeted only: how many of the likeliest wrong classes are tried; default {DEFAULT_TARGETS}",
     )
     draws: Draws = None
 
@@ -254,7 +247,8 @@ class ApgdStage(_OneBall):
 
     def spent(self) -> tuple[int, int]:
         """Gradients and queries per example, at most. Each radius of a run takes one gradient more than its steps."""
-        runs = self.restarts * ((self.targets or 9) if self.loss == "targeted" else 1)
+        targets = self.targets or DEFAULT_TARGETS
+        runs = self.restarts * (targets if self.loss == "targeted" else 1)
         gradients = runs * (self.steps + (3 if self.threat.norm == "l1" else 1))
         draws = self.draws or 1
         return gradients * draws, (gradients + 1) * draws
@@ -266,7 +260,9 @@ class FabStage(_OneBall):
     attack: Literal["fab"] = Field(description="search of the nearest misclassified point along linearised boundaries")
     steps: int = Field(100, ge=1, le=100_000, description="gradient steps of one run")
     restarts: Restarts = 1
-    targets: int = Field(9, ge=1, le=100_000, description="how many of the likeliest wrong classes are tried")
+    targets: int = Field(
+        DEFAULT_TARGETS, ge=1, le=100_000, description="how many of the likeliest wrong classes are tried"
+    )
 
     def spent(self) -> tuple[int, int]:
         """Gradients and queries per example, at most."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from poise.robust.spec import Eigenspace, Threats
+from poise.robust.spec import Eigenspace, Eps, StepSize, Threats
+from poise.robust.step_sizes import DECAYING_STEPS
 from poise.spec import ExactNumber, Input, RunName, RunSpec, SpecModel
 
 __all__ = ["LatentSpec", "RobustManifoldSpec"]
@@ -18,13 +19,13 @@ class LatentSpec(SpecModel):
 
     vae: RunName = Field(description="finished run of robust.vae on images of the same shape and classes")
     norm: Literal["linf", "l2"] = Field("linf", description="norm of the ball, in latent coordinates")
-    eps: Annotated[ExactNumber, Field(ge=0, le=1_000_000)] = Field(
+    eps: Eps = Field(
         ExactNumber(1),
         description="radius of the ball; codes of the prior have a standard deviation of 1 in each coordinate",
     )
     steps: int = Field(40, ge=1, le=1000, description="gradient steps of one run of the attack")
-    step_size: Annotated[ExactNumber, Field(gt=0, le=1_000_000)] | None = Field(
-        None, description="length of a step in the ball's norm; default: steps that decay from eps to 0 on a cosine"
+    step_size: StepSize | None = Field(
+        None, description=f"length of a step in the ball's norm; default: {DECAYING_STEPS}"
     )
     restarts: int = Field(1, ge=1, le=1000, description="runs; those after the first start at random")
 

@@ -10,7 +10,8 @@ from pydantic import Field, model_validator
 from poise.data.spec import DataSpec, known_sizes
 from poise.kinds.common.cost import in_bytes
 from poise.models.spec import ModelSpec, num_parameters, state_bytes
-from poise.robust.objective_spec import Adt, Avg, Objective, Ramp, check, gradients_per_batch, losses_per_batch
+from poise.robust.objectives import ObjectiveSpec
+from poise.robust.objectives.adt import Adt
 from poise.robust.spec import Eigenspace, EvaluateSpec, Threats, oversized
 from poise.robust.training_spec import Averaging, Awp, Compute, Monitors
 from poise.spec import MetricSource, RunSpec, field_error, row_sources, summary_sources
@@ -29,7 +30,7 @@ class RobustTrainSpec(RunSpec):
     eigenspace: Eigenspace | None = Field(
         None, description="subspace of the perturbations in training; validation and test search the whole balls"
     )
-    objective: Objective = Field(Adt(), description="how the losses under the attacks are combined")
+    objective: ObjectiveSpec = Field(Adt(), description="how the losses under the attacks are combined")
     train: TrainSpec = Field(description="length, optimizer, schedule, checkpoints")
     averaging: Averaging | None = Field(
         None, description="average of the weights, evaluated in addition to the best and final ones"
@@ -42,7 +43,7 @@ class RobustTrainSpec(RunSpec):
     @model_validator(mode="after")
     def _fits(self) -> RobustTrainSpec:
         try:
-            check(self.objective, self.threats)
+            self.objective.check(self.threats)
         except ValueError as error:
             raise field_error("threats", str(error)) from None
         sizes = known_sizes(self.data)
@@ -78,9 +79,8 @@ class RobustTrainSpec(RunSpec):
 
     @property
     def steps_per_batch(self) -> int:
-        """Consecutive optimizer steps on each batch: one, or with sequential `avg` one per threat."""
-        sequential = isinstance(self.objective, Avg) and self.objective.mode == "sequential"
-        return len(self.threats) if sequential else 1
+        """Consecutive optimizer steps on each batch."""
+        return self.objective.steps_per_batch(self.threats)
 
     def steps_per_epoch(self, batches: int) -> int:
         """Optimizer steps of an epoch of so many batches."""
@@ -88,8 +88,8 @@ class RobustTrainSpec(RunSpec):
 
     def cost(self) -> list[str]:
         """Gradients, steps and bytes. Raises UserError when the images are too small for the model."""
-        attack = gradients_per_batch(self.objective, self.threats)
-        loss = losses_per_batch(self.objective, self.threats) * (2 if self.awp and self.awp.gamma else 1)
+        attack = self.objective.gradients_per_batch(self.threats)
+        loss = self.objective.losses_per_batch(self.threats) * (2 if self.awp and self.awp.gamma else 1)
         lines = [f"gradients per batch of {self.data.batch_size}: {attack} for attacks, {loss} for the loss"]
         sizes = known_sizes(self.data)
         if sizes is None:
@@ -97,7 +97,8 @@ class RobustTrainSpec(RunSpec):
         weights = num_parameters(self.model, sizes.shape, sizes.classes)
         state = state_bytes(self.model, sizes.shape, sizes.classes)
         moments = 1 if self.train.optimizer.name == "sgd" else 2
-        checkpoint = state + 4 * weights * (moments + (self.averaging is not None)) + self._projected(state)
+        average = self.averaging is not None
+        checkpoint = state * (1 + self.objective.copies_of_model) + 4 * weights * (moments + average)
         plan = self.train.plan(sizes.train // self.data.batch_size, self.steps_per_batch)
         steps = self.train.total_steps(plan.steps)
         images = plan.batches_before(steps) * self.data.batch_size
@@ -109,11 +110,6 @@ class RobustTrainSpec(RunSpec):
             f"{weights:,} parameters; {in_bytes(checkpoint)} per checkpoint, {in_bytes(total)} kept at most",
             f"{self.workers.count} workers of {self.workers.cpus} CPU and {self.workers.gpus} GPU",
         ]
-
-    def _projected(self, state: int) -> int:
-        """Bytes of the two models in the state of RAMP's gradient projection; 0 without it."""
-        has_projection = isinstance(self.objective, Ramp) and self.objective.projection is not None
-        return 2 * state if has_projection else 0
 
 
 def _accuracies(threats: Threats) -> list[str]:

@@ -1,13 +1,13 @@
 """The step of a robust training: the objective with its attacks, and what follows the optimizer's step.
 
-The state of the task consists of the states of its parts, each under a prefix: `objective/`, `average/`, `projection/`.
+The state of the task consists of the states of its parts, each under a prefix: `objective/`, `average/`, `after_step/`.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -16,15 +16,14 @@ from torch import Tensor, nn
 
 from poise.errors import UserError
 from poise.kinds.robust_train.spec import RobustTrainSpec
-from poise.robust.attacks import TRAINING_ATTACKS, Loss, cross_entropy
+from poise.robust.attacks import TRAINING_ATTACKS
 from poise.robust.manifold import Eigenbasis, EigenspaceThreat
-from poise.robust.objective_spec import Ramp
-from poise.robust.objectives import OBJECTIVES, GradientProjection, ObjectiveInput, initial_state
-from poise.robust.spec import Norm, ThreatSpec
+from poise.robust.objectives import BoundAttack, ObjectiveContext
+from poise.robust.spec import Norm, Threats
 from poise.robust.threats import StackedThreats, Threat
-from poise.robust.training.averaging import MoreauEnvelope, WeightAverage
+from poise.robust.training.averaging import Average
 from poise.robust.training.awp import WeightPerturbation
-from poise.robust.training_spec import Averaging, Ema, Swa
+from poise.robust.training_spec import Averaging
 from poise.spec.seeds import derive_seed
 from poise.train.task import StepContext, StepOutput, TaskState
 
@@ -48,10 +47,10 @@ class RobustStep:
         self._model = model
         self._basis = None if basis is None else basis.to(next(model.parameters()))
         total_steps = spec.train.total_steps(steps_per_epoch)
-        self._average = None
+        self._average: Average | None = None
         if spec.averaging is not None:
             self._average = _build_average(spec.averaging, steps_per_epoch, total_steps)
-        self._fused = spec.compute.fused and _can_fuse([threat for _, threat in spec.threats.items()])
+        self._fused = spec.compute.fused and _can_fuse(spec.threats)
         self._compiled = cast(nn.Module, torch.compile(model)) if spec.compute.compile else None
         self._awp = None
         self._awp_start = 0
@@ -59,17 +58,15 @@ class RobustStep:
             self._awp = WeightPerturbation(model, float(spec.awp.gamma))
             self._awp_start = spec.awp.start.in_steps(steps_per_epoch) if spec.awp.start else 0
             _check_start("awp.start", self._awp_start, total_steps)
-        self._projection = None
-        if isinstance(spec.objective, Ramp) and spec.objective.projection is not None:
-            self._projection = GradientProjection(model, float(spec.objective.projection), steps_per_epoch)
+        self._after_step = spec.objective.after_step(model, steps_per_epoch)
 
     def initial(self) -> TaskState:
         """The state before the first step, on the model's device except for that of the objective."""
-        state = add_prefix("objective", initial_state(self._spec.objective, self._spec.threats.keys()))
+        state = add_prefix("objective", self._spec.objective.initial_state(self._spec.threats.keys()))
         if self._average is not None:
             state |= add_prefix("average", self._average.initial(self._model))
-        if self._projection is not None:
-            state |= add_prefix("projection", self._projection.initial())
+        if self._after_step is not None:
+            state |= add_prefix("after_step", self._after_step.initial())
         return state
 
     def step(self, model: nn.Module, batch: _Batch, state: TaskState, step_context: StepContext) -> StepOutput:
@@ -77,16 +74,20 @@ class RobustStep:
 
         `batch`: images x (B, C, H, W) and labels y (B,).
         """
-        x, y = batch
         proximal_term = None
-        if isinstance(self._average, MoreauEnvelope):  # at the weights w, before AWP perturbs them
+        if self._average is not None:  # at the weights w, before AWP perturbs them
             average_state = strip_prefix("average", state)
             proximal_term = self._average.proximal_term(self._model, average_state, step_context.step)
-        objective = OBJECTIVES[self._spec.objective.name]
+        objective = self._spec.objective
+        context = self._objective_context(model, batch, strip_prefix("objective", state), step_context)
         if self._awp is not None and step_context.step >= self._awp_start:
-            objective = partial(self._awp.objective, objective)
-        objective_input = self._objective_input(y, strip_prefix("objective", state), step_context)
-        output = objective(model, x, y, objective_input)
+            with step_context.timers("attack"):
+                points = self._awp.craft(objective, context)
+            output = self._awp.loss(objective, points, context)
+        else:
+            with step_context.timers("attack"):
+                points = objective.craft(context)
+            output = objective.loss(points, context)
         next_state = state | add_prefix("objective", output.state)
         if proximal_term is None:
             return StepOutput(output.loss, output.metrics, next_state)
@@ -94,12 +95,15 @@ class RobustStep:
         return StepOutput(output.loss + proximal_term, metrics, next_state)
 
     def after(self, state: TaskState, step: int) -> TaskState:
-        """The state after the `step`-th step of the optimizer. Averages use the weights after AWP and projection."""
+        """The state after the `step`-th step of the optimizer.
+
+        Averages use the weights that AWP and what the objective does after a step have left.
+        """
         if self._awp is not None:
             self._awp.restore()
-        if self._projection is not None:
-            projection_state = self._projection(strip_prefix("projection", state), step)
-            state = state | add_prefix("projection", projection_state)
+        if self._after_step is not None:
+            after_step_state = self._after_step(strip_prefix("after_step", state), step)
+            state = state | add_prefix("after_step", after_step_state)
         if self._average is not None:
             average_state = self._average.after(self._model, strip_prefix("average", state), step)
             state = state | add_prefix("average", average_state)
@@ -116,14 +120,24 @@ class RobustStep:
             return Threat(norm, eps)
         return EigenspaceThreat(norm, eps, basis=self._basis, labels=y)
 
-    def _objective_input(self, y: Tensor, state: TaskState, step_context: StepContext) -> ObjectiveInput:
-        attacks: dict[str, _Attack] = {}
+    def _objective_context(
+        self, model: nn.Module, batch: _Batch, state: TaskState, step_context: StepContext
+    ) -> ObjectiveContext:
+        x, y = batch
+        attacks: dict[str, BoundAttack] = {}
         for norm, threat_spec in self._spec.threats.items():
-            threat = self._threat(norm, threat_spec.eps, y)
-            attacks[norm] = _Attack(threat, threat_spec, step_context, self._compiled)
-        return ObjectiveInput(
+            attacks[norm] = BoundAttack(
+                threat=self._threat(norm, threat_spec.eps, y),
+                options=threat_spec.options(),
+                attack=TRAINING_ATTACKS[threat_spec.attack],
+                noise=step_context.generator,
+                compiled=self._compiled,
+            )
+        return ObjectiveContext(
+            model=model,
+            x=x,
+            y=y,
             attacks=attacks,
-            options=self._spec.objective,
             state=state,
             step=step_context.step,
             epoch=step_context.epoch,
@@ -132,7 +146,6 @@ class RobustStep:
             mean=step_context.mean,
             noise=step_context.generator,
             fused=partial(_attack_fused, tuple(attacks.values())) if self._fused else None,
-            run_attack=partial(_timed, step_context),
         )
 
 
@@ -147,57 +160,32 @@ def strip_prefix(prefix: str, state: Mapping[str, Tensor]) -> TaskState:
     return {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
 
 
-def _timed(step_context: StepContext, attack: Callable[[], Tensor]) -> Tensor:
-    """Run an attack and add its time to the attack phase."""
-    with step_context.timers("attack"):
-        return attack()
-
-
-@dataclass(frozen=True)
-class _Attack:
-    """The attack of one threat in one step. Its noise is that of the step; its time is added to the attack phase."""
-
-    threat: Threat
-    spec: ThreatSpec
-    step_context: StepContext
-    compiled: nn.Module | None
-
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, loss: Loss = cross_entropy, **options: Any) -> Tensor:
-        with self.step_context.timers("attack"):
-            attack = TRAINING_ATTACKS[self.spec.attack]
-            all_options = {**self.spec.options(), **options}
-            noise = self.step_context.generator
-            return attack(self.compiled or model, x, y, self.threat, loss=loss, noise=noise, **all_options)
-
-
-def _can_fuse(threats: Sequence[ThreatSpec]) -> bool:
+def _can_fuse(threats: Threats) -> bool:
     """Whether the attacks differ in norm, radius and sparsity only, so that one batch can hold them all."""
-    if not all(threat.attack == "pgd" and threat.step_size is None for threat in threats):
+    sections = [threat for _, threat in threats.items()]
+    if not all(threat.attack == "pgd" and threat.step_size is None for threat in sections):
         return False
-    return len({(threat.steps, threat.restarts, threat.options()["random_start"]) for threat in threats}) == 1
+    return len({(threat.steps, threat.restarts, threat.starts_at_random) for threat in sections}) == 1
 
 
-def _attack_fused(attacks: Sequence[_Attack], model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+def _attack_fused(attacks: Sequence[BoundAttack], model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     """The adversarial points (B, ...) of each attack, computed on one batch of all attacks together."""
     count = len(attacks)
+    # Their options are the same, but for a sparsity, which only steepest steps under l1 have.
+    options: dict[str, Any] = {}
+    for attack in attacks:
+        options |= attack.options
     stacked_threats = StackedThreats(parts=tuple(attack.threat for attack in attacks))
-    fused_attack = replace(attacks[0], threat=stacked_threats)
-    # Only steepest steps under l1 have a sparsity.
-    sparsity = next((attack.spec.options()["sparsity"] for attack in attacks if attack.threat.norm == "l1"), 1)
-    points = fused_attack(model, torch.cat([x] * count), torch.cat([y] * count), sparsity=sparsity)  # (count * B, ...)
+    fused_attack = replace(attacks[0], threat=stacked_threats, options=options)
+    points = fused_attack(model, torch.cat([x] * count), torch.cat([y] * count))  # (count * B, ...)
     return points.chunk(count)
 
 
-def _build_average(spec: Averaging, steps_per_epoch: int, total_steps: int) -> WeightAverage | MoreauEnvelope:
+def _build_average(spec: Averaging, steps_per_epoch: int, total_steps: int) -> Average:
     start = spec.start.in_steps(steps_per_epoch) if spec.start else 0
     every = spec.every.in_steps(steps_per_epoch)
     _check_start("averaging.start", start + every - 1, total_steps)
-    if isinstance(spec, Swa):
-        return WeightAverage("swa", start, every)
-    if isinstance(spec, Ema):
-        return WeightAverage("ema", start, every, decay=float(spec.decay), warm_up=spec.warm_up)
-    anchor = WeightAverage(spec.rule, start, every, float(spec.decay), spec.warm_up, float(spec.rate))
-    return MoreauEnvelope(float(spec.pull), anchor)
+    return spec.build(start, every)
 
 
 def _check_start(key: str, last_idle_step: int, total_steps: int) -> None:

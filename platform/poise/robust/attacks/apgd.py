@@ -43,6 +43,7 @@ from poise.robust.attacks.losses import (
 )
 from poise.robust.attacks.sanity_checks import check_inputs, require_logits
 from poise.robust.noise import Noise, Source, as_noise
+from poise.robust.spec import DEFAULT_TARGETS
 from poise.robust.threats import Threat
 
 __all__ = ["apgd", "apgd_perturb"]
@@ -62,7 +63,7 @@ def apgd(
     steps: int = 100,
     restarts: int = 1,
     random_start: bool = True,
-    targets: int = 9,
+    targets: int = DEFAULT_TARGETS,
     large_eps: bool = True,
     noise: Source = None,
     bn_mode: BNMode = "eval",
@@ -139,7 +140,7 @@ def apgd_perturb(
     y: Tensor,
     threat: Threat,
     *,
-    steps: int = 10,
+    steps: int,
     restarts: int = 1,
     random_start: bool = False,
     spread: float | None = None,

@@ -25,7 +25,7 @@ from poise.robust.attacks.fab_projection import Hyperplanes
 from poise.robust.attacks.losses import targeted_margin
 from poise.robust.attacks.sanity_checks import check_inputs, require_logits
 from poise.robust.noise import Noise, Source, as_noise
-from poise.robust.spec import Norm
+from poise.robust.spec import DEFAULT_TARGETS, Norm
 from poise.robust.threats import ORDERS, Threat
 
 __all__ = ["Run", "fab"]
@@ -44,7 +44,7 @@ def fab(
     *,
     steps: int = 100,
     restarts: int = 1,
-    targets: int | None = 9,
+    targets: int | None = DEFAULT_TARGETS,
     noise: Source = None,
     batch_size: int | None = None,
 ) -> AttackResult:

@@ -24,10 +24,10 @@ from poise.robust.attacks.base import (
     warn_unmoved,
 )
 from poise.robust.attacks.losses import Loss, cross_entropy, without_underflow
-from poise.robust.attacks.pgd import decaying_steps, training_step
 from poise.robust.attacks.sanity_checks import check_inputs, require_logits
 from poise.robust.noise import Noise, Source, as_noise
 from poise.robust.spec import Sparsity
+from poise.robust.step_sizes import DEFAULT_SPARSITY, decaying_steps, training_step
 from poise.robust.threats import Threat
 
 __all__ = ["msd", "msd_perturb"]
@@ -42,7 +42,7 @@ def msd(
     steps: int,
     step_sizes: Mapping[str, float] | None = None,
     restarts: int = 1,
-    sparsity: Sparsity = (5, 20),
+    sparsity: Sparsity = DEFAULT_SPARSITY,
     loss: Loss = cross_entropy,
     noise: Source = None,
     bn_mode: BNMode = "eval",
@@ -57,7 +57,7 @@ def msd(
         x, y: images (N, ...) in [0, 1]; true labels (N,) int64.
         threats: the balls, at least one.
         steps: gradients of one run, each followed by a forward per threat.
-        step_sizes: lengths of every step, each in its own norm; None: decreasing steps, see `pgd.decaying_steps`.
+        step_sizes: lengths of every step, each in its own norm; None: `step_sizes.decaying_steps`.
         restarts: runs; the first starts at the image, the others at random in one ball after the other.
         sparsity, loss, noise, bn_mode: as for `pgd`.
 
@@ -105,7 +105,7 @@ def msd_perturb(
     *,
     steps: int,
     step_sizes: Mapping[str, float] | None = None,
-    sparsity: Sparsity = (5, 20),
+    sparsity: Sparsity = DEFAULT_SPARSITY,
     loss: Loss = cross_entropy,
     noise: Source = None,
     bn_mode: BNMode = "eval",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -23,9 +22,10 @@ from poise.robust.attacks.losses import Loss, cross_entropy, without_underflow
 from poise.robust.attacks.sanity_checks import check_inputs, require_logits
 from poise.robust.noise import Noise, Source, as_noise
 from poise.robust.spec import Sparsity
+from poise.robust.step_sizes import DEFAULT_SPARSITY, decaying_steps, training_step
 from poise.robust.threats import Threat
 
-__all__ = ["FirstFooling", "decaying_steps", "perturb", "pgd", "training_step"]
+__all__ = ["FirstFooling", "perturb", "pgd"]
 
 
 def pgd(
@@ -38,7 +38,7 @@ def pgd(
     step_size: float | None = None,
     restarts: int = 1,
     random_start: bool = True,
-    sparsity: Sparsity = (5, 20),
+    sparsity: Sparsity = DEFAULT_SPARSITY,
     loss: Loss = cross_entropy,
     noise: Source = None,
     bn_mode: BNMode = "eval",
@@ -53,7 +53,7 @@ def pgd(
         model: maps (N, ...) images to (N, K) logits.
         x, y: images (N, ...) in [0, 1]; true labels (N,) int64.
         steps: gradients of one run.
-        step_size: length of every step in the threat's norm; None: decreasing steps, see `decaying_steps`.
+        step_size: length of every step in the threat's norm; None: `step_sizes.decaying_steps`.
         restarts: runs; those after the first start at random, regardless of `random_start`.
         sparsity: for l1, coordinates per step: a count, or a range that each example draws from at each step.
         loss: what is maximised, see `attacks.losses`; for the cross entropy, its log odds, which do not underflow.
@@ -104,16 +104,16 @@ def perturb(
     restarts: int = 1,
     random_start: bool = True,
     spread: float | None = None,
-    sparsity: Sparsity = (5, 20),
+    sparsity: Sparsity = DEFAULT_SPARSITY,
     loss: Loss = cross_entropy,
     noise: Source = None,
     bn_mode: BNMode = "eval",
 ) -> Tensor:
     """Attack for training: the last iterate, like x, detached, at `steps` gradients and no forward beyond them.
 
-    Arguments and errors as for `pgd`, but a `step_size` of None is `training_step`. With `spread`, every run starts at
-    the image plus spread * N(0, I), projected onto the threat, regardless of `random_start`. With restarts > 1 each
-    example keeps the run of highest final loss, which costs two forwards per further run.
+    Arguments and errors as for `pgd`, but a `step_size` of None is `step_sizes.training_step`. With `spread`, every run
+    starts at the image plus spread * N(0, I), projected onto the threat, regardless of `random_start`. With restarts >
+    1 each example keeps the run of highest final loss, which costs two forwards per further run.
     """
     y = check_inputs(x, y, threat)
     size = training_step(threat.eps, steps) if step_size is None else step_size
@@ -129,21 +129,6 @@ def perturb(
             other_loss = ascent.loss(scores(model, other), y)
             best = torch.where(column(other_loss > best_loss, x), other, best)
     return best
-
-
-def decaying_steps(eps: float, steps: int) -> tuple[float, ...]:
-    """The default step lengths of an evaluation: eps * (1 + cos(pi * t / steps)) / 2 for t = 0, ..., steps - 1.
-
-    The first step crosses the ball and the last ones refine, so that more steps make a stronger attack. Many equal
-    steps of 2.5 * eps / steps cannot leave the region of their start. Cosine-annealed steps are those of
-    Probability Margin Attack (arXiv 2411.15210), here from eps instead of 2 * eps.
-    """
-    return tuple(eps * (1 + math.cos(math.pi * step / steps)) / 2 for step in range(steps))
-
-
-def training_step(eps: float, steps: int) -> float:
-    """The default step length of training: 2.5 * eps / steps (Madry et al., 2018), at most eps."""
-    return min(2.5 * eps / steps, eps)
 
 
 class FirstFooling:

@@ -1,53 +1,72 @@
-"""The objectives of adversarial training, by name. Each is a function of one batch; see `base`."""
+"""The objectives of adversarial training: one class per file, and one line per class in `OBJECTIVES`. See `base`."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Union
 
-from poise.robust.objective_spec import Adt, Eat
-from poise.robust.objectives.base import Attack, Objective, ObjectiveInput, ObjectiveOutput, State
-from poise.robust.objectives.clean import mart, trades
-from poise.robust.objectives.eat import eat, eat_probabilities, initial_errors
-from poise.robust.objectives.fast import fgsm_rs, gradalign
-from poise.robust.objectives.joint import mix, msd, sat
-from poise.robust.objectives.norms import adt, adt_weights, at, avg, initial_weights, max
+from pydantic import Field
+
+from poise.robust.objectives.adt import Adt, adt_weights
+from poise.robust.objectives.at import At
+from poise.robust.objectives.avg import Avg
+from poise.robust.objectives.base import (
+    AfterStep,
+    Attack,
+    BoundAttack,
+    Objective,
+    ObjectiveContext,
+    ObjectiveOutput,
+    Points,
+    State,
+)
+from poise.robust.objectives.eat import Eat, eat_probabilities
+from poise.robust.objectives.fgsm_rs import FgsmRs
+from poise.robust.objectives.gradalign import GradAlign
+from poise.robust.objectives.mart import Mart
+from poise.robust.objectives.max import Max
+from poise.robust.objectives.mix import Mix
+from poise.robust.objectives.msd import Msd
 from poise.robust.objectives.projection import GradientProjection
-from poise.robust.objectives.ramp import ramp
+from poise.robust.objectives.ramp import Ramp
+from poise.robust.objectives.sat import Sat
+from poise.robust.objectives.trades import Trades
 
 __all__ = [
     "OBJECTIVES",
+    "AfterStep",
     "Attack",
+    "BoundAttack",
     "GradientProjection",
     "Objective",
-    "ObjectiveInput",
+    "ObjectiveContext",
     "ObjectiveOutput",
+    "ObjectiveSpec",
+    "Points",
     "State",
     "adt_weights",
     "eat_probabilities",
-    "initial_state",
 ]
 
-OBJECTIVES: dict[str, Objective] = {
-    "at": at,
-    "trades": trades,
-    "mart": mart,
-    "avg": avg,
-    "max": max,
-    "sat": sat,
-    "msd": msd,
-    "mix": mix,
-    "adt": adt,
-    "eat": eat,
-    "ramp": ramp,
-    "fgsm_rs": fgsm_rs,
-    "gradalign": gradalign,
+OBJECTIVES: Mapping[str, type[Objective]] = {
+    "at": At,
+    "trades": Trades,
+    "mart": Mart,
+    "avg": Avg,
+    "max": Max,
+    "sat": Sat,
+    "msd": Msd,
+    "mix": Mix,
+    "adt": Adt,
+    "eat": Eat,
+    "ramp": Ramp,
+    "fgsm_rs": FgsmRs,
+    "gradalign": GradAlign,
 }
+"""The class of each objective, by name. `OBJECTIVES["trades"](beta=6)` is an objective with its options."""
 
-
-def initial_state(options: Any, norms: tuple[str, ...]) -> State:
-    """The state of an objective before the first batch; empty for most objectives."""
-    if isinstance(options, Eat):
-        return initial_errors(len(norms))
-    if isinstance(options, Adt):
-        return initial_weights(options, norms)
-    return {}
+if TYPE_CHECKING:
+    ObjectiveSpec = Objective
+else:
+    ObjectiveSpec = Annotated[Union[tuple(OBJECTIVES.values())], Field(discriminator="name")]  # noqa: UP007
+    """The section `objective` of a spec: one of `OBJECTIVES`; pydantic chooses the class by `name`."""

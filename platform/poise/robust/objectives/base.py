@@ -1,7 +1,26 @@
-"""The interface of an objective: what it gets for one batch, and what it returns."""
+"""The interface of an objective of adversarial training, and what it gets and returns for one batch.
+
+An objective is one class in one file: its options are pydantic fields, and two methods are what it does with a batch.
+`craft` finds the adversarial points; `loss` is the loss at these points. All points are crafted before the first
+training forward, so that every threat meets the same model. In a notebook, on plain tensors:
+
+    >>> from poise.robust.objectives import OBJECTIVES, BoundAttack, ObjectiveContext
+    >>> from poise.robust.threats import Threat
+    >>> objective = OBJECTIVES["trades"](beta=6)
+    >>> attack = BoundAttack(Threat("linf", 8 / 255), {"steps": 10})
+    >>> context = ObjectiveContext(model, x, y, attacks={"linf": attack})
+    >>> points = objective.craft(context)            # {"linf": points like x}
+    >>> output = objective.loss(points, context)
+    >>> output.loss.backward()
+
+Whoever calls the two methods may do something between them, or call `loss` again at other weights: timers, adversarial
+weight perturbation and attacks that are computed in one batch all work from outside (`robust.training.awp`,
+`kinds.robust_train.step`).
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -9,14 +28,34 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from poise.errors import PoiseError
-from poise.robust.attacks import Loss, cross_entropy
+from poise.robust.attacks import Loss, cross_entropy, perturb
+from poise.robust.noise import Source
+from poise.robust.spec import Threats
 from poise.robust.threats import Threat
+from poise.spec import SpecModel
 
-__all__ = ["Attack", "Objective", "ObjectiveInput", "ObjectiveOutput", "State", "craft", "make_output", "unwrap"]
+__all__ = [
+    "AfterStep",
+    "Attack",
+    "BoundAttack",
+    "Objective",
+    "ObjectiveContext",
+    "ObjectiveOutput",
+    "Points",
+    "State",
+    "check_same_norms",
+    "craft_all",
+    "craft_one",
+    "gradients_of_one_draw",
+    "require_one_threat",
+    "unwrap",
+]
 
 State = dict[str, Tensor]
 """What an objective remembers from batch to batch. It belongs in checkpoints, and is the same on every rank."""
+
+Points = Mapping[str, Tensor]
+"""The adversarial points of a batch, each like x and detached: by the norm of their threat, or by another name."""
 
 
 class Attack(Protocol):
@@ -33,34 +72,58 @@ class Attack(Protocol):
     ) -> Tensor: ...
 
 
+@dataclass(frozen=True)
+class BoundAttack:
+    """An attack of training with its threat, its options and its noise bound.
+
+    Attributes:
+        options: keyword arguments of `attack`, such as {"steps": 10}.
+        attack: `attacks.perturb` or `attacks.apgd_perturb`.
+        noise: see `noise.Source`.
+        compiled: called in place of the model, with the same weights.
+    """
+
+    threat: Threat
+    options: Mapping[str, Any]
+    attack: Callable[..., Tensor] = perturb
+    noise: Source = None
+    compiled: nn.Module | None = None
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, loss: Loss = cross_entropy, **options: Any) -> Tensor:
+        """Adversarial examples like x (N, ...) for labels y (N,); `options` override the bound ones."""
+        all_options = {**self.options, **options}
+        return self.attack(self.compiled or model, x, y, self.threat, loss=loss, noise=self.noise, **all_options)
+
+
 def _identity(values: Tensor) -> Tensor:
     return values
 
 
-def _call(attack: Callable[[], Tensor]) -> Tensor:
-    return attack()
-
-
 @dataclass(frozen=True)
-class ObjectiveInput:
-    """All that an objective needs beside the model, the images and the labels of one batch.
+class ObjectiveContext:
+    """One batch, and what an objective may use to compute its loss.
 
-    Args:
+    Attributes:
+        model: in train mode, maps (N, ...) to logits (N, K); may be a DistributedDataParallel wrapper. Training
+            forwards go through it, and attacks get the module inside (`unwrap`).
+        x: images (N, ...) in [0, 1]. They belong to the caller: a model that may change its input gets a copy.
+        y: labels (N,) int64.
         attacks: by norm, in the order linf, l2, l1.
-        options: the section of the spec that names the objective.
-        state: from `initial_state` or from the last `ObjectiveOutput`.
+        state: from `Objective.initial_state` or from the last `ObjectiveOutput`.
         step: number of the optimizer step.
         epoch: number of the epoch that the step belongs to.
         first_in_epoch: whether the step is the first of its epoch.
         draw: uniform in [0, 1), the same on every rank: for choices that a whole batch shares.
         mean: averages a tensor over ranks, so that every rank has the same state.
         noise: draws the noise of this rank's examples.
-        fused: runs all of `attacks` in one batch, if that is possible: points like x, in the order of `attacks`.
-        run_attack: runs an attack that is none of `attacks`, so that the caller can time it, or replay its result.
+        fused: an optimisation of the caller: runs all of `attacks` in one batch, and returns points like x, in the
+            order of `attacks`. None where that is not possible.
     """
 
+    model: nn.Module
+    x: Tensor
+    y: Tensor
     attacks: Mapping[str, Attack]
-    options: Any
     state: State = field(default_factory=dict)
     step: int = 0
     epoch: int = 0
@@ -69,7 +132,6 @@ class ObjectiveInput:
     mean: Callable[[Tensor], Tensor] = _identity
     noise: torch.Generator | None = None
     fused: Callable[[nn.Module, Tensor, Tensor], Sequence[Tensor]] | None = None
-    run_attack: Callable[[Callable[[], Tensor]], Tensor] = _call
 
 
 @dataclass(frozen=True)
@@ -85,9 +147,68 @@ class ObjectiveOutput:
     state: State
 
 
-Objective = Callable[[nn.Module, Tensor, Tensor, ObjectiveInput], ObjectiveOutput]
-"""Called with the model in train mode ((N, ...) to logits (N, K); may be a DistributedDataParallel wrapper), images
-(N, ...) in [0, 1], labels (N,) int64, and the `ObjectiveInput`."""
+class AfterStep(Protocol):
+    """What an objective does with the model after every step of the optimizer, with a state of its own."""
+
+    def initial(self) -> State:
+        """The state before the first step, on the model's device."""
+        ...
+
+    def __call__(self, state: State, step: int) -> State:
+        """The state after the optimizer's `step`-th step; may write into the model, never into `state`."""
+        ...
+
+
+class Objective(SpecModel, ABC):
+    """An objective of adversarial training: a section of a spec, with the method that it stands for.
+
+    A subclass has a field `name`, a literal with its name as the default, and one field for each option. It must
+    implement `loss`; all other methods have defaults.
+    """
+
+    name: str
+
+    def check(self, threats: Threats) -> None:
+        """Raise `ValueError` when the objective cannot be trained on these threats."""
+
+    def gradients_per_batch(self, threats: Threats) -> int:
+        """Input gradients that the attacks take per training batch, on average over the batches of a run.
+
+        By default the sum over threats of steps times restarts.
+        """
+        return sum(threat.steps * threat.restarts for _, threat in threats.items())
+
+    def losses_per_batch(self, threats: Threats) -> int:
+        """Training forwards of one batch, without those of its attacks. By default one for each threat."""
+        return len(threats)
+
+    def steps_per_batch(self, threats: Threats) -> int:
+        """Consecutive optimizer steps on each batch. By default one."""
+        return 1
+
+    @property
+    def copies_of_model(self) -> int:
+        """How many copies of the model the state of `after_step` holds, for the size of a checkpoint."""
+        return 0
+
+    def initial_state(self, norms: Sequence[str]) -> State:
+        """The state before the first batch, for threats in these norms. By default empty."""
+        return {}
+
+    def after_step(self, model: nn.Module, steps_per_epoch: int) -> AfterStep | None:
+        """What happens to `model` after every step of the optimizer. By default nothing: None."""
+        return None
+
+    def craft(self, context: ObjectiveContext) -> Points:
+        """The adversarial points of the batch, and all else that `loss` needs of them; by default of every threat."""
+        return craft_all(context)
+
+    @abstractmethod
+    def loss(self, points: Points, context: ObjectiveContext) -> ObjectiveOutput:
+        """The loss of the batch at `points`, the metrics and the next state.
+
+        It may be called several times with the same points, at other weights. `context.state` is not written to.
+        """
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -96,47 +217,39 @@ def unwrap(model: nn.Module) -> nn.Module:
     return inner
 
 
-def craft(model: nn.Module, x: Tensor, y: Tensor, inputs: ObjectiveInput, **options: Any) -> list[Tensor]:
-    """The adversarial examples of every threat, each like x; `options` go to the attacks."""
-    inner = unwrap(model)
-    if inputs.fused is not None and not options:
-        return list(inputs.fused(inner, x, y))
-    return [attack(inner, x, y, **options) for attack in inputs.attacks.values()]
+def craft_all(context: ObjectiveContext) -> dict[str, Tensor]:
+    """The adversarial examples of every threat, by norm, each like x."""
+    inner = unwrap(context.model)
+    if context.fused is not None:
+        return dict(zip(context.attacks, context.fused(inner, context.x, context.y), strict=True))
+    return {norm: attack(inner, context.x, context.y) for norm, attack in context.attacks.items()}
 
 
-def make_output(
-    inputs: ObjectiveInput,
-    loss: Tensor,
-    losses: Tensor,
-    correct: Tensor,
-    norms: Sequence[str],
-    weights: Tensor,
-    state: State | None = None,
-) -> ObjectiveOutput:
-    """The output of a batch: `loss`, the metrics of each norm, and `state` (by default the state before the batch).
-
-    Args:
-        losses: (P, N), the losses of N examples under each of the P `norms`.
-        correct: bool (P, N), which adversarial examples are classified right.
-        weights: (P,), the coefficients of the norms in `loss`.
-
-    Raises:
-        PoiseError: a loss is not finite; the message names the example and the step.
-    """
-    losses = losses.detach()
-    _require_finite(losses, norms, inputs.step)
-    metrics = {"robust/union": correct.all(0).float().mean()}
-    for index, norm in enumerate(norms):
-        metrics[f"loss/{norm}"] = losses[index].mean()
-        metrics[f"robust/{norm}"] = correct[index].float().mean()
-        metrics[f"weight/{norm}"] = weights.detach()[index]
-    return ObjectiveOutput(loss, metrics, inputs.state if state is None else state)
+def craft_one(context: ObjectiveContext, norm: str, **options: Any) -> dict[str, Tensor]:
+    """The adversarial examples of the threat `norm` alone, by its norm; `options` go to the attack."""
+    attack = context.attacks[norm]
+    return {norm: attack(unwrap(context.model), context.x, context.y, **options)}
 
 
-def _require_finite(losses: Tensor, norms: Sequence[str], step: int) -> None:
-    if not bool(losses.isfinite().all()):
-        row, example = losses.isfinite().logical_not().nonzero()[0].tolist()
-        raise PoiseError(
-            f"the loss under {norms[row]} of example {example} of the batch is {losses[row, example].item()} at step "
-            f"{step}: lower train.optimizer.lr, set train.clip_norm or use train.precision fp32"
+def require_one_threat(name: str, threats: Threats) -> None:
+    """Raise `ValueError` unless the objective of this name is given exactly one threat."""
+    if len(threats) != 1:
+        norms = ", ".join(threats.keys())
+        raise ValueError(
+            f"objective `{name}` trains on exactly one threat and {len(threats)} are given ({norms}): "
+            "keep one, or use `avg`, `max` or `adt`"
+        )
+
+
+def gradients_of_one_draw(threats: Threats) -> int:
+    """Input gradients per batch where one threat is drawn for each batch: the mean over threats."""
+    gradients = [threat.steps * threat.restarts for _, threat in threats.items()]
+    return round(sum(gradients) / len(gradients))
+
+
+def check_same_norms(what: str, norms: Sequence[str], threats: Threats) -> None:
+    """Raise `ValueError` unless values that are given by norm are given for exactly the norms of the threats."""
+    if set(norms) != set(threats.keys()):
+        raise ValueError(
+            f"{what} are given for {', '.join(norms)} and threats for {', '.join(threats.keys())}: name the same norms"
         )

@@ -17,15 +17,35 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["MoreauEnvelope", "WeightAverage", "assign", "update_bn"]
+__all__ = ["Average", "MoreauEnvelope", "WeightAverage", "assign", "update_bn"]
 
 State = Mapping[str, Tensor]
+
+
+class Average(Protocol):
+    """An average of the weights that follows training, and may pull the weights towards it."""
+
+    def initial(self, model: nn.Module) -> dict[str, Tensor]:
+        """The state before the first step: a copy of every trainable parameter."""
+        ...
+
+    def moves(self, step: int) -> int:
+        """The number of moves of u after `step` steps of the optimizer."""
+        ...
+
+    def after(self, model: nn.Module, state: State, step: int) -> dict[str, Tensor]:
+        """The state once the optimizer has taken its `step`-th step."""
+        ...
+
+    def proximal_term(self, model: nn.Module, state: State, step: int) -> Tensor | None:
+        """What is added to the loss of the step that follows `step` steps, a scalar; None for nothing."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -51,21 +71,24 @@ class WeightAverage:
             raise ValueError(f"decay is in [0, 1) and rate above 0, not {self.decay} and {self.rate}")
 
     def initial(self, model: nn.Module) -> dict[str, Tensor]:
-        """The state before the first step: a copy of every trainable parameter."""
+        """See `Average`."""
         return {name: parameter.detach().clone() for name, parameter in _trainable(model).items()}
 
     def moves(self, step: int) -> int:
-        """The number of moves of u after `step` steps of the optimizer."""
+        """See `Average`."""
         return max(0, step - self.start) // self.every
 
     def after(self, model: nn.Module, state: State, step: int) -> dict[str, Tensor]:
-        """The state once the optimizer has taken its `step`-th step."""
+        """See `Average`."""
         parameters = _trainable(model)
         averages = [_in_layout_of(parameter, state[name]) for name, parameter in parameters.items()]
         if step >= self.start and (step - self.start) % self.every == 0:
             weights = [parameter.detach() for parameter in parameters.values()]
             averages = list(torch._foreach_lerp(averages, weights, self._move_size(step)))
         return dict(zip(parameters, averages, strict=True))
+
+    def proximal_term(self, model: nn.Module, state: State, step: int) -> None:
+        """None: a plain average does not act on training."""
 
     def _move_size(self, step: int) -> float:
         """b_t; 1 at the start, where u becomes w."""
@@ -97,15 +120,15 @@ class MoreauEnvelope:
             raise ValueError(f"p is at least 0, not {self.p}")
 
     def initial(self, model: nn.Module) -> dict[str, Tensor]:
-        """As for `WeightAverage`."""
+        """See `Average`."""
         return self.anchor.initial(model)
 
     def moves(self, step: int) -> int:
-        """As for `WeightAverage`."""
+        """See `Average`."""
         return self.anchor.moves(step)
 
     def after(self, model: nn.Module, state: State, step: int) -> dict[str, Tensor]:
-        """As for `WeightAverage`."""
+        """See `Average`."""
         return self.anchor.after(model, state, step)
 
     def proximal_term(self, model: nn.Module, state: State, step: int) -> Tensor | None:

@@ -12,22 +12,22 @@ which does. Tensors of one dimension (biases, gains) are not perturbed. With gam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from poise.robust.attacks import Loss, cross_entropy
-from poise.robust.objectives import Attack, Objective, ObjectiveInput, ObjectiveOutput
-from poise.robust.threats import Threat
+from poise.robust.objectives import Objective, ObjectiveContext, ObjectiveOutput, Points
 
 __all__ = ["WeightPerturbation", "direction"]
 
 
 class WeightPerturbation:
-    """Moves the weights of `model` to w' and back: `objective` perturbs them, `restore` ends the step."""
+    """Wraps the two functions of an objective: `craft` works at w, and `loss` at w', where it moves the weights.
+
+    `restore` ends the step. In a step of several batches, each batch perturbs the weights by itself, from w.
+    """
 
     def __init__(self, model: nn.Module, gamma: float) -> None:
         if gamma < 0:
@@ -38,22 +38,20 @@ class WeightPerturbation:
         self._saved: list[Tensor] = []  # w; empty while the weights are not perturbed
         self._perturbed: list[Tensor] = []  # w'
 
-    def objective(
-        self, objective: Objective, model: nn.Module, x: Tensor, y: Tensor, inputs: ObjectiveInput
-    ) -> ObjectiveOutput:
-        """`objective` at w', with the adversarial examples of w; `model` is the perturbed one, maybe wrapped in DDP.
-
-        In a step of several batches, each batch perturbs the weights by itself, from w.
-        """
-        if self._gamma == 0:
-            return objective(model, x, y, inputs)
+    def craft(self, objective: Objective, context: ObjectiveContext) -> Points:
+        """The adversarial points of w, which the weights are set to first."""
         self._reset()
-        recording = _Recording()
-        recorded_inputs = _record(inputs, recording)
-        # the first call crafts the adversarial examples at w, the second gets the same examples at w'
-        self._perturb(self._perturbation(objective, x, y, recorded_inputs))
-        recording.rewind()
-        return objective(model, x, y, recorded_inputs)
+        return objective.craft(context)
+
+    def loss(self, objective: Objective, points: Points, context: ObjectiveContext) -> ObjectiveOutput:
+        """The output of the objective at w', for points that were crafted at w.
+
+        `context.model` is the perturbed model; it may be in a DistributedDataParallel wrapper.
+        """
+        self._reset()
+        if self._gamma > 0:
+            self._perturb(self._perturbation(objective, points, context))
+        return objective.loss(points, context)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -63,15 +61,15 @@ class WeightPerturbation:
             self._reset()
             torch._foreach_add_(self._weights, difference)
 
-    def _perturbation(self, objective: Objective, x: Tensor, y: Tensor, inputs: ObjectiveInput) -> list[Tensor]:
-        """v, from a forward that leaves the buffers as they were."""
+    def _perturbation(self, objective: Objective, points: Points, context: ObjectiveContext) -> list[Tensor]:
+        """v, from a forward of the bare model that leaves the buffers as they were."""
         buffers = [(buffer, buffer.clone()) for buffer in self._model.buffers()]
-        output = objective(self._model, x, y, inputs)
+        output = objective.loss(points, replace(context, model=self._model))
         gradients = torch.autograd.grad(output.loss, self._weights, materialize_grads=True)
         for buffer, saved in buffers:
             buffer.copy_(saved)
         # one flat tensor, so that ranks average all gradients in a single call
-        flat = inputs.mean(torch.cat([gradient.flatten() for gradient in gradients]))
+        flat = context.mean(torch.cat([gradient.flatten() for gradient in gradients]))
         parts = torch.split(flat, [weight.numel() for weight in self._weights])
         shaped = [part.view_as(weight) for part, weight in zip(parts, self._weights, strict=True)]
         return direction(self._weights, shaped, self._gamma)
@@ -98,58 +96,3 @@ def direction(weights: Sequence[Tensor], gradients: Sequence[Tensor], gamma: flo
         lengths = [torch.linalg.vector_norm(d).clamp(min=1e-30) for d in gradients]
         sizes = [gamma * torch.linalg.vector_norm(w) for w in weights]
         return [size * (d / length) for size, d, length in zip(sizes, gradients, lengths, strict=True)]
-
-
-class _Recording:
-    """The results of the attacks in the order of their calls; after `rewind` they are returned again, not computed."""
-
-    def __init__(self) -> None:
-        self.points: list[Tensor] = []
-        self.position: int | None = None  # None while recording
-
-    def rewind(self) -> None:
-        self.position = 0
-
-    def result(self, attack: Callable[[], Tensor]) -> Tensor:
-        if self.position is None:
-            self.points.append(attack())
-            return self.points[-1]
-        self.position += 1
-        return self.points[self.position - 1]
-
-
-@dataclass(frozen=True)
-class _RecordedAttack:
-    """An attack that is recorded at its first call, and replayed once the recording is rewound."""
-
-    attack: Attack
-    recording: _Recording
-
-    @property
-    def threat(self) -> Threat:
-        return self.attack.threat
-
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, loss: Loss = cross_entropy, **options: Any) -> Tensor:
-        return self.recording.result(lambda: self.attack(model, x, y, loss=loss, **options))
-
-
-def _record(inputs: ObjectiveInput, recording: _Recording) -> ObjectiveInput:
-    """The same input, with every way to attack replaced by one that is recorded."""
-    attacks = {norm: _RecordedAttack(attack, recording) for norm, attack in inputs.attacks.items()}
-    run_attack = inputs.run_attack
-    fused = inputs.fused
-
-    def recorded_run_attack(attack: Callable[[], Tensor]) -> Tensor:
-        return recording.result(lambda: run_attack(attack))
-
-    def recorded_fused(model: nn.Module, x: Tensor, y: Tensor) -> Sequence[Tensor]:
-        assert fused is not None
-        points = recording.result(lambda: torch.stack([*fused(model, x, y)]))  # (P, N, ...)
-        return points.unbind()
-
-    return replace(
-        inputs,
-        attacks=attacks,
-        run_attack=recorded_run_attack,
-        fused=None if fused is None else recorded_fused,
-    )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from poise.robust.attacks import attack_mode, pgd
 from poise.robust.noise import Noise
-from poise.robust.objectives.fast import gradient_cosines
+from poise.robust.objectives.one_step import gradient_cosines
 from poise.robust.threats import Threat
 
 __all__ = ["Probe", "alarm", "probe", "robust_gap"]
