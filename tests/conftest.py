@@ -41,6 +41,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: _LONGEST.index(item.path.name) if item.path.name in _LONGEST else len(_LONGEST))
 
 
+@pytest.fixture
+def allow_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code of the user may run in this process, and in those that the test starts."""
+    monkeypatch.setenv("POISE_ALLOW_CODE", "1")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of shared data sets: POISE_SHARED_DATA, or ../shared/data beside the repository."""

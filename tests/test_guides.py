@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 RAY = "tests/end_to_end/test_ray.py"
+EXTEND = "tests/test_user_code.py"
 JOBS = f"{RAY}::test_a_spec_is_sent_as_a_job_followed_listed_and_stopped"
 TORCHRUN = f"{RAY}::test_two_processes_under_torchrun_are_two_ray_workers"
 LAUNCH = "torchrun --standalone --nproc-per-node=2"
@@ -31,6 +32,8 @@ CLUSTER = "tests/cluster/test_cluster.py::test_a_cluster_comes_takes_a_job_and_g
 BY_HAND = "tests/cluster/test_cluster.py::test_a_head_that_is_started_by_hand_asks_for_the_token_that_was_made_first"
 CHART = "tests/helm/test_chart.py"
 ELSEWHERE = {
+    "poise check spec.yaml": f"{EXTEND}::test_a_check_without_the_permission_imports_nothing_and_says_so",
+    "poise run spec.yaml --allow-code --engine local": f"{EXTEND}::run",
     "make run": "tests/test_guides.py::test_make_knows_every_target",
     "make test": "tests/test_guides.py::test_make_knows_every_target",
     "poise run jobs/quickstart.yaml": f"{RAY}::test_a_killed_worker_and_a_killed_driver",
@@ -216,7 +219,7 @@ def test_blocks_of_commands_are_marked_as_such():
     """A block in another shell language, or in none, would hide its commands from the tests."""
     for guide in GUIDES:
         opening = re.findall(r"^\s*```(\w*)\n.*?^\s*```$", guide.read_text(), flags=re.MULTILINE | re.DOTALL)
-        assert set(opening) <= {"sh", "yaml", "text"}, guide.name
+        assert set(opening) <= {"sh", "yaml", "text", "python"}, guide.name
 
 
 def test_make_knows_every_target():

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from poise.errors import UserError
 
 __all__ = [
+    "ALLOW_CODE",
     "CACHE",
     "COMMIT",
     "GRACE_S",
@@ -28,6 +29,10 @@ __all__ = [
 
 RAY_LOGS = "POISE_RAY_LOGS"
 """Set to 1 to print the output of Ray's processes and of the workers; by default it is only in Ray's logs."""
+
+ALLOW_CODE = "POISE_ALLOW_CODE"
+"""Set to 1 to run code of the user, which a spec names as package.module:attribute. `--allow-code` sets it for one
+command, its workers and its job."""
 
 CACHE = "POISE_CACHE"
 """Folder of caches, such as the hashes of large files; the default is ~/.cache/poise."""

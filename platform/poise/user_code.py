@@ -1,22 +1,113 @@
-"""Errors of the user's code as one line with its file and line."""
+"""Code of the user that a spec names as `package.module:attribute`: the permission to run it, its import, its errors.
+
+Such code runs only where the user has allowed it, by `--allow-code` or POISE_ALLOW_CODE=1, because a spec may come from
+somebody else. Without the permission nothing of it is imported: its files and names are read, see `spec.code`.
+"""
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 import sysconfig
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import poise
+from poise import env
 from poise.errors import PoiseError, UserError
 
-__all__ = ["describe_error", "explain_errors"]
+__all__ = [
+    "allow_code",
+    "current_folder_first",
+    "describe_error",
+    "explain_errors",
+    "explain_user_frames",
+    "is_code_allowed",
+    "load_attribute",
+    "refusal",
+]
 
 _SCRIPT_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\w+)')
 _PACKAGES = ("site-packages", "dist-packages")
 _LIBRARIES = (Path(poise.__file__).parent, Path(sysconfig.get_paths()["stdlib"]))
+
+
+@contextmanager
+def allow_code() -> Iterator[None]:
+    """Allow code of the user while the block runs, in this process and in the processes that it starts."""
+    before = os.environ.get(env.ALLOW_CODE)
+    os.environ[env.ALLOW_CODE] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[env.ALLOW_CODE]
+        else:
+            os.environ[env.ALLOW_CODE] = before
+
+
+def is_code_allowed() -> bool:
+    """Whether code of the user may run in this process."""
+    return os.environ.get(env.ALLOW_CODE) == "1"
+
+
+def refusal(reference: str) -> str:
+    """The message for code that is not allowed to run: its module, and how to allow it."""
+    module = reference.partition(":")[0]
+    return (
+        f"{reference} runs code of the module {module}, which this spec may do only with --allow-code "
+        f"(or {env.ALLOW_CODE}=1)"
+    )
+
+
+def load_attribute(reference: str, where: str) -> Any:
+    """The object that `package.module:attribute` names. The module is imported; the current folder is searched first.
+
+    `where`: the field of the spec that names it, for messages.
+
+    Raises:
+        UserError: code is not allowed, the module cannot be imported, or it has no such attribute.
+    """
+    if not is_code_allowed():
+        raise UserError(f"{where}: {refusal(reference)}")
+    module, _, name = reference.partition(":")
+    with explain_errors(f"{where}: {reference}"), current_folder_first():
+        return getattr(import_module(module), name)
+
+
+@contextmanager
+def current_folder_first() -> Iterator[None]:
+    """Search modules in the current folder before all other places while the block runs."""
+    current_folder = str(Path.cwd())
+    sys.path.insert(0, current_folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(current_folder)
+
+
+@contextmanager
+def explain_user_frames() -> Iterator[None]:
+    """Turn an exception that was raised in code of the user, or below it, into a UserError with its file and line.
+
+    Any other exception passes through. So does one of the communication between workers, even if code of the user has
+    asked for it: the worker group is then restarted.
+    """
+    try:
+        yield
+    except PoiseError:
+        raise
+    except Exception as error:
+        files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+        is_communication = any(file.parent.name == "distributed" and "torch" in file.parts for file in files)
+        if is_communication or not any(map(_is_user_file, files)):
+            raise
+        raise UserError(f"code of yours raised {describe_error(error, source=True)}") from error
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from poise.spec import dump
 from poise.store.runs import Run, open_run
 from poise.train.context import Context
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.usefixtures("allow_code")]
 
 MODEL = """\
 import torch

@@ -221,7 +221,7 @@ def test_a_model_of_the_users_own_that_fails_late_is_not_tried_again(head, tmp_p
     """The attacked examples that are left over make a batch of another size than the model was shown."""
     (tmp_path / "late_model.py").write_text(LATE)
     (tmp_path / "late.yaml").write_text(EVALUATION.format(store=tmp_path / "runs"))
-    command = [sys.executable, "-m", "poise", "run", "late.yaml", "--address", head.address]
+    command = [sys.executable, "-m", "poise", "run", "late.yaml", "--allow-code", "--address", head.address]
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr

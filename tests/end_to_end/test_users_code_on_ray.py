@@ -46,7 +46,7 @@ def test_a_module_that_only_this_machine_has_is_sent_to_the_workers(head, tmp_pa
     store = str(tmp_path / "runs")
     (elsewhere / "spec.yaml").write_text(yaml.safe_dump(spec_of(store)))
     path = os.pathsep.join([str(code), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "poise", "run", "spec.yaml", "--address", head.address]
+    command = [sys.executable, "-m", "poise", "run", "spec.yaml", "--allow-code", "--address", head.address]
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -61,7 +61,7 @@ def test_a_job_has_the_module_that_was_submitted_with_it(head, tmp_path):
     (tmp_path / "helper_of_mine.py").write_text(HELPER)
     store = str(tmp_path / "runs")
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec_of(store)))
-    command = [sys.executable, "-m", "poise", "submit", "spec.yaml", "--address", head.dashboard]
+    command = [sys.executable, "-m", "poise", "submit", "spec.yaml", "--allow-code", "--address", head.dashboard]
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -177,6 +177,7 @@ def evaluation(store: Path, **model: Any) -> dict[str, Any]:
     }
 
 
+@pytest.mark.usefixtures("allow_code")
 def test_code_that_was_corrected_does_not_show_the_old_result(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "corrected.py").write_text(MODULE)
@@ -318,7 +319,8 @@ def test_every_path_and_run_that_a_spec_can_name_is_an_input():
         "DataSpec.root", "JsonlText.path", "ParquetText.path", "JsonlQuestions.path", "CsvQuestions.path",
         "ParquetQuestions.path", "LanguageModelSpec.folder",
         "LanguageModelSpec.run", "TargetModelSpec.run", "TargetModelSpec.file", "TargetModelSpec.function",
-        "RecheckSpec.run",
+        "ModelSpec.function", "DataSpec.function", "FunctionText.function", "FunctionQuestions.function",
+        "MetricFunction.function", "RecheckSpec.run",
         "RobustManifoldSpec.runs", "BoundsReportSpec.runs", "LatentSpec.vae",
     }  # fmt: skip
     found: set[str] = set()

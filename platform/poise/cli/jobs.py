@@ -10,10 +10,12 @@ from typing import Any
 import click
 
 from poise.cli.options import (
+    allow_code_option,
     dashboard_option,
     interrupt_note,
     load_spec,
     profile_option,
+    refuse_code,
     refuse_mistakes,
     set_option,
     spec_argument,
@@ -27,6 +29,7 @@ __all__ = ["logs", "status", "stop", "submit"]
 @spec_argument
 @set_option
 @profile_option
+@allow_code_option
 @dashboard_option
 @click.option("--job", help="Id of the job; the default is poise-NAME.")
 @click.option("--detach", is_flag=True, help="Return at once instead of following the log.")
@@ -35,11 +38,12 @@ def submit(
 ) -> None:
     """Send a spec to a cluster as a job.
 
-    Its log is followed until it ends; Ctrl-C leaves the job running.
+    Its log is followed until it ends; Ctrl-C leaves the job running. --allow-code holds for the job too.
     """
     from poise.engine.ray import jobs
 
     resolved, document = load_spec(spec, assignments, profile)
+    refuse_code(resolved, document)
     refuse_mistakes(resolved, document, elsewhere=True)
     job_id = jobs.submit(resolved, address, job)
     click.echo(f"job {job_id} is on its way; poise status|logs|stop {job_id} --address {address}")

@@ -11,7 +11,7 @@ from poise import __version__
 from poise.cli.cluster import cluster_group
 from poise.cli.extras import missing_extra
 from poise.cli.jobs import logs, status, stop, submit
-from poise.cli.options import InterruptNoteError
+from poise.cli.options import InterruptNoteError, warn_of_broken_plugins
 from poise.cli.run import check, report, run, schema
 from poise.cli.runs import runs
 from poise.errors import PoiseError, PreemptedError
@@ -35,6 +35,7 @@ def _print_versions(context: click.Context, parameter: click.Parameter, value: b
     click.echo(f"poise, version {__version__}")
     for name, version in package_versions().items():
         click.echo(f"{name} {version}")
+    warn_of_broken_plugins()
     context.exit()
 
 

@@ -17,11 +17,14 @@ if TYPE_CHECKING:
     from poise.observe.sinks import Sink
     from poise.report.record import RunRecord
     from poise.spec import RunSpec
+    from poise.spec.problems import Path as SpecPath
     from poise.spec.reader import Document
     from poise.store.runs import Run
 
 __all__ = [
     "InterruptNoteError",
+    "allow_code_option",
+    "code_notes",
     "dashboard_option",
     "interrupt_note",
     "load_spec",
@@ -30,9 +33,11 @@ __all__ = [
     "open_named_run",
     "print_results",
     "profile_option",
+    "refuse_code",
     "refuse_mistakes",
     "set_option",
     "spec_argument",
+    "warn_of_broken_plugins",
     "warn_of_damages",
 ]
 
@@ -63,6 +68,24 @@ set_option = click.option(
 profile_option = click.option(
     "--profile", metavar="NAME", help="Apply the changes under `profiles` NAME of the spec, as a run with its own name."
 )
+
+
+def _allow_code(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    """Allow code of the user until the command ends."""
+    if value:
+        from poise.user_code import allow_code
+
+        context.with_resource(allow_code())
+
+
+allow_code_option = click.option(
+    "--allow-code",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_allow_code,
+    help="Run code of yours that the spec names as package.module:attribute; also POISE_ALLOW_CODE=1.",
+)
 dashboard_option = click.option(
     "--address",
     envvar="RAY_API_SERVER_ADDRESS",
@@ -90,6 +113,34 @@ def load_spec(spec: Path, assignments: Sequence[str], profile: str | None) -> tu
     from poise.spec import load_document
 
     return load_document(spec, KINDS, assignments, profile)
+
+
+def refuse_code(spec: RunSpec, document: Document) -> None:
+    """Raise SpecError if the spec needs code of the user and that is not allowed. Called before anything is started."""
+    from poise.spec import SpecError
+
+    if messages := _code_messages(spec):
+        raise SpecError([document.problem(path, message) for path, message in messages])
+
+
+def code_notes(spec: RunSpec, document: Document) -> None:
+    """Print a note on stderr for all code of the user that the spec needs, unless it is allowed."""
+    for path, message in _code_messages(spec):
+        click.echo(f"poise: {printable(str(document.problem(path, message)))}", err=True)
+
+
+def _code_messages(spec: RunSpec) -> list[tuple[SpecPath, str]]:
+    """Path and message of all code of the user that the spec needs; [] where code is allowed."""
+    from poise.kinds.code import named_code
+    from poise.user_code import is_code_allowed, refusal
+
+    if is_code_allowed():
+        return []
+    messages = []
+    for code in named_code(spec):
+        what = refusal(code.reference)
+        messages.append((code.path, what if code.run is None else f"run {code.run!r} needs it: {what}"))
+    return list(dict.fromkeys(messages))
 
 
 def refuse_mistakes(spec: RunSpec, document: Document, *, skip: Collection[str] = (), elsewhere: bool = False) -> None:
@@ -163,3 +214,11 @@ def warn_of_damages(records: Sequence[RunRecord]) -> None:
     for record in records:
         for damage in record.corruptions:
             click.echo(printable(f"poise: warning: {damage}"), err=True)
+
+
+def warn_of_broken_plugins() -> None:
+    """Print on stderr every entry point of an installed package that cannot be loaded."""
+    from poise import plugins
+
+    for failure in plugins.failures():
+        click.echo(printable(f"poise: warning: {failure}"), err=True)

@@ -11,6 +11,8 @@ from typing import Any
 import click
 
 from poise.cli.options import (
+    allow_code_option,
+    code_notes,
     interrupt_note,
     load_spec,
     metrics_sink,
@@ -18,9 +20,11 @@ from poise.cli.options import (
     open_named_run,
     print_results,
     profile_option,
+    refuse_code,
     refuse_mistakes,
     set_option,
     spec_argument,
+    warn_of_broken_plugins,
     warn_of_damages,
 )
 from poise.env import launched_rank
@@ -32,18 +36,22 @@ __all__ = ["check", "report", "run", "schema"]
 @spec_argument
 @set_option
 @profile_option
+@allow_code_option
 @click.option("--spec-only", is_flag=True, help="Do not check the files, runs and functions that the spec names.")
 def check(spec: Path, assignments: Sequence[str], profile: str | None, spec_only: bool) -> None:
     """Print a spec resolved, and its cost.
 
     A spec with mistakes is refused with all of them at once: file, line, key and what to write instead. The files, runs
-    and functions that it names are checked too: whether they exist, and fit the spec.
+    and functions that it names are checked too: whether they exist, and fit the spec. Without --allow-code, code of
+    yours is read and not run: its options are not validated, which a note says.
     """
     from poise.spec import dump
 
     resolved, document = load_spec(spec, assignments, profile)
     if not spec_only:
         refuse_mistakes(resolved, document)
+    code_notes(resolved, document)
+    warn_of_broken_plugins()
     click.echo(dump(resolved), nl=False)
     click.echo()
     for line in resolved.cost():
@@ -54,6 +62,7 @@ def check(spec: Path, assignments: Sequence[str], profile: str | None, spec_only
 @spec_argument
 @set_option
 @profile_option
+@allow_code_option
 @click.option(
     "--engine",
     type=click.Choice(["ray", "local"]),
@@ -87,6 +96,7 @@ def run(
     from poise.observe.progress import Display
 
     resolved, document = load_spec(spec, assignments, profile)
+    refuse_code(resolved, document)
     stages = stages_of(resolved)
     finished = {stage.name for stage in stages if is_finished(located(stage), stage)}
     joins = engine == "ray" and (address is not None or "RAY_ADDRESS" in os.environ)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from poise.spec import ExactNumber, Input, SpecModel, field_error
+from poise.spec import CodeReference, ExactNumber, Input, SpecModel, field_error
 
 __all__ = [
     "CsvQuestions",
     "DataSpec",
+    "FunctionQuestions",
+    "FunctionText",
     "JsonlQuestions",
     "JsonlText",
     "ParquetQuestions",
@@ -35,6 +37,7 @@ _IMAGE_FILES = {
     "svhn": r"(train|test)_32x32\.mat",
     "npz": r"[^/]*\.npz",
     "images": _PARQUET,
+    "function": ".*",
 }
 """Regular expressions of the file names below `root` that a data set is read from."""
 
@@ -42,13 +45,23 @@ _IMAGE_FILES = {
 class DataSpec(SpecModel):
     """The `data` section."""
 
-    name: Literal["digits", "mnist", "cifar10", "cifar100", "svhn", "npz", "images"] = Field(
-        default="digits", description="data set; digits comes with scikit-learn, images is Parquet with encoded images"
+    name: Literal["digits", "mnist", "cifar10", "cifar100", "svhn", "npz", "images", "function"] = Field(
+        default="digits",
+        description="data set; digits comes with scikit-learn, images is Parquet with encoded images, function is code "
+        "of yours",
     )
     root: str | None = Field(
         default=None,
         min_length=1,
-        description="folder or s3://bucket/prefix with the files; required for every data set but digits",
+        description="folder or s3://bucket/prefix with the files; required for every data set but digits and function",
+    )
+    function: CodeReference | None = Field(
+        default=None,
+        description="package.module:function in your code, called with `train` or `test`, that returns images "
+        "(N, C, H, W) in [0, 1] or uint8, and labels (N,)",
+    )
+    arguments: dict[str, Any] = Field(
+        default={}, description="keyword arguments that the function is called with; also root, where it is set"
     )
     batch_size: int = Field(
         default=128, ge=1, le=65536, description="training examples per step, over all workers together"
@@ -74,14 +87,20 @@ class DataSpec(SpecModel):
     def _root_fits_name(self) -> DataSpec:
         if self.name == "digits" and self.root is not None:
             raise ValueError("digits comes with scikit-learn: remove root, or name another data set")
-        if self.name != "digits" and self.root is None:
+        if (self.name == "function") != (self.function is not None):
+            raise field_error("function", "name: function and function: PACKAGE.MODULE:FUNCTION belong together")
+        if self.arguments and self.function is None:
+            raise field_error("arguments", "only a function takes arguments: remove them")
+        if self.name not in ("digits", "function") and self.root is None:
             raise ValueError(f"{self.name} is read from files: set root to their folder or to s3://bucket/prefix")
         return self
 
     def inputs(self) -> Iterator[Input]:
-        """The files of the data set; none for the digits, which the version of scikit-learn identifies."""
+        """The files of the data set and the code. The digits have none: the version of scikit-learn identifies them."""
         if self.root is not None:
             yield Input(("root",), "files", self.root, _IMAGE_FILES[self.name])
+        if self.function is not None:
+            yield Input(("function",), "code", self.function)
 
 
 class Sizes(NamedTuple):
@@ -113,7 +132,7 @@ def known_sizes(spec: DataSpec) -> Sizes | None:
     return Sizes(max(total - validation, 0), validation, test, shape, classes)
 
 
-def num_validation(spec: DataSpec | JsonlText | ParquetText, total: int) -> int:
+def num_validation(spec: DataSpec | JsonlText | ParquetText | FunctionText, total: int) -> int:
     """How many of `total` training examples are held out for validation."""
     return min(1000, total // 10) if spec.validation is None else spec.validation
 
@@ -190,7 +209,32 @@ class ParquetText(_TextFiles):
     name: Literal["parquet"]
 
 
-TextSpec = Annotated[WorldText | JsonlText | ParquetText, Field(discriminator="name")]
+class FunctionText(SpecModel):
+    """Prompts and completions from a function of the user's code."""
+
+    prompt: ClassVar[str] = "prompt"
+    completion: ClassVar[str] = "completion"
+
+    name: Literal["function"]
+    function: CodeReference = Field(
+        description="package.module:function in your code that returns rows: mappings with the texts `prompt` and "
+        "`completion`"
+    )
+    arguments: dict[str, Any] = Field({}, description="keyword arguments that the function is called with")
+    validation: int | None = Field(
+        None, ge=0, description="examples held out by a seeded permutation (default: a tenth, at most 1000)"
+    )
+    max_tokens: int = Field(512, ge=2, le=1_000_000, description="longest prompt and completion together, in tokens")
+    too_long: Literal["error", "cut"] = Field(
+        "error", description="error refuses longer examples, cut drops the tokens beyond the limit"
+    )
+
+    def inputs(self) -> Iterator[Input]:
+        """The code."""
+        yield Input(("function",), "code", self.function)
+
+
+TextSpec = Annotated[WorldText | JsonlText | ParquetText | FunctionText, Field(discriminator="name")]
 
 
 class WorldQuestions(SpecModel):
@@ -235,6 +279,27 @@ class ParquetQuestions(_QuestionFiles):
     name: Literal["parquet"]
 
 
+class FunctionQuestions(SpecModel):
+    """Questions from a function of the user's code, with the answers that count as correct."""
+
+    question: ClassVar[str] = "question"
+    answers: ClassVar[str] = "answer"
+
+    name: Literal["function"]
+    function: CodeReference = Field(
+        description="package.module:function in your code that returns rows: mappings with the text `question` and "
+        "`answer`, the accepted answer or a list of accepted answers"
+    )
+    arguments: dict[str, Any] = Field({}, description="keyword arguments that the function is called with")
+    limit: int | None = Field(
+        None, ge=1, description="number of questions to use: a shuffled subset, the same for every seed"
+    )
+
+    def inputs(self) -> Iterator[Input]:
+        """The code."""
+        yield Input(("function",), "code", self.function)
+
+
 def _rows_input(path: str, suffix: str) -> Input:
     """The input of a file, or of every file with this suffix below a folder."""
     pattern = "" if path.endswith(suffix) else rf".*\{suffix}"
@@ -242,5 +307,5 @@ def _rows_input(path: str, suffix: str) -> Input:
 
 
 QuestionsSpec = Annotated[
-    WorldQuestions | JsonlQuestions | CsvQuestions | ParquetQuestions, Field(discriminator="name")
+    WorldQuestions | JsonlQuestions | CsvQuestions | ParquetQuestions | FunctionQuestions, Field(discriminator="name")
 ]

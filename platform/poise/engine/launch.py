@@ -23,6 +23,7 @@ from poise.engine.sweep import Execute, is_concluded, run_sweep, run_trials_in_t
 from poise.engine.torchrun import check_launcher, for_processes
 from poise.env import launched_rank
 from poise.errors import UserError
+from poise.kinds.code import named_code
 from poise.kinds.pipeline.spec import PipelineSpec
 from poise.kinds.sweep.spec import SweepSpec
 from poise.observe.progress import Display
@@ -114,7 +115,8 @@ def _open_engine(engine: Engine, address: str | None, specs: Sequence[RunSpec], 
     from poise.engine.ray.tune import run_trials_with_tune
     from poise.engine.ray.worker_group import check_resources, cluster, run_worker_group
 
-    with cluster(address, bases, own_code(specs, lenient=True)) as private:
+    references = [code.reference for spec in specs for code in named_code(spec)]
+    with cluster(address, bases, own_code(references, lenient=True)) as private:
         for base in bases:
             check_resources(base, display, private=private)
         yield _runner(partial(run_worker_group, private=private), run_trials_with_tune)

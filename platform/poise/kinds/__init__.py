@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from poise.spec import RunSpec
 from poise.store.inputs import record_inputs
 from poise.store.result import RunResult, read_result
 from poise.store.runs import Run
+from poise.user_code import current_folder_first, explain_user_frames
 
 if TYPE_CHECKING:
     from poise.report.blocks import Section
@@ -40,7 +42,8 @@ KINDS: Mapping[str, type[RunSpec]] = _SpecClasses()
 @cache
 def report_sections() -> Mapping[str, Section]:
     """The report section of each kind that has results, by name. Imports matplotlib."""
-    return {name: kind.section for name, kind in REGISTRY.items() if kind.result_class}
+    sections = {name: kind.section for name, kind in REGISTRY.items() if kind.result_class}
+    return {name: section for name, section in sections.items() if section is not None}
 
 
 @cache
@@ -69,8 +72,18 @@ def run(spec: RunSpec, context: Context) -> None:
     see other files than the one before it.
 
     Raises:
-        UserError: an input has changed since the run began.
+        UserError: an input has changed since the run began, or code of the user failed; see `explain_user_frames`.
     """
     context.on_main(lambda: record_inputs(context.run, spec))
-    with plain_warnings():
+    with plain_warnings(), _user_code(spec):
         REGISTRY[spec.kind].run(spec, context)
+
+
+@contextmanager
+def _user_code(spec: RunSpec) -> Iterator[None]:
+    """If the spec names code of the user, explain its errors while the block runs, and find what it imports late."""
+    if not any(each.kind == "code" for each in spec.inputs()):
+        yield
+        return
+    with current_folder_first(), explain_user_frames():
+        yield

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
 from poise.errors import UserError
 from poise.models.architectures import RESIDUAL, SMALLEST_SIDE, VGG, WIDTH, Architecture, ResidualPlan, Shape
-from poise.spec import ExactNumber, Input, RunName, SpecModel, field_error
+from poise.spec import CodeReference, ExactNumber, Input, RunName, SpecModel, field_error
 
 __all__ = [
     "Architecture",
@@ -25,8 +25,11 @@ __all__ = [
 ]
 
 
+_ARCHITECTURE_KEYS = ("name", "activation", "width", "normalize", "channels_last")
+
+
 class ModelSpec(SpecModel):
-    """The `model` section."""
+    """The `model` section: one of Poise's architectures, or a function of the user's code that returns a network."""
 
     name: Architecture = Field(default="cnn", description="architecture")
     activation: Literal["relu", "silu", "softplus"] = Field(
@@ -43,6 +46,35 @@ class ModelSpec(SpecModel):
         description="keep channels innermost in memory: faster convolutions, other rounding; ignored for residual "
         "networks narrower than 16, where oneDNN would damage memory",
     )
+
+    function: CodeReference | None = Field(
+        default=None,
+        description="instead of an architecture: package.module:function in your code that returns an nn.Module on "
+        "images in [0, 1]",
+    )
+    arguments: dict[str, Any] = Field(default={}, description="keyword arguments that the function is called with")
+
+    @model_validator(mode="after")
+    def _function_alone(self) -> ModelSpec:
+        if self.arguments and self.function is None:
+            raise field_error("arguments", "only a function takes arguments: remove them")
+        if self.function is not None:
+            self._refuse_architecture("function")
+        return self
+
+    def _refuse_architecture(self, source: str) -> None:
+        """Raise an error if a key of the architecture is set; that of `source` is known."""
+        for key in _ARCHITECTURE_KEYS:
+            if getattr(self, key) != ModelSpec.model_fields[key].default:
+                raise field_error(
+                    key, f"the architecture is written for a network of Poise only; that of a {source} is known"
+                )
+
+    def inputs(self) -> Iterator[Input]:
+        """The code."""
+        if self.function is not None:
+            yield Input(("function",), "code", self.function)
+        yield from super().inputs()
 
     @property
     def base_width(self) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import poise
-from poise import env
+from poise import env, plugins
 
 __all__ = ["environment", "package_versions"]
 
@@ -57,13 +57,13 @@ def environment() -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, str]:
-    """The versions of the packages in PACKAGES that are installed, by name."""
-    versions = {}
+    """The versions of the packages in PACKAGES that are installed, and of those that register methods, by name."""
+    versions = dict(plugins.package_versions())
     for name in PACKAGES:
         version = _version(name)
         if version is not None:
             versions[name] = version
-    return versions
+    return dict(sorted(versions.items()))
 
 
 def _version(package: str) -> str | None:

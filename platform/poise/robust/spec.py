@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from poise.robust.step_sizes import DECAYING_STEPS, DEFAULT_SPARSITY, TRAINING_STEP
-from poise.spec import ExactNumber, SpecModel, field_error
+from poise.spec import ExactNumber, ExtraMetrics, SpecModel, field_error
 
 __all__ = [
     "DEFAULT_TARGETS",
@@ -205,4 +205,9 @@ class EvaluateSpec(SpecModel):
     validation: bool = Field(
         default=False,
         description="also measure the validation split under these attacks at the end, for model selection",
+    )
+    extra_metrics: ExtraMetrics = Field(
+        default={},
+        description="by name, functions in your code of (model, images, labels) on clean images; measured as "
+        "`metric/NAME` at every evaluation",
     )

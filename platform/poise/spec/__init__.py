@@ -4,15 +4,26 @@ from poise.spec.base import SpecModel, field_error
 from poise.spec.inputs import Input
 from poise.spec.interval import Interval
 from poise.spec.load import dump, json_schema, load, load_document, parse, sha256
-from poise.spec.metrics import MetricSource, find_source, row_sources, summary_sources
+from poise.spec.metrics import (
+    ExtraMetrics,
+    MetricFunction,
+    MetricSource,
+    extra_names,
+    find_source,
+    row_sources,
+    summary_sources,
+)
 from poise.spec.problems import Problem, SpecError
 from poise.spec.run import RunSpec, SamplerSpec, WorkersSpec
-from poise.spec.values import ExactNumber, Name, RunName
+from poise.spec.values import CodeReference, ExactNumber, Name, RunName
 
 __all__ = [
+    "CodeReference",
     "ExactNumber",
+    "ExtraMetrics",
     "Input",
     "Interval",
+    "MetricFunction",
     "MetricSource",
     "Name",
     "Problem",
@@ -23,6 +34,7 @@ __all__ = [
     "SpecModel",
     "WorkersSpec",
     "dump",
+    "extra_names",
     "field_error",
     "find_source",
     "json_schema",

@@ -9,12 +9,8 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from poise.errors import UserError
-
-if TYPE_CHECKING:
-    from poise.spec.run import RunSpec
 
 __all__ = ["attributes", "code_files", "copy_code", "is_installed", "own_code"]
 
@@ -46,17 +42,16 @@ def code_files(reference: str) -> dict[str, Path]:
     return files
 
 
-def own_code(specs: Iterable[RunSpec], *, lenient: bool = False) -> list[str]:
-    """The references `package.module:attribute` of specs to modules that are not installed, so only this machine has.
+def own_code(references: Iterable[str], *, lenient: bool = False) -> list[str]:
+    """The references `package.module:attribute` to modules that are not installed, so only this machine has them.
 
     With `lenient`, modules that this machine lacks are left out, since other machines may have them.
 
     Raises:
         UserError: there is no such module.
     """
-    inputs = [item for spec in specs for item in spec.inputs()]
-    references = dict.fromkeys(item.place for item in inputs if item.kind == "code")
-    return [ref for ref in references if (not lenient or _exists(ref)) and not is_installed(ref)]
+    unique = dict.fromkeys(references)
+    return [ref for ref in unique if (not lenient or _exists(ref)) and not is_installed(ref)]
 
 
 def _exists(reference: str) -> bool:

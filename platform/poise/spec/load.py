@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from poise.errors import UserError
 from poise.secrets import find_secrets, redact
 from poise.spec.base import FIELD_ERROR
 from poise.spec.problems import Path, Problem, SpecError, nearest
@@ -81,18 +82,27 @@ def _has_problem(original: Document, assignments: Sequence[str], kinds: Kinds, p
 
 def parse(document: Document, kinds: Kinds) -> RunSpec:
     """The spec of a document, validated against the class of its kind; SpecError with all errors."""
-    kind = document.tree.get("kind")
-    if not isinstance(kind, str) or kind not in kinds:
-        fault = "is missing" if kind is None else f"{kind!r} is not a kind of job"
-        hint = nearest(kind, kinds) if isinstance(kind, str) else f"valid: {', '.join(sorted(kinds))}"
-        raise SpecError([document.problem(("kind",), f"{fault}; {hint}")])
+    spec_class = _spec_class(document, kinds)
     if secrets := list(find_secrets(document.tree)):
         raise SpecError([document.problem(path, _SECRET) for path in secrets])
-    document.tree, document.copies = kinds[kind].expand(document.tree)
+    document.tree, document.copies = spec_class.expand(document.tree)
     try:
-        return kinds[kind].model_validate(document.tree)
+        return spec_class.model_validate(document.tree)
     except ValidationError as error:
-        raise SpecError(_problems(error, document, kinds[kind])) from None
+        raise SpecError(_problems(error, document, spec_class)) from None
+
+
+def _spec_class(document: Document, kinds: Kinds) -> type[RunSpec]:
+    """The class of the kind that a document names; SpecError where there is none, or it cannot be imported."""
+    kind = document.tree.get("kind")
+    try:
+        if isinstance(kind, str) and kind in kinds:
+            return kinds[kind]
+    except UserError as error:  # the kind of an installed package that cannot be used
+        raise SpecError([document.problem(("kind",), str(error))]) from None
+    fault = "is missing" if kind is None else f"{kind!r} is not a kind of job"
+    hint = nearest(kind, kinds) if isinstance(kind, str) else f"valid: {', '.join(sorted(kinds))}"
+    raise SpecError([document.problem(("kind",), f"{fault}; {hint}")])
 
 
 def dump(spec: BaseModel) -> str:

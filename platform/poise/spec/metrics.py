@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-__all__ = ["Attacks", "MetricSource", "Split", "find_source", "row_sources", "summary_sources"]
+from pydantic import Field
+
+from poise.spec.base import SpecModel
+from poise.spec.inputs import Input
+from poise.spec.values import CodeReference
+
+__all__ = [
+    "Attacks",
+    "ExtraMetrics",
+    "MetricFunction",
+    "MetricSource",
+    "Split",
+    "extra_names",
+    "find_source",
+    "row_sources",
+    "summary_sources",
+]
 
 Split = Literal["train", "validation", "test"]
 Attacks = Literal["training", "evaluation"]
@@ -32,6 +48,28 @@ class MetricSource:
     during: bool = False
     attacks: Attacks | None = None
     needs: str = ""
+
+
+class MetricFunction(SpecModel):
+    """A metric of the user's code."""
+
+    function: CodeReference = Field(
+        description="package.module:function in your code that returns one number per example; their mean is measured"
+    )
+    arguments: dict[str, Any] = Field({}, description="keyword arguments that the function is called with")
+
+    def inputs(self) -> Iterator[Input]:
+        """The code."""
+        yield Input(("function",), "code", self.function)
+
+
+ExtraMetrics = dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,39}$")], MetricFunction]
+"""Metrics of the user's code, by the name under which they are measured, as `metric/NAME`."""
+
+
+def extra_names(metrics: Mapping[str, MetricFunction]) -> list[str]:
+    """The names under which metrics of the user's code are measured."""
+    return [f"metric/{name}" for name in metrics]
 
 
 def row_sources(

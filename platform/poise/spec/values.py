@@ -10,11 +10,12 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import core_schema
 
-__all__ = ["ExactNumber", "Name", "RunName"]
+__all__ = ["CodeReference", "ExactNumber", "Name", "RunName"]
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?"
 _PATTERN = re.compile(rf"\s*({_NUMBER})\s*(?:/\s*({_NUMBER})\s*)?")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_CODE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
 class ExactNumber(float):
@@ -96,6 +97,15 @@ def _run_name(value: str) -> str:
         raise ValueError("a run of another stage is named by ${stage} alone, with nothing before or behind it")
     return _safe_name(value)
 
+
+def _code_reference(value: str) -> str:
+    if not _CODE.fullmatch(value):
+        raise ValueError("is not of the form package.module:attribute")
+    return value
+
+
+CodeReference = Annotated[str, AfterValidator(_code_reference)]
+"""The name of an object in code of the user, as `package.module:attribute`."""
 
 Name = Annotated[str, AfterValidator(_safe_name)]
 

@@ -106,15 +106,17 @@ def record_inputs(
         run.write(INPUTS, _RECORDS.dump_json(records, indent=1, exclude_none=True))
 
 
-def check_inputs(run: Run, spec: RunSpec) -> None:
+def check_inputs(run: Run, spec: RunSpec, *, code_only: bool = False) -> None:
     """Compare the present inputs with the record of a run, and change nothing. Skips inputs that no longer exist.
+
+    With `code_only`, only code of the user is compared.
 
     Raises:
         UserError: as `record_inputs`.
     """
     recorded = read_inputs(run)
     if recorded:
-        current = _current(spec, recorded, lenient=True)
+        current = _current(spec, recorded, lenient=True, code_only=code_only)
         present = {record.key: recorded[record.key] for record in current if record.key in recorded}
         _check_unchanged(run, _differences(present, current))
 
@@ -148,11 +150,18 @@ def input_files(place: str, pattern: str) -> tuple[Storage, list[Entry]]:
 
 
 def _current(
-    spec: RunSpec, recorded: Mapping[_Key, InputRecord], *, lenient: bool, note: Callable[[str], None] | None = None
+    spec: RunSpec,
+    recorded: Mapping[_Key, InputRecord],
+    *,
+    lenient: bool,
+    code_only: bool = False,
+    note: Callable[[str], None] | None = None,
 ) -> list[InputRecord]:
     """The records of the present inputs. A place without files has none: reading it later raises the error."""
     current: dict[_Key, InputRecord] = {}
     for each in dict.fromkeys(spec.inputs()):
+        if code_only and each.kind != "code":
+            continue
         try:
             records = list(_identify(each, spec.store, recorded, note))
         except (StoreError, UserError):

@@ -31,6 +31,8 @@ from poise.store.result import write_result
 from poise.store.runs import Run, open_run
 from poise.train.context import Context
 
+pytestmark = pytest.mark.usefixtures("allow_code")
+
 
 def finish(run: Run, spec: RunSpec) -> None:
     with claim(run, spec):

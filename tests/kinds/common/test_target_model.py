@@ -24,6 +24,8 @@ from poise.models.build import build
 from poise.models.spec import ModelSpec
 from poise.spec import SpecError, load
 
+pytestmark = pytest.mark.usefixtures("allow_code")
+
 LINF, L2 = {"norm": "linf", "eps": "1/20"}, {"norm": "l2", "eps": 0.5}
 ATTACKS = [{"attack": "fgsm", "threat": LINF}, {"attack": "pgd", "threat": L2}]
 
@@ -283,7 +285,8 @@ def test_a_spec_that_makes_no_sense_is_refused(changes, path, message):
         RobustEvaluateSpec.model_validate({**values, **changes})
     (problem,) = caught.value.errors()
     assert message in problem["msg"]
-    assert problem.get("ctx", {}).get("path", "model") == path
+    place = (problem["loc"] or ("model",))[-1]
+    assert problem.get("ctx", {}).get("path", place) == path
 
 
 def test_a_name_that_is_taken_is_found_where_it_was_written(tmp_path):

@@ -31,7 +31,7 @@ from poise.spec import RunSpec
 from poise.store.runs import open_run
 from poise.train.context import Context
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.usefixtures("allow_code")]
 
 MODELS = """\
 import torch

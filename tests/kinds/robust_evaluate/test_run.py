@@ -49,6 +49,8 @@ from poise.stats import wilson
 from poise.store.runs import Run, open_run
 from poise.train.context import Context
 
+pytestmark = pytest.mark.usefixtures("allow_code")
+
 LINF, L2 = {"norm": "linf", "eps": "1/20"}, {"norm": "l2", "eps": 0.5}
 ATTACKS = [
     {"attack": "fgsm", "threat": LINF},

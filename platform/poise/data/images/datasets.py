@@ -22,6 +22,7 @@ from poise.data.images.readers import UNREADABLE, Arrays
 from poise.data.spec import DataSpec
 from poise.errors import UserError
 from poise.store.storage import Storage, open_storage
+from poise.user_code import current_folder_first, explain_errors, load_attribute
 
 __all__ = ["ImageSet", "Part", "read", "read_part", "to_float"]
 
@@ -70,7 +71,7 @@ def read(spec: DataSpec) -> tuple[ImageSet, ImageSet, int]:
     test_images, test_labels = _arrays(spec, "test")
     if train_images.shape[1:] != test_images.shape[1:]:
         shapes = f"{train_images.shape[1:]} in train, {test_images.shape[1:]} in test"
-        raise UserError(f"{spec.root}: the images differ in shape (channels, height, width): {shapes}")
+        raise UserError(f"{spec.root or spec.function}: the images differ in shape (channels, height, width): {shapes}")
     classes = _num_classes(spec, train_labels, test_labels)
     return _image_set(train_images, train_labels), _image_set(test_images, test_labels), classes
 
@@ -85,7 +86,7 @@ def read_part(spec: DataSpec, part: Part) -> tuple[ImageSet, int]:
     other_labels = labels
     if spec.name not in _CLASSES:  # the other part may have further classes
         other: Part = "test" if part == "train" else "train"
-        other_labels = _labels(spec, open_storage(spec.root or ""), other)
+        other_labels = _labels(spec, other)
     return _image_set(images, labels), _num_classes(spec, labels, other_labels)
 
 
@@ -100,6 +101,8 @@ def _arrays(spec: DataSpec, part: Part) -> Arrays:
     if spec.name == "digits":
         train, test = _digits()
         return _limit_rows(train if part == "train" else test, limit)
+    if spec.name == "function":
+        return _limit_rows(_call_function(spec, part), limit)
     storage = open_storage(spec.root or "")
     names = image_files(spec, part, _names(storage), storage.url)
     if names[0].endswith(".parquet"):
@@ -117,8 +120,11 @@ def _limit_rows(arrays: Arrays, limit: int | None) -> Arrays:
     return images[rows], labels[rows]
 
 
-def _labels(spec: DataSpec, storage: Storage, part: Part) -> Array:
-    """The checked labels of a part of an npz or Parquet data set; no image is decoded."""
+def _labels(spec: DataSpec, part: Part) -> Array:
+    """The checked labels of a part of a data set of the user; no image of an npz or Parquet data set is decoded."""
+    if spec.name == "function":
+        return _call_function(spec, part)[1]
+    storage = open_storage(spec.root or "")
     names = image_files(spec, part, _names(storage), storage.url)
     if spec.name == "npz":
         labels = _decode_file(storage, names[0], partial(readers.npz_labels, part=part))
@@ -147,6 +153,27 @@ def _digits_file() -> Path:
     if package is None or package.submodule_search_locations is None:
         raise UserError("the digits come with scikit-learn, which is not installed: pip install scikit-learn")
     return Path(package.submodule_search_locations[0], "datasets", "data", "digits.csv.gz")
+
+
+def _call_function(spec: DataSpec, part: Part) -> Arrays:
+    """The images and labels that the user's function returns for a part.
+
+    Raises:
+        UserError: code is not allowed, the function fails, or it returns something else.
+    """
+    reference = str(spec.function)
+    what = f"data.function: {reference}"
+    function = load_attribute(reference, "data.function")
+    arguments = spec.arguments if spec.root is None else {"root": spec.root, **spec.arguments}
+    with explain_errors(what), current_folder_first():
+        images, labels = function(part, **arguments)
+        arrays = np.asarray(images), np.asarray(labels)
+    if arrays[0].ndim != 4:
+        raise UserError(f"{what} returned images of shape {arrays[0].shape}, not (N, channels, height, width)")
+    try:
+        return _validate(arrays, spec)
+    except ValueError as error:
+        raise UserError(f"{what} returned for {part} what cannot be used: {error}") from None
 
 
 def _mnist(storage: Storage, part: Part, spec: DataSpec, names: Sequence[str]) -> Arrays:

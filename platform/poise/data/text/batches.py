@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from poise.data.spec import JsonlText, ParquetText, TextSpec, WorldText, num_validation
+from poise.data.spec import FunctionText, JsonlText, ParquetText, TextSpec, WorldText, num_validation
 from poise.data.synthetic_facts import make_world
 from poise.data.text.examples import TextExample, encode_answers, encode_example
-from poise.data.text.records import Row, read_pair, read_rows
+from poise.data.text.records import Row, function_rows, read_pair, read_rows
 from poise.errors import UserError
 from poise.models.limits import NO_LIMITS, ModelLimits
 from poise.spec.seeds import derive_seed
@@ -86,7 +86,10 @@ def load_text(spec: TextSpec, tokenizer: Tokenizer, seed: int, limits: ModelLimi
         validation = _encode_world(world.texts("validation"), tokenizer)
         _check_limits([*train, *validation], limits)
         return TextData(train, validation)
-    rows = read_rows(spec.path, ".jsonl" if spec.name == "jsonl" else ".parquet")
+    if isinstance(spec, FunctionText):
+        rows = function_rows(spec.function, spec.arguments, "data.function")
+    else:
+        rows = read_rows(spec.path, ".jsonl" if spec.name == "jsonl" else ".parquet")
     examples = encode_rows(rows, spec, tokenizer, limits)
     held_out = num_validation(spec, len(examples))
     if held_out >= len(examples):
@@ -206,7 +209,7 @@ def _encode_world(pairs: list[tuple[str, str]], tokenizer: Tokenizer) -> list[Te
 
 
 def encode_rows(
-    rows: Sequence[Row], spec: JsonlText | ParquetText, tokenizer: Tokenizer, limits: ModelLimits
+    rows: Sequence[Row], spec: JsonlText | ParquetText | FunctionText, tokenizer: Tokenizer, limits: ModelLimits
 ) -> list[TextExample]:
     """The tokens of every row; UserError that names the first row that cannot be learned."""
     encode = lru_cache(maxsize=65_536)(partial(encode_example, tokenizer))
@@ -222,7 +225,9 @@ def encode_rows(
     return examples
 
 
-def _limit_length(example: TextExample, where: str, spec: JsonlText | ParquetText, limits: ModelLimits) -> TextExample:
+def _limit_length(
+    example: TextExample, where: str, spec: JsonlText | ParquetText | FunctionText, limits: ModelLimits
+) -> TextExample:
     """The example, its completion cut where `too_long` is cut; UserError where it is too long otherwise."""
     size = len(example.prompt) + len(example.completion)
     max_tokens = min(spec.max_tokens, limits.context)

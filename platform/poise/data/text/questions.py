@@ -8,9 +8,16 @@ import random
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-from poise.data.spec import CsvQuestions, JsonlQuestions, ParquetQuestions, QuestionsSpec, WorldQuestions
+from poise.data.spec import (
+    CsvQuestions,
+    FunctionQuestions,
+    JsonlQuestions,
+    ParquetQuestions,
+    QuestionsSpec,
+    WorldQuestions,
+)
 from poise.data.text.examples import Question
-from poise.data.text.records import Row, header_advice, read_rows
+from poise.data.text.records import Row, function_rows, header_advice, read_rows
 from poise.errors import UserError
 
 __all__ = [
@@ -42,11 +49,14 @@ def load_questions(spec: QuestionsSpec, seed: int = 0) -> list[Question]:
         from poise.data.synthetic_facts import make_world  # imports torch, which a check of files does not need
 
         return list(make_world(spec.world, seed).questions(spec.split))
-    rows = choose_rows(read_rows(spec.path, SUFFIXES[spec.name]), spec.limit)
-    return read_questions(rows, spec)
+    if isinstance(spec, FunctionQuestions):
+        rows = function_rows(spec.function, spec.arguments, "questions.function")
+    else:
+        rows = read_rows(spec.path, SUFFIXES[spec.name])
+    return read_questions(choose_rows(rows, spec.limit), spec)
 
 
-def read_questions(rows: Iterable[Row], spec: QuestionFiles) -> list[Question]:
+def read_questions(rows: Iterable[Row], spec: QuestionFiles | FunctionQuestions) -> list[Question]:
     """The questions in rows. UserError as `read_question`, and where two rows have the same id."""
     questions = []
     places: dict[str, str] = {}  # where each id was first used
@@ -69,7 +79,7 @@ def choose_rows(rows: Sequence[Row], limit: int | None) -> list[Row]:
     return [rows[number] for number in sorted(order[:limit])]
 
 
-def read_question(row: Row, spec: QuestionFiles) -> Question:
+def read_question(row: Row, spec: QuestionFiles | FunctionQuestions) -> Question:
     """The question in a row. UserError with file and line where the question is missing or blank, or has no answer."""
     for option, field in (("answers", spec.answers), ("question", spec.question)):
         if field not in row.values:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,11 +16,12 @@ import pyarrow.parquet as pq
 
 from poise.errors import UserError
 from poise.store.storage import open_storage
+from poise.user_code import current_folder_first, explain_errors, load_attribute
 
 if TYPE_CHECKING:
-    from poise.data.spec import JsonlText, ParquetText
+    from poise.data.spec import FunctionText, JsonlText, ParquetText
 
-__all__ = ["Row", "Suffix", "first_rows", "header_advice", "read_pair", "read_rows"]
+__all__ = ["Row", "Suffix", "first_rows", "function_rows", "header_advice", "read_pair", "read_rows"]
 
 Suffix = Literal[".jsonl", ".csv", ".parquet"]
 
@@ -105,13 +106,33 @@ def read_rows(path: str, suffix: Suffix, limit: int | None = None) -> list[Row]:
     return rows
 
 
-def read_pair(row: Row, spec: JsonlText | ParquetText) -> tuple[str, str]:
+def read_pair(row: Row, spec: JsonlText | ParquetText | FunctionText) -> tuple[str, str]:
     """The prompt and the completion in a row. UserError with file and line where one is missing or nothing to learn."""
     prompt = row.text(spec.prompt)
     completion = row.text(spec.completion)
     if not completion.strip():
         raise UserError(f"{row.where}: the completion is empty; there is nothing to learn")
     return prompt, completion
+
+
+def function_rows(reference: str, arguments: Mapping[str, Any], field: str) -> list[Row]:
+    """The rows that a function of the user's code returns; `field` of the spec names it.
+
+    Raises:
+        UserError: code is not allowed, the function fails, or it returns no rows.
+    """
+    function = load_attribute(reference, field)
+    with explain_errors(f"{field}: {reference}"), current_folder_first():
+        values = list(function(**arguments))
+    if not values:
+        raise UserError(f"{field}: {reference} returned no row")
+    rows = []
+    for number, row in enumerate(values, 1):
+        where = f"{field}: row {number} of {reference}"
+        if not isinstance(row, Mapping):
+            raise UserError(f"{where} is a {type(row).__name__}, not a mapping of names to values")
+        rows.append(Row(where, f"{reference}:{number}", dict(row)))
+    return rows
 
 
 def first_rows(path: Path, suffix: Suffix, n: int, most_bytes: int | None = None) -> list[Row]:

@@ -21,10 +21,12 @@ from poise import env
 from poise.engine.launch import stages_of
 from poise.engine.ray.auth import MISSING
 from poise.errors import PoiseError, UserError
+from poise.kinds.code import named_code
 from poise.observe.environment import environment
 from poise.spec import RunSpec, dump
 from poise.spec.code import copy_code, own_code
 from poise.store.storage import scratch_folder
+from poise.user_code import is_code_allowed
 
 __all__ = ["connect", "follow", "job_id", "logs", "pack", "status", "stop", "submit"]
 
@@ -41,6 +43,8 @@ def job_id(spec: RunSpec) -> str:
 def submit(spec: RunSpec, address: str, job: str | None = None) -> str:
     """Send `spec` to the cluster at `address` (http://host:8265) and return the id of its job.
 
+    Code of the user may run in the job if it may run in this process.
+
     Raises UserError when no cluster answers or a job of that id exists and has not ended.
     """
     job = job or job_id(spec)
@@ -48,6 +52,9 @@ def submit(spec: RunSpec, address: str, job: str | None = None) -> str:
     with scratch_folder() as folder, ExitStack() as stack:
         pack(spec, folder)
         client = stack.enter_context(connect(address))
+        variables = {env.COMMIT: json.dumps(environment()["git"])}
+        if is_code_allowed():
+            variables[env.ALLOW_CODE] = "1"
         _delete_ended(client, job)
         _send(
             client,
@@ -57,7 +64,7 @@ def submit(spec: RunSpec, address: str, job: str | None = None) -> str:
             runtime_env={
                 "working_dir": str(folder),
                 "py_modules": [str(Path(poise.__file__).parent)],
-                "env_vars": {env.COMMIT: json.dumps(environment()["git"])},
+                "env_vars": variables,
             },
             metadata={"run": spec.name, "kind": spec.kind},
         )
@@ -120,7 +127,7 @@ def pack(spec: RunSpec, folder: Path) -> None:
     """
     _check_paths(spec)
     (folder / "spec.yaml").write_text(dump(spec))
-    copy_code(own_code([spec]), folder)
+    copy_code(own_code(code.reference for code in named_code(spec)), folder)
 
 
 def _check_paths(spec: RunSpec) -> None:

@@ -42,6 +42,7 @@ from poise.spec import RunSpec, SamplerSpec, WorkersSpec
 from poise.spec.code import copy_code
 from poise.store.storage import scratch_folder
 from poise.train.preemption import PROCESS
+from poise.user_code import is_code_allowed
 
 __all__ = ["check_resources", "cluster", "run_worker_group"]
 
@@ -65,7 +66,7 @@ def cluster(address: str | None, specs: Sequence[RunSpec], code: Sequence[str] =
     # A private cluster offers a CPU for every process of the largest run, also on a machine with fewer cores.
     cpus = max(os.cpu_count() or 1, *(_needs(spec)["CPU"] for spec in specs)) if private else None
     variables = {**env.PRIVATE_CLUSTER, "RAY_TMPDIR": str(private_folder())} if private else {}
-    with env.defaults(variables), _code_environment(() if private else code) as runtime_env:
+    with env.defaults(variables), _code_environment(code, private=private) as runtime_env:
         try:
             ray.init(
                 address=join_address or "local",
@@ -101,17 +102,22 @@ def _without_interrupts() -> Iterator[None]:
 
 
 @contextmanager
-def _code_environment(code: Sequence[str]) -> Iterator[dict[str, str] | None]:
+def _code_environment(code: Sequence[str], *, private: bool) -> Iterator[dict[str, Any] | None]:
     """Yield a Ray runtime environment with these modules of the user, as `poise submit` sends them.
 
-    Yields None if there is no module to send, and in a job, whose workers have its modules already.
+    It also carries the permission to run them. Yields None where the workers have both already: those of a private
+    cluster are processes of this machine, and those of a job have the runtime environment of the job.
     """
-    if not code or env.RAY_JOB in os.environ:
+    if private or env.RAY_JOB in os.environ or not is_code_allowed():
         yield None
+        return
+    runtime_env: dict[str, Any] = {"env_vars": {env.ALLOW_CODE: "1"}}
+    if not code:
+        yield runtime_env
         return
     with scratch_folder() as folder:
         copy_code(code, folder)
-        yield {"working_dir": str(folder)}
+        yield {**runtime_env, "working_dir": str(folder)}
 
 
 def _check_address(address: str) -> None:

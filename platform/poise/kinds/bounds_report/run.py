@@ -27,10 +27,10 @@ from poise.kinds.bounds_report.result import BoundsReportResult, LayerResult, Ma
 from poise.kinds.bounds_report.spec import BoundsReportSpec
 from poise.kinds.common.attack_description import describe_threats
 from poise.kinds.common.robust_accuracy import robust_accuracy
-from poise.kinds.common.target_model import count_classes, open_model, wrap_user_model
+from poise.kinds.common.target_model import open_model, wrap_user_model
 from poise.kinds.common.target_model_spec import TargetModelSpec
 from poise.kinds.common.trained_classifier import open_trained, trained_runs
-from poise.kinds.common.user_model import explain_backward, unwrap_user_model
+from poise.kinds.common.user_model import count_classes, explain_backward, unwrap_user_model
 from poise.observe.events import event
 from poise.observe.progress import Progress
 from poise.robust.spec import Threats
@@ -105,7 +105,7 @@ def _open_model(spec: BoundsReportSpec, name: str, model: TargetModelSpec, conte
     data = load(spec.data, spec.seed)
     opened = open_model(model, data.shape, data.classes, context.device)
     classes = count_classes(opened.model, data.test, data.classes, f"{name}: the model")
-    network = wrap_user_model(opened.model, model, classes)
+    network = wrap_user_model(opened, classes)
     return Classifier(name, opened.weights, None, network, data, spec.threats, spec.batch_size)
 
 

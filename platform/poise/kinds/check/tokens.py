@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from poise.data.spec import JsonlText, ParquetText, WorldQuestions
+from poise.data.spec import FunctionQuestions, JsonlText, ParquetText, WorldQuestions
 from poise.errors import UserError
 from poise.kinds.align_selfplay.spec import AlignSelfplaySpec
 from poise.kinds.calibrate_measure.spec import CalibrateMeasureSpec
@@ -83,7 +83,7 @@ def _prompt_too_long(spec: CalibrateMeasureSpec | AlignSelfplaySpec, context: in
     """
     from poise.data.text.questions import SUFFIXES, choose_rows, read_questions
 
-    if isinstance(spec.questions, WorldQuestions):
+    if isinstance(spec.questions, WorldQuestions | FunctionQuestions):
         return None
     try:
         rows = rows_to_check(spec.questions.path, SUFFIXES[spec.questions.name])

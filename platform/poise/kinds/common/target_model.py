@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -17,22 +14,20 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
 from poise.data.images.batches import Split, load_split
-from poise.data.images.datasets import ImageSet, to_float
+from poise.data.images.datasets import ImageSet
 from poise.data.spec import DataSpec
 from poise.errors import UserError
 from poise.kinds.common.target_model_spec import TargetModelSpec
-from poise.kinds.common.trained_classifier import open_weights, trained_runs, trained_spec
-from poise.kinds.common.user_model import UserModel
+from poise.kinds.common.trained_classifier import open_weights, read_spec, trained_runs, trained_spec
+from poise.kinds.common.user_model import UserModel, call_function, check_state, count_classes
 from poise.models.architectures import Shape
 from poise.models.build import build
-from poise.robust.attacks import attack_mode
 from poise.store.storage import open_storage
 from poise.user_code import explain_errors
 
 __all__ = [
     "OpenedModel",
     "TargetModel",
-    "count_classes",
     "match_state_dict",
     "open_model",
     "open_target_model",
@@ -55,11 +50,13 @@ class OpenedModel:
     Attributes:
         weights: where its weights come from: best, final, averaged, file or function.
         note: how the names in its file were changed; None where they were not.
+        function: the function of the user's code that made the module; None for a network of Poise.
     """
 
     model: nn.Module
     weights: str
     note: str | None = None
+    function: str | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,7 @@ def open_target_model(
         opened = open_model(spec, images.shape, images.classes, device)
     model = opened.model
     classes = count_classes(model, images.images, images.classes)
-    wrapped = wrap_user_model(model, spec, classes)
+    wrapped = wrap_user_model(opened, classes)
     return TargetModel(wrapped, images.images, opened.weights, classes, _digest(model), opened.note)
 
 
@@ -128,7 +125,7 @@ def open_model(spec: TargetModelSpec, shape: Shape, classes: int, device: torch.
             device.
     """
     if spec.function is not None:
-        model = _call_function(spec)
+        model = call_function(spec.function, spec.arguments, "model.function")
     else:
         channels = shape[0]
         mean = (0.0,) * channels  # mean and std are replaced by those of the file
@@ -138,31 +135,22 @@ def open_model(spec: TargetModelSpec, shape: Shape, classes: int, device: torch.
     name = str(spec.function or spec.file)
     with explain_errors(f"the model {name} cannot be prepared"):
         model = model.to(device).eval()
-        _check_state(model, name)
-    return OpenedModel(model, spec.source, note)
+        check_state(model, name)
+    return OpenedModel(model, spec.source, note, spec.function)
 
 
-def wrap_user_model(model: nn.Module, spec: TargetModelSpec, num_classes: int) -> nn.Module:
+def wrap_user_model(opened: OpenedModel, num_classes: int) -> nn.Module:
     """The model; one from the user's code is wrapped so that its errors are explained.
 
     `num_classes`: from `count_classes`.
     """
-    return model if spec.function is None else UserModel(model, spec.function, num_classes)
-
-
-def _check_state(model: nn.Module, name: str) -> None:
-    """Check that the state dict holds tensors only, as its digest needs. UserError otherwise."""
-    for key, value in model.state_dict().items():
-        if not isinstance(value, Tensor):
-            raise UserError(
-                f"the model {name} has {key} in its state dict, which is a {type(value).__name__}, not a tensor: keep "
-                "it out of there, or make it a buffer"
-            )
+    return opened.model if opened.function is None else UserModel(opened.model, opened.function, num_classes)
 
 
 def _open_run_model(spec: TargetModelSpec, data: Split, store: str, device: torch.device) -> OpenedModel:
-    model, selected = open_weights(store, str(spec.run), data.shape, data.classes, device, spec.checkpoint)
-    return OpenedModel(model, selected)
+    run = str(spec.run)
+    model, selected = open_weights(store, run, data.shape, data.classes, device, spec.checkpoint)
+    return OpenedModel(model, selected, function=read_spec(store, run).model.function)
 
 
 def _load_file(model: nn.Module, spec: TargetModelSpec) -> str | None:
@@ -255,47 +243,6 @@ def _normalisation_hint(spec: TargetModelSpec, tensors: Mapping[str, Any]) -> st
         return f"the file has a normalisation inside{advice}"
     advice = ": set model.normalize to none, or add the two" if spec.normalize == "data" else ""
     return f"the file has no normalisation inside (normalize.mean, normalize.std){advice}"
-
-
-def _call_function(spec: TargetModelSpec) -> nn.Module:
-    """The module that the user's function returns. The current folder is searched first for the Python module."""
-    module, _, name = str(spec.function).partition(":")
-    with explain_errors(f"model.function: {spec.function}"):
-        current_folder = str(Path.cwd())
-        sys.path.insert(0, current_folder)
-        try:
-            function = getattr(importlib.import_module(module), name)
-            model = function(**spec.arguments)
-        finally:
-            sys.path.remove(current_folder)
-    if not isinstance(model, nn.Module):
-        raise UserError(f"model.function: {spec.function} returned a {type(model).__name__}, not an nn.Module")
-    return model
-
-
-def count_classes(model: nn.Module, images: ImageSet, classes: int, name: str = "the model") -> int:
-    """The number of logits of the model, from its output on two images; `name` stands for the model in messages.
-
-    A forward pass with gradients is tried as well.
-
-    Raises:
-        UserError: the forward of the model fails, or it does not return logits of at least so many `classes`.
-    """
-    device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
-    x = to_float(images.images[:2].to(device))
-    shape = tuple(x.shape[1:])
-    explain_forward = explain_errors(f"{name} does not take images {shape}", defect=f"{name} fails on images {shape}")
-    with explain_forward, attack_mode(model), torch.no_grad():
-        logits = model(x)
-    explain_gradient = explain_errors(f"{name} fails on images {shape} that need a gradient")
-    with explain_gradient, attack_mode(model), torch.enable_grad():
-        model(x.clone().requires_grad_().clone())
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x) or not logits.is_floating_point():
-        output = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise UserError(f"{name} gives {output} for {len(x)} images: logits (N, classes) of floats are needed")
-    if logits.shape[1] < classes:
-        raise UserError(f"{name} tells {logits.shape[1]} classes apart and the data set has {classes}")
-    return int(logits.shape[1])
 
 
 def _digest(model: nn.Module) -> str:

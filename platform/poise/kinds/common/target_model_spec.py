@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from poise.models.spec import ModelSpec
-from poise.spec import Input, RunName, field_error
+from poise.spec import CodeReference, Input, RunName, field_error
 
 __all__ = ["TargetModelSpec"]
-
-_FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
 class TargetModelSpec(ModelSpec):
@@ -26,10 +23,11 @@ class TargetModelSpec(ModelSpec):
     file: str | None = Field(
         None, min_length=1, max_length=1000, description="state dict in safetensors, here or on s3://"
     )
-    function: str | None = Field(
-        None, description="module:function in your code that returns an nn.Module on [0, 1]; `file` may add its weights"
+    function: CodeReference | None = Field(
+        None,
+        description="package.module:function in your code that returns an nn.Module on images in [0, 1]; `file` may "
+        "add its weights",
     )
-    arguments: dict[str, Any] = Field({}, description="keyword arguments that the function is called with")
 
     @model_validator(mode="after")
     def _one_source(self) -> TargetModelSpec:
@@ -39,15 +37,10 @@ class TargetModelSpec(ModelSpec):
                 "a model to evaluate is one of run: RUN, file: FILE or function: MODULE:FUNCTION; a function may have "
                 "a file with its weights"
             )
-        if self.arguments and self.function is None:
-            raise field_error("arguments", "only a function takes arguments: remove them")
         if self.checkpoint is not None and self.run is None:
             raise field_error("checkpoint", "only a run has checkpoints to choose from: remove it")
-        for key, field in ModelSpec.model_fields.items():
-            if self.source != "file" and getattr(self, key) != field.default:
-                raise field_error(key, f"the architecture is written for a file only; that of a {self.source} is known")
-        if self.function is not None and not _FUNCTION.fullmatch(self.function):
-            raise field_error("function", f"{self.function[:60]!r} is not of the form package.module:function")
+        if self.run is not None:
+            self._refuse_architecture("run")
         return self
 
     @property
@@ -63,5 +56,4 @@ class TargetModelSpec(ModelSpec):
             yield Input(("run",), "run", self.run, kinds=("robust.train",))
         if self.file is not None:
             yield Input(("file",), "files", self.file)
-        if self.function is not None:
-            yield Input(("function",), "code", self.function)
+        yield from super().inputs()

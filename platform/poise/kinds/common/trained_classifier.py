@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from poise.data.images.batches import Dataset, load
 from poise.errors import IntegrityError, UserError
+from poise.kinds.common.user_model import build_classifier, make_module
 from poise.kinds.robust_train.result import RobustTrainResult
 from poise.kinds.robust_train.spec import RobustTrainSpec
 from poise.kinds.sweep.result import SweepResult
@@ -30,6 +31,7 @@ __all__ = [
     "classifier",
     "open_trained",
     "open_weights",
+    "read_spec",
     "trained_runs",
     "trained_spec",
 ]
@@ -59,8 +61,14 @@ class TrainedClassifier:
 
 
 def classifier(spec: RobustTrainSpec, data: Dataset) -> nn.Module:
-    """The network of `spec` as its training starts, on the CPU."""
+    """The network of `spec` as its training starts, on the CPU.
+
+    Raises:
+        UserError: the function of the user's code that makes it fails, or does not fit the data.
+    """
     seed = derive_seed(spec.seed, "model")
+    if spec.model.function is not None:
+        return build_classifier(spec.model, data.train, data.classes, seed)
     return build(spec.model, shape=data.shape, classes=data.classes, mean=data.mean, std=data.std, seed=seed)
 
 
@@ -115,19 +123,28 @@ def open_weights(
         UserError, IntegrityError: as `open_trained`.
     """
     run = open_run(store, name, must_exist=True)
-    spec = RobustTrainSpec.model_validate(yaml.safe_load(run.read("spec.yaml")))
-    mean = (0.0,) * shape[0]  # mean and std are replaced by those of the checkpoint
-    std = (1.0,) * shape[0]
-    model = build(spec.model, shape=shape, classes=classes, mean=mean, std=std, seed=0).to(device)
+    spec = read_spec(store, name)
+    if spec.model.function is not None:
+        check_inputs(run, spec, code_only=True)
+        model = make_module(spec.model, derive_seed(spec.seed, "model")).to(device)
+    else:
+        mean = (0.0,) * shape[0]  # mean and std are replaced by those of the checkpoint
+        std = (1.0,) * shape[0]
+        model = build(spec.model, shape=shape, classes=classes, mean=mean, std=std, seed=0).to(device)
     selected, _ = _load_weights(model, run, weights, device)
     return model.eval(), selected
 
 
-def trained_spec(store: str, name: str) -> RobustTrainSpec:
-    """The spec of a run. UserError where its data have changed since it was trained."""
+def read_spec(store: str, name: str) -> RobustTrainSpec:
+    """The spec of a run. UserError where there is no such run."""
     run = open_run(store, name, must_exist=True)
-    spec = RobustTrainSpec.model_validate(yaml.safe_load(run.read("spec.yaml")))
-    check_inputs(run, spec)
+    return RobustTrainSpec.model_validate(yaml.safe_load(run.read("spec.yaml")))
+
+
+def trained_spec(store: str, name: str) -> RobustTrainSpec:
+    """The spec of a run. UserError where its data or its code have changed since it was trained."""
+    spec = read_spec(store, name)
+    check_inputs(open_run(store, name), spec)
     return spec
 
 

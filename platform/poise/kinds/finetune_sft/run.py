@@ -31,6 +31,7 @@ from poise.kinds.common.export import (
     probe_sequences,
     rehearse_export,
 )
+from poise.kinds.common.extra_metrics import measure_texts
 from poise.kinds.common.language_evaluation import ReferenceDistribution, held_out, warn
 from poise.kinds.finetune_sft.adapters import add_adapters, merge_adapters, prepare_tuning
 from poise.kinds.finetune_sft.result import FinetuneSftResult, TokenCounts
@@ -89,7 +90,7 @@ def run(spec: FinetuneSftSpec, context: Context) -> None:
     trainable = _num_parameters(model, trainable=True)
     probabilities = next_token_probabilities(model, probes)
     model = merge_adapters(model, spec.tuning)
-    measured = _measure(model, data, reference, context)
+    measured = _measure(spec, model, data, reference, context)
     context.on_main(partial(export_model, model, tokenizer, probes, probabilities, context))
     tokens = _count_tokens(spec, data, batches, fitted)
     result = FinetuneSftResult(
@@ -128,7 +129,7 @@ def _task(
         batches_per_epoch=batches.batches_per_epoch,
         examples_per_batch=spec.batch_size,
         seed=spec.seed,
-        evaluate=partial(_measure, model, data, reference, context) if data.validation else None,
+        evaluate=partial(_measure, spec, model, data, reference, context) if data.validation else None,
         monitor="-ce",
         unit="examples",
     )
@@ -177,10 +178,15 @@ def _loss(spec: LossSpec, logits: Tensor, labels: Tensor, normalizer: float) -> 
 
 
 def _measure(
-    model: nn.Module, data: TextData, reference: ReferenceDistribution | None, context: Context
+    spec: FinetuneSftSpec,
+    model: nn.Module,
+    data: TextData,
+    reference: ReferenceDistribution | None,
+    context: Context,
 ) -> dict[str, float]:
-    """Metrics on held-out examples and, in a world, against its true answers."""
+    """Metrics on held-out examples, those of the user's code included, and, in a world, against its true answers."""
     metrics = held_out(model, data.validation, context)
+    metrics |= measure_texts(spec.extra_metrics, model, data.validation, context)
     if reference is None:
         return metrics
     return metrics | reference.measure(model, context)

@@ -9,7 +9,15 @@ from pydantic import Field, model_validator
 from poise.data.spec import TextSpec, WorldText
 from poise.finetune.spec import Ce, Full, LossSpec, TuningSpec
 from poise.models.spec import LanguageModelSpec
-from poise.spec import MetricSource, RunSpec, field_error, row_sources, summary_sources
+from poise.spec import (
+    ExtraMetrics,
+    MetricSource,
+    RunSpec,
+    extra_names,
+    field_error,
+    row_sources,
+    summary_sources,
+)
 from poise.train.spec import TrainSpec
 
 __all__ = ["FinetuneSftSpec"]
@@ -25,6 +33,11 @@ class FinetuneSftSpec(RunSpec):
     loss: LossSpec = Field(Ce(), description="what is minimised, a mean over the tokens of each optimizer step")
     tuning: TuningSpec = Field(Full(), description="which weights are trained: all, or low-rank adapters")
     train: TrainSpec = Field(description="length, optimizer, schedule, checkpoints")
+    extra_metrics: ExtraMetrics = Field(
+        {},
+        description="by name, functions in your code of (model, batch) on held-out examples; measured as `metric/NAME` "
+        "at every evaluation",
+    )
     export: Literal["final", "best"] = Field(
         "final",
         description="which weights are exported as the run's model; best: of the lowest validation cross entropy",
@@ -36,6 +49,8 @@ class FinetuneSftSpec(RunSpec):
             raise field_error(
                 "model.name", "a new model takes its words from a world; for files name a `run` or `folder`"
             )
+        if self.extra_metrics and not isinstance(self.data, WorldText) and self.data.validation == 0:
+            raise field_error("extra_metrics", "are measured on held-out examples: set data.validation above 0")
         self.workers.check_shares("batch_size", self.batch_size)
         return self
 
@@ -44,7 +59,7 @@ class FinetuneSftSpec(RunSpec):
         if not isinstance(self.data, WorldText) and self.data.validation == 0:
             return row_sources(["loss"], "train")
         world = ("answer_ce", "excess", "answer_entropy", "outside") if isinstance(self.data, WorldText) else ()
-        names = ("ce", "entropy", *world)
+        names = ("ce", "entropy", *world, *extra_names(self.extra_metrics))
         at_the_end = summary_sources(["measured"], names, "validation")
         return row_sources(["loss"], "train") | at_the_end | row_sources(names, "validation", during=True)
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from poise.data.images.batches import Dataset
 from poise.data.images.datasets import ImageSet, to_float
+from poise.kinds.common.extra_metrics import measure_images
 from poise.kinds.common.robust_accuracy import robust_accuracy
 from poise.kinds.robust_train.spec import RobustTrainSpec
 from poise.robust.evaluate import Evaluation
@@ -21,7 +22,7 @@ from poise.spec.seeds import derive_seed
 from poise.train.context import Context
 from poise.train.task import MonitorResult, TaskState
 
-__all__ = ["RobustMonitor", "attacked"]
+__all__ = ["RobustMonitor", "attacked", "measured"]
 
 _PREVIOUS_PGD = "monitor/pgd"
 """The key of the PGD accuracy of the previous probe in the state of the task."""
@@ -34,6 +35,13 @@ def attacked(
     seed = derive_seed(spec.seed, "evaluate")
     chosen = images.choose(spec.evaluate.num_examples)
     return robust_accuracy(model, chosen, threats, batch_size=spec.evaluate.batch_size, seed=seed, context=context)
+
+
+def measured(spec: RobustTrainSpec, model: nn.Module, images: ImageSet, context: Context) -> dict[str, float]:
+    """The metrics of the user's code on `evaluate.num_examples` of the images. All ranks call it."""
+    chosen = images.choose(spec.evaluate.num_examples)
+    metrics = spec.evaluate.extra_metrics
+    return measure_images(metrics, model, chosen, batch_size=spec.evaluate.batch_size, context=context)
 
 
 class RobustMonitor:
@@ -57,13 +65,14 @@ class RobustMonitor:
         """Validation accuracies under the threats of training, by which the best checkpoint is chosen.
 
         The threats of the test may be others. With the monitor `robust_gap`, also the training minus validation
-        accuracies, under `gap/`.
+        accuracies, under `gap/`. Metrics of the user's code are added, under `metric/`.
         """
         validation = self._accuracies(self._data.validation)
+        extra = measured(self._spec, self._model, self._data.validation, self._context)
         if not self._spec.monitors.robust_gap:
-            return validation
+            return validation | extra
         training = self._accuracies(self._training_sample(len(self._data.validation)))
-        return validation | robust_gap(training, validation)
+        return validation | extra | robust_gap(training, validation)
 
     def watch(self, options: Overfitting, state: TaskState) -> MonitorResult:
         """Probe the training sample for catastrophic overfitting, under the first threat of the spec.

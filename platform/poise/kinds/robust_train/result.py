@@ -35,6 +35,9 @@ class RobustTrainResult(TrainedResult):
         {}, description="the same on the validation split, with evaluate.validation"
     )
     num_validation_examples: int = Field(0, description="validation images that were attacked")
+    extra_metrics: dict[str, dict[str, float]] = Field(
+        {}, description="by checkpoint, the metrics of the user's code on the test images, as metric/NAME"
+    )
     best_minus_final: Accuracies = Field({}, description="accuracy of the best checkpoint minus that of the final one")
     stopped: EarlyStopResult | None = None
 

@@ -23,7 +23,7 @@ from poise.errors import IntegrityError
 from poise.kinds.common.attack_description import describe_threats
 from poise.kinds.common.eigenspaces import eigenspaces
 from poise.kinds.common.trained_classifier import AVERAGED, classifier
-from poise.kinds.robust_train.monitors import RobustMonitor, attacked
+from poise.kinds.robust_train.monitors import RobustMonitor, attacked, measured
 from poise.kinds.robust_train.result import EarlyStopResult, RobustTrainResult
 from poise.kinds.robust_train.spec import RobustTrainSpec
 from poise.kinds.robust_train.step import RobustStep
@@ -95,13 +95,16 @@ def _evaluate_checkpoints(
     evaluations: dict[int, Evaluation] = {}  # by step: the best checkpoint is often the final one
     accuracy: dict[str, dict[str, float]] = {}
     validation: dict[str, dict[str, float]] = {}
+    extra_metrics: dict[str, dict[str, float]] = {}
     for label, step in {"final": fitted.final_step, "best": fitted.best_step}.items():
         if step not in evaluations and restore(model, step, context):
             evaluations[step] = attacked(spec, threats, model, data.test, context)
             validation[label] = _validation_accuracy(spec, threats, model, data, context)
+            extra_metrics[label] = measured(spec, model, data.test, context)
         if step in evaluations:
             accuracy[label] = evaluations[step].summary()
             validation.setdefault(label, validation.get("final", {}))
+            extra_metrics.setdefault(label, extra_metrics.get("final", {}))
             context.on_main(partial(_write_matrix, context, label, evaluations[step]))
     if not accuracy:
         raise IntegrityError(
@@ -112,8 +115,9 @@ def _evaluate_checkpoints(
         evaluation = attacked(spec, threats, model, data.test, context)
         accuracy["averaged"] = evaluation.summary()
         validation["averaged"] = _validation_accuracy(spec, threats, model, data, context)
+        extra_metrics["averaged"] = measured(spec, model, data.test, context)
         context.on_main(partial(_write_matrix, context, "averaged", evaluation))
-    context.on_main(partial(_write_results, spec, data, model, fitted, accuracy, validation, context))
+    context.on_main(partial(_write_results, spec, data, model, fitted, accuracy, validation, extra_metrics, context))
 
 
 def _validation_accuracy(
@@ -154,6 +158,7 @@ def _write_results(
     fitted: FitResult,
     accuracy: dict[str, dict[str, float]],
     validation: dict[str, dict[str, float]],
+    extra_metrics: dict[str, dict[str, float]],
     context: Context,
 ) -> None:
     """On rank 0: write the metrics of the selected checkpoint, and the result."""
@@ -172,12 +177,13 @@ def _write_results(
         accuracy=accuracy,
         validation=validation if spec.evaluate.validation else {},
         num_validation_examples=len(data.validation.select(slice(spec.evaluate.num_examples))),
+        extra_metrics=extra_metrics if spec.evaluate.extra_metrics else {},
         best_minus_final=_difference(accuracy),
         stopped=None if stopped is None else EarlyStopResult(step=stopped.step, why=stopped.why),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
     rows = Rows()
-    rows.add(selected_step, 0.0, "test", accuracy[selected])
+    rows.add(selected_step, 0.0, "test", accuracy[selected] | extra_metrics[selected])
     context.run.write("metrics/test.parquet", rows.to_parquet())
     write_result(context.run, result)
 

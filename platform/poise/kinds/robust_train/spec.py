@@ -14,7 +14,7 @@ from poise.robust.objectives import ObjectiveSpec
 from poise.robust.objectives.adt import Adt
 from poise.robust.spec import Eigenspace, EvaluateSpec, Threats, oversized
 from poise.robust.training_spec import Averaging, Awp, Compute, Monitors
-from poise.spec import MetricSource, RunSpec, field_error, row_sources, summary_sources
+from poise.spec import MetricSource, RunSpec, extra_names, field_error, row_sources, summary_sources
 from poise.train.spec import TrainSpec
 
 __all__ = ["RobustTrainSpec"]
@@ -66,12 +66,16 @@ class RobustTrainSpec(RunSpec):
         weights = ["best", "final", *(["averaged"] if self.averaging else [])]
         loss = row_sources(["loss"], "train")
         at_the_end = summary_sources([f"accuracy.{name}" for name in weights], test_measures, "test", "evaluation")
+        extra = extra_names(self.evaluate.extra_metrics)
+        at_the_end |= summary_sources([f"extra_metrics.{name}" for name in weights], extra, "test")
+        at_the_end |= row_sources(extra, "test") if self.data.validation == 0 else {}
         if self.data.validation == 0:
             return loss | at_the_end | row_sources(test_measures, "test", attacks="evaluation")
         gaps = []
         if self.monitors.robust_gap:
             gaps = [f"gap/{name.removeprefix('robust/')}" for name in training_measures]
         validation = row_sources([*training_measures, *gaps], "validation", during=True, attacks="training")
+        validation |= row_sources(extra, "validation", during=True)
         needs = "" if self.evaluate.validation else "evaluate.validation: true"
         sections = [f"validation.{name}" for name in weights]
         validation |= summary_sources(sections, test_measures, "validation", "evaluation", needs)
@@ -94,21 +98,26 @@ class RobustTrainSpec(RunSpec):
         sizes = known_sizes(self.data)
         if sizes is None:
             return [*lines, "steps, parameters and bytes: known when the data set is read"]
+        plan = self.train.plan(sizes.train // self.data.batch_size, self.steps_per_batch)
+        steps = self.train.total_steps(plan.steps)
+        images = plan.batches_before(steps) * self.data.batch_size
+        lines += [
+            f"{steps:,} optimizer steps, {steps / plan.steps:.4g} epochs of {sizes.train:,} images: {images:,} images",
+            f"{images * (attack + loss):,} image gradients in all, evaluation not counted",
+        ]
+        workers = f"{self.workers.count} workers of {self.workers.cpus} CPU and {self.workers.gpus} GPU"
+        if self.model.function is not None:
+            return [*lines, "parameters and bytes: known when your function has made the network", workers]
         weights = num_parameters(self.model, sizes.shape, sizes.classes)
         state = state_bytes(self.model, sizes.shape, sizes.classes)
         moments = 1 if self.train.optimizer.name == "sgd" else 2
         average = self.averaging is not None
         checkpoint = state * (1 + self.objective.copies_of_model) + 4 * weights * (moments + average)
-        plan = self.train.plan(sizes.train // self.data.batch_size, self.steps_per_batch)
-        steps = self.train.total_steps(plan.steps)
-        images = plan.batches_before(steps) * self.data.batch_size
         total = (self.train.checkpoint.keep + 1) * checkpoint
         return [
             *lines,
-            f"{steps:,} optimizer steps, {steps / plan.steps:.4g} epochs of {sizes.train:,} images: {images:,} images",
-            f"{images * (attack + loss):,} image gradients in all, evaluation not counted",
             f"{weights:,} parameters; {in_bytes(checkpoint)} per checkpoint, {in_bytes(total)} kept at most",
-            f"{self.workers.count} workers of {self.workers.cpus} CPU and {self.workers.gpus} GPU",
+            workers,
         ]
 
 

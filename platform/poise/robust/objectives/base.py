@@ -27,6 +27,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from poise.robust.attacks import Loss, cross_entropy, perturb
 from poise.robust.noise import Source
@@ -213,8 +214,7 @@ class Objective(SpecModel, ABC):
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside a DistributedDataParallel wrapper, or the model itself: what attacks get."""
-    inner: nn.Module = getattr(model, "module", model)
-    return inner
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def craft_all(context: ObjectiveContext) -> dict[str, Tensor]:
