@@ -21,7 +21,7 @@ test: .venv/.develops ## Lint, and run every test
 	@$(MAKE) --no-print-directory -j 2 lint tests
 
 tests: .venv/.develops
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25 $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=25 $(TESTS)
 
 lint: .venv/.develops ## ruff, mypy and the walls between the rooms
 	$(BIN)/ruff format --check -q .

@@ -18,6 +18,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from fork_server import ForkServer
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 os.environ["RAY_AUTH_MODE"] = "disabled"  # before any test imports Ray, which reads it once for the process
@@ -28,17 +30,27 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 _LONGEST = (
-    "test_ray.py",
-    "test_selfplay_on_ray.py",
-    "test_calibration_on_ray.py",
-    "test_sweep.py",
-    "test_sampler_pool.py",
+    "head",
+    "tests/end_to_end/test_selfplay_on_ray.py",
+    "tests/engine/test_sweep.py",
+    "tests/engine/ray/test_sampler_pool.py",
+    "tests/cluster/test_cluster.py",
+    "tests/test_guides.py",
 )
+"""The groups of tests that take longest, in the order in which they begin."""
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest go first, so that neither of two processes is left alone with one at the end."""
-    items.sort(key=lambda item: _LONGEST.index(item.path.name) if item.path.name in _LONGEST else len(_LONGEST))
+    """Group the tests for `--dist loadgroup`: those that share a Ray cluster, and any others by file.
+
+    The groups that take longest go first, so that neither of two processes is left alone with one at the end.
+    """
+    groups = {item: "head" if "head" in item.fixturenames else item.location[0] for item in items}
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    ranks = {group: rank for rank, group in enumerate(_LONGEST)}
+    items.sort(key=lambda item: ranks.get(groups[item], len(ranks)))
 
 
 @pytest.fixture
@@ -54,6 +66,13 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip("no shared data: set POISE_SHARED_DATA to the folder that holds it")
     return path
+
+
+@pytest.fixture(scope="session")
+def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """Starts `python -m ...` with its imports done, for tests that need a process but not a new interpreter."""
+    with ForkServer(tmp_path_factory.mktemp("fork")) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

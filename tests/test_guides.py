@@ -26,7 +26,7 @@ GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RAY = "tests/end_to_end/test_ray.py"
 EXTEND = "tests/test_user_code.py"
 JOBS = f"{RAY}::test_a_spec_is_sent_as_a_job_followed_listed_and_stopped"
-TORCHRUN = f"{RAY}::test_two_processes_under_torchrun_are_two_ray_workers"
+TORCHRUN = f"{RAY}::test_two_processes_under_torchrun_that_a_signal_stops_are_two_ray_workers"
 LAUNCH = "torchrun --standalone --nproc-per-node=2"
 CLUSTER = "tests/cluster/test_cluster.py::test_a_cluster_comes_takes_a_job_and_goes"
 BY_HAND = "tests/cluster/test_cluster.py::test_a_head_that_is_started_by_hand_asks_for_the_token_that_was_made_first"

@@ -21,6 +21,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from fork_server import ForkServer
+from poise.env import PRIVATE_CLUSTER
 from poise.observe.rows import read_rows
 from poise.store.lease import Lease
 from poise.store.runs import Run, open_run
@@ -53,19 +55,16 @@ evaluate: {{num_examples: 60}}
 class Job:
     """One `poise run` in a process of its own."""
 
-    def __init__(self, spec: Path, engine: str, address: str | None, run: Run, scratch: Path) -> None:
+    def __init__(
+        self, server: ForkServer, spec: Path, engine: str, address: str | None, run: Run, scratch: Path
+    ) -> None:
         self.run = run
         self.output = scratch / f"{run.name}-{time.monotonic_ns()}.log"
         joined = ["--address", address] if address else []
         environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+        arguments = ["-m", "poise", "run", str(spec), "--engine", engine, *joined]
         with self.output.open("wb") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "poise", "run", str(spec), "--engine", engine, *joined],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
+            self.process = server.start(arguments, output, output, env=environment, new_session=True)
 
     def wait(self, timeout: float = 240) -> int:
         return self.process.wait(timeout)
@@ -106,7 +105,8 @@ class Job:
 class Desk:
     """Starts jobs and reads what they leave."""
 
-    def __init__(self, scratch: Path) -> None:
+    def __init__(self, server: ForkServer, scratch: Path) -> None:
+        self.server = server
         self.scratch = scratch
         self.jobs: list[Job] = []
 
@@ -135,7 +135,7 @@ class Desk:
         return open_run(store, "whole")
 
     def _start(self, spec: Path, name: str, store: str, engine: str, address: str | None) -> Job:
-        job = Job(spec, engine, address, open_run(store, name), self.scratch)
+        job = Job(self.server, spec, engine, address, open_run(store, name), self.scratch)
         self.jobs.append(job)
         return job
 
@@ -152,8 +152,8 @@ class Desk:
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
-    desk = Desk(tmp_path)
+def desk(fork_server: ForkServer, tmp_path: Path) -> Iterator[Desk]:
+    desk = Desk(fork_server, tmp_path)
     yield desk
     desk.end()
 
@@ -179,13 +179,12 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def poise() -> Callable[..., subprocess.CompletedProcess[str]]:
+def poise(fork_server: ForkServer) -> Callable[..., subprocess.CompletedProcess[str]]:
     """The command line, in a process of its own, from the root of the project."""
 
     def run(*arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", **changes}
-        command = [sys.executable, "-m", "poise", *arguments]
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        return fork_server.run(["-m", "poise", *arguments], cwd=ROOT, env=environment)
 
     return run
 
@@ -198,10 +197,10 @@ def head(s3_settings: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
     command = [ray, "start", "--head", "--block", f"--port={gcs}", "--num-cpus=2", "--disable-usage-stats"]
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--dashboard-agent-listen-port=0"]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as in an activated environment
-    environment = {**os.environ, **s3_settings, "RAY_AUTH_MODE": "disabled", "PATH": path}
+    settings = {**s3_settings, **PRIVATE_CLUSTER, "RAY_AUTH_MODE": "disabled", "PATH": path}  # nobody reads metrics
     process = subprocess.Popen(
         command,
-        env=environment,
+        env={**os.environ, **settings},
         cwd=tmp_path_factory.mktemp("ray"),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -226,19 +225,19 @@ def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.fixture(scope="session")
-def uninterrupted(head: Head, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+def uninterrupted(head: Head, fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     """The run that nothing happened to, by two Ray workers, in a folder."""
     scratch = tmp_path_factory.mktemp("uninterrupted")
-    desk = Desk(scratch)
+    desk = Desk(fork_server, scratch)
     yield desk.finish("whole", str(scratch / "runs"), address=head.address)
     desk.end()
 
 
 @pytest.fixture(scope="session")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+def alone(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     """The run that nothing happened to, by one process, in a folder."""
     scratch = tmp_path_factory.mktemp("alone")
-    desk = Desk(scratch)
+    desk = Desk(fork_server, scratch)
     yield desk.finish("whole", str(scratch / "runs"), "local", workers=1)
     desk.end()
 

@@ -38,7 +38,9 @@ def engine_deaths(run: Run) -> list[dict[str, object]]:
     return [event for event in run.events() if event["event"] == "sampler_restart"]
 
 
-def test_measuring_calibration_with_a_killed_engine_a_killed_worker_and_a_killed_driver(desk, artifacts, tmp_path):
+def test_measuring_calibration_with_a_killed_engine_a_killed_worker_and_a_killed_driver(
+    head, desk, artifacts, tmp_path
+):
     world = {"entities": 160, "relations": 8}
     made = make_world(WorldSpec(**world))
     tokenizer = made.tokenizer()
@@ -46,20 +48,20 @@ def test_measuring_calibration_with_a_killed_engine_a_killed_worker_and_a_killed
     export(llama, tokenizer, tmp_path / "model")
     listed = ", ".join(f"{key}: {value}" for key, value in world.items())
     text = MEASURE.format(folder=tmp_path / "model", world="{{" + listed + "}}")
-    both = {"store": str(tmp_path / "runs"), "workers": 1, "steps": 6, "text": text}
+    both = {"store": str(tmp_path / "runs"), "workers": 1, "steps": 6, "text": text, "address": head.address}
     job = desk.start_twice(**both)
     job.until(lambda: len(job.run.files("samples/")) >= 1, timeout=400)
     whole = open_run(both["store"], "whole")
     assert len(samples(whole)) >= 5
-    job.kill_one("_Engine")
+    job.kill_one("_Engine", below=head.pid)
     job.until(lambda: engine_deaths(job.run), timeout=300)
     count = len(job.run.files("samples/"))  # a shard that was drawn before the kill may still have been committed
     job.until(lambda: len(job.run.files("samples/")) > count, timeout=300)
     kept = {name: job.run.read(name) for name in job.run.files("samples/")}
-    engine = job.newest("_Engine")
-    job.kill_one("RayTrainWorker")
+    engine = job.newest("_Engine", below=head.pid)
+    job.kill_one("RayTrainWorker", below=head.pid)
     job.until(lambda: len(job.run.files("samples/")) > len(kept), timeout=300)
-    assert job.newest("_Engine") == engine, "the engine was started anew for the next worker"
+    assert job.newest("_Engine", below=head.pid) == engine, "the engine was started anew for the next worker"
     job.kill()
     assert job.run.manifest().status == "running"
     desk.finish_twice(**both)

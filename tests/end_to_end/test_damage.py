@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from poise.engine.launch import launch
+from poise.kinds import KINDS
+from poise.observe.progress import Display
+from poise.observe.sinks import NullSink
+from poise.spec import load
+from poise.store.runs import Run, open_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -58,11 +66,20 @@ def test_a_run_of_the_same_name_with_another_spec_is_refused_with_the_difference
     assert alone.manifest() == before
 
 
+def finish_here(spec: Path) -> Run:
+    """Run a spec to its end in this process."""
+    loaded = load(spec, KINDS)
+    launch(loaded, "local", None, Display(io.StringIO()), NullSink())
+    return open_run(loaded.store, loaded.name)
+
+
 def test_on_an_s3_that_fails_one_request_in_three_the_run_is_the_same_and_holds_no_secret(
-    flaky_s3, desk, assert_same, tmp_path
+    flaky_s3, desk, assert_same, tmp_path, monkeypatch
 ):
-    whole = desk.finish("whole", str(tmp_path / "runs"), "local", workers=1, steps=20)
-    run = desk.finish("flaky", flaky_s3, "local", workers=1, steps=20)
+    """The pauses between attempts, of which tests/store/test_s3.py tells, are a hundredth as long as they would be."""
+    monkeypatch.setattr("poise.store.s3_retries.RetryPolicy._draw", lambda self, longest: longest / 100)
+    whole = finish_here(desk.spec("whole", str(tmp_path / "runs"), workers=1, steps=20))
+    run = finish_here(desk.spec("flaky", flaky_s3, workers=1, steps=20))
     assert_same(run, whole)
     secret = os.environ["AWS_SECRET_ACCESS_KEY"].encode()
     kept = [run.read(name) for name in run.files()]

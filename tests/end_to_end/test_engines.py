@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -15,8 +11,6 @@ import pytest
 from poise.store.runs import open_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_a_pipeline_prints_one_table_and_a_page(tmp_path, poise):
@@ -36,22 +30,19 @@ def test_a_pipeline_prints_one_table_and_a_page(tmp_path, poise):
     assert listed.count("finished") == 3
 
 
-def test_a_run_goes_on_with_fewer_workers_than_it_began_with(desk, tmp_path):
+def test_a_run_goes_on_with_fewer_workers_than_it_began_with(desk, tmp_path, fork_server):
     store = str(tmp_path / "runs")
     spec = desk.spec("shrunk", store, workers=2)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [*launcher, "-m", "poise", "run", str(spec), "--engine", "local"],
-        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
+    arguments = ["-m", "poise", "run", str(spec), "--engine", "local"]
+    ranks = fork_server.start_ranks(arguments)
     run = open_run(store, "shrunk")
     deadline = time.monotonic() + 60
     while not run.checkpoints.commits() and time.monotonic() < deadline:
         time.sleep(0.02)
-    for pid in (process.pid, *run.events()[0]["pids"]):  # torchrun gives each process a session of its own
-        os.kill(pid, signal.SIGKILL)
-    process.wait()
+    for rank in ranks:
+        rank.kill()
+    for rank in ranks:
+        rank.wait()
     before = [commit.step for commit in run.checkpoints.commits()]
     assert before
     assert before[-1] < 60
@@ -61,13 +52,11 @@ def test_a_run_goes_on_with_fewer_workers_than_it_began_with(desk, tmp_path):
     assert [commit.step for commit in run.checkpoints.commits()] == [10, 20, 30, 40, 50, 60]
 
 
-def test_metrics_of_the_driver_are_served(desk, free_port, tmp_path):
+def test_metrics_of_the_driver_are_served(desk, free_port, tmp_path, fork_server):
     port = free_port
     spec = desk.spec("watched", str(tmp_path / "runs"), workers=1, steps=4000)
-    command = [sys.executable, "-m", "poise", "run", str(spec), "--engine", "local", "--metrics-port", str(port)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    arguments = ["-m", "poise", "run", str(spec), "--engine", "local", "--metrics-port", str(port)]
+    process = fork_server.start(arguments)
     try:
         deadline, text = time.monotonic() + 60, ""
         while 'poise_committed_step{run="watched"}' not in text and time.monotonic() < deadline:

@@ -1,13 +1,9 @@
-"""An evaluation by two processes under torchrun, killed on the way and finished by one: the bytes of a run of one."""
+"""An evaluation by two processes, killed on the way and finished by one: the bytes of a run of one."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 
-import psutil
 import pytest
 
 from poise import kinds
@@ -60,24 +56,22 @@ def result(run: Run) -> dict[str, bytes]:
     return {**found, "verdicts": "".join(run.files("artifacts/verdicts/")).encode()}
 
 
-def test_two_ranks_that_are_killed_and_one_that_goes_on_are_one_that_was_left_alone(tmp_path, monkeypatch):
+def test_two_ranks_that_are_killed_and_one_that_goes_on_are_one_that_was_left_alone(tmp_path, monkeypatch, fork_server):
     (tmp_path / "of_a_test.py").write_text(MODEL)
     monkeypatch.chdir(tmp_path)
     store = str(tmp_path / "runs")
     spec = spec_of(store, "killed")
     (tmp_path / "spec.yaml").write_text(dump(spec))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launcher, "-m", "poise", "run", "spec.yaml", "--engine", "local"]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+    with (tmp_path / "log").open("wb") as log:
+        ranks = fork_server.start_ranks(["-m", "poise", "run", "spec.yaml", "--engine", "local"], log, log)
     run, deadline = open_run(store, "killed"), time.monotonic() + 120
     while len(run.files("artifacts/verdicts/square-linf/")) < 3 and time.monotonic() < deadline:
-        assert process.poll() is None, "it ended before it was killed"
+        assert [rank.poll() for rank in ranks] == [None, None], (tmp_path / "log").read_text()
         time.sleep(0.005)
-    workers = psutil.Process(process.pid).children(recursive=True)
-    for each in (*workers, process):
-        each.kill()
-    process.wait()
-    psutil.wait_procs(workers, timeout=30)
+    for rank in ranks:
+        rank.kill()
+    for rank in ranks:
+        rank.wait()
     before = results(run)
     assert "result.json" not in before
     finish(spec)

@@ -11,8 +11,6 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -69,23 +67,16 @@ def test_a_killed_worker_and_a_killed_driver(head, s3_store, desk, uninterrupted
     assert_same(job.run, uninterrupted)
 
 
-def test_two_processes_under_torchrun_are_two_ray_workers(desk, uninterrupted, assert_same, tmp_path):
+def test_two_processes_under_torchrun_that_a_signal_stops_are_two_ray_workers(
+    desk, fork_server, uninterrupted, assert_same, ended_in_good_order, tmp_path
+):
     spec = desk.spec("torchrun", str(tmp_path / "runs"))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launcher, "-m", "poise", "run", str(spec), "--engine", "local"]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert_same(open_run(str(tmp_path / "runs"), "torchrun"), uninterrupted)
-
-
-def test_a_signal_to_torchrun(desk, uninterrupted, assert_same, ended_in_good_order, tmp_path):
-    spec = desk.spec("torchrun", str(tmp_path / "runs"))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launcher, "-m", "poise", "run", str(spec), "--engine", "local"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = open_run(str(tmp_path / "runs"), "torchrun")
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        process = fork_server.start(command, log, log, env=environment)
         while not run.checkpoints.commits():
             assert process.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.05)
@@ -95,7 +86,7 @@ def test_a_signal_to_torchrun(desk, uninterrupted, assert_same, ended_in_good_or
     assert not [rank for rank in ranks if rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE]
     ended_in_good_order(run, 10)
     assert "torchrun: stopped and committed at step" in (tmp_path / "log").read_text()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = fork_server.run(command, env=environment)
     assert done.returncode == 0, done.stderr
     assert_same(run, uninterrupted)
 
@@ -131,9 +122,10 @@ def workers_of(head) -> list[psutil.Process]:
 
 @pytest.mark.parametrize("phase", ["starting", "training"])
 def test_ctrl_c_ends_a_run_on_ray_at_once_and_says_what_goes_on(head, desk, tmp_path, phase):
-    job = desk.start("interrupted", str(tmp_path / "runs"), address=head.address)
+    workers = {"starting": 1, "training": 2}[phase]
+    job = desk.start("interrupted", str(tmp_path / "runs"), address=head.address, workers=workers)
     if phase == "starting":
-        job.until(lambda: "starting 2 workers" in job.text())
+        job.until(lambda: "starting 1 worker" in job.text())
     else:
         job.until_committed(1)
     os.kill(job.process.pid, signal.SIGINT)
@@ -217,13 +209,14 @@ attacks: [{{attack: pgd, threat: {{norm: linf, eps: 1/20}}, steps: 2}}]
 """
 
 
-def test_a_model_of_the_users_own_that_fails_late_is_not_tried_again(head, tmp_path):
+def test_a_model_of_the_users_own_that_fails_late_is_not_tried_again(head, fork_server, tmp_path):
     """The attacked examples that are left over make a batch of another size than the model was shown."""
     (tmp_path / "late_model.py").write_text(LATE)
     (tmp_path / "late.yaml").write_text(EVALUATION.format(store=tmp_path / "runs"))
-    command = [sys.executable, "-m", "poise", "run", "late.yaml", "--allow-code", "--address", head.address]
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = fork_server.run(
+        ["-m", "poise", "run", "late.yaml", "--allow-code", "--address", head.address], cwd=tmp_path, env=environment
+    )
     assert done.returncode == 2, done.stderr
     assert "the model late_model:late raised RuntimeError on a batch of shape (" in done.stderr
     assert "late_model.py:6 in forward: return super()" in done.stderr
@@ -270,32 +263,40 @@ num_examples: {steps}
 """
 
 
-def test_fine_tuning_with_a_killed_worker_and_a_killed_driver(head, desk, tmp_path, assert_same, artifacts):
-    both = {"store": str(tmp_path / "runs"), "workers": 2, "steps": 200, "text": TUNE, "address": head.address}
-    job = desk.start_twice(**both)
+def test_fine_tuning_with_a_killed_worker_and_a_killed_driver(
+    head, desk, fork_server, tmp_path, assert_same, artifacts
+):
+    """Against two processes without Ray to which nothing happens."""
+    store, sizes = str(tmp_path / "runs"), {"workers": 2, "steps": 200, "text": TUNE}
+    job = desk.start("killed", store, address=head.address, **sizes)
     job.until_committed(2)
     os.kill(job.worker_pids()[1], signal.SIGKILL)
     job.until_committed(4)
     job.kill()
     assert job.run.manifest().status == "running"
-    whole = desk.finish_twice(**both)
+    spec = desk.spec("whole", store, **sizes)
+    done = fork_server.run_ranks(["-m", "poise", "run", str(spec), "--engine", "local"])
+    assert done.returncode == 0, done.stderr
+    desk.finish("killed", store, address=head.address, **sizes)
     starts = [event["step"] for event in job.run.events() if event["event"] == "start"]
     assert len(starts) == 3
     assert starts[0] < starts[1] < starts[2] < 200
+    whole = open_run(store, "whole")
     assert_same(job.run, whole)
     assert artifacts(job.run) == artifacts(whole)
 
 
 def test_a_report_of_bounds_with_a_killed_worker_and_a_killed_driver(head, desk, tmp_path, artifacts):
-    store = str(tmp_path / "runs")
+    """Against one by a process without Ray to which nothing happens."""
+    store, sizes = str(tmp_path / "runs"), {"workers": 1, "steps": 300, "text": BOUND}
     desk.finish("measured", store, engine="local", workers=1, steps=20)
-    both = {"store": store, "workers": 1, "steps": 300, "text": BOUND, "address": head.address}
-    job = desk.start_twice(**both)
+    whole = desk.finish("whole", store, engine="local", **sizes)
+    job = desk.start("killed", store, address=head.address, **sizes)
     job.until(lambda: "[killed] measure" in job.text(), timeout=300)
     job.kill_one("RayTrainWorker", below=head.pid)
     job.until(lambda: "[killed] a worker died" in job.text())
     job.kill()
     assert job.run.manifest().status == "running"
-    whole = desk.finish_twice(**both)
+    desk.finish("killed", store, address=head.address, **sizes)
     assert artifacts(job.run) == artifacts(whole)
     assert open_run(store, "measured").manifest().status == "finished"

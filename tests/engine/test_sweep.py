@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from fork_server import ForkedProcess, ForkServer
 from poise import kinds
 from poise.engine.launch import launch
 from poise.engine.lifecycle import claim, spec_hash
@@ -314,25 +313,18 @@ def test_trials_in_turn_cannot_stop_each_other(sweep_of):
         locally(sweep_of(base={**BASE, "train": {"epochs": 3}}, scheduler={"name": "asha"}))
 
 
-def by_command(spec: SweepSpec, folder: Path, engine: str) -> tuple[subprocess.Popen[bytes], Path]:
-    """The command line, on a Ray cluster of its own or on none, in a process that can be killed."""
-    path, log = folder / "sweep.yaml", folder / f"{time.monotonic_ns()}.log"
-    path.write_text(dump(spec))
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "COLUMNS": "140"}
-    with log.open("wb") as output:
-        command = [sys.executable, "-m", "poise", "run", str(path), "--engine", engine]
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-    return process, log
-
-
 @pytest.fixture
-def running(tmp_path: Path):
+def running(fork_server: ForkServer, tmp_path: Path):
+    """Starts the command line, on a Ray cluster of its own or on none, in a process that can be killed."""
     processes = []
 
-    def start(spec: SweepSpec, engine: str = "ray") -> tuple[subprocess.Popen[bytes], Path]:
-        process, log = by_command(spec, tmp_path, engine)
+    def start(spec: SweepSpec, engine: str = "ray") -> tuple[ForkedProcess, Path]:
+        path, log = tmp_path / "sweep.yaml", tmp_path / f"{time.monotonic_ns()}.log"
+        path.write_text(dump(spec))
+        environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "COLUMNS": "140"}
+        arguments = ["-m", "poise", "run", str(path), "--engine", engine]
+        with log.open("wb") as output:
+            process = fork_server.start(arguments, output, output, env=environment, new_session=True)
         processes.append(process)
         return process, log
 
@@ -363,57 +355,80 @@ def test_what_the_process_of_a_trial_says_reaches_the_terminal_and_the_result(sw
     assert tally.outcome(spec.trials()[1]).error == "workers.gpus is 1 and torch sees no GPU here"
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_sweep_goes_on_after_its_driver_was_killed_and_ends_in_the_same_bits(sweep_of, running):
-    space = {"train.epochs": {"grid": [1, 25]}, "train.optimizer.lr": {"grid": [0.1, 0.05]}}
-    whole, killed = sweep_of("whole", space=space), sweep_of("killed", space=space, concurrent=2)
-    locally(whole)
-    process, log = running(killed)
-    first, _, second, _ = trials_of(killed)
+def wait_until(condition: Callable[[], Any], process: ForkedProcess, log: Path) -> None:
+    """Wait for something true, and fail at once if the process ends before it."""
     deadline = time.monotonic() + 200
-    while not (status_of(first) == "finished" and status_of(second) == "running" and second.checkpoints.commits()):
+    while not condition():
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.02)
-    process.kill()
-    process.wait()
-    before = first.manifest()
-    assert "finished" not in [status_of(run) for run in trials_of(killed)[2:]], "killed too late"
-    process, log = running(killed)
-    assert process.wait(300) == 0, log.read_text()
-    assert first.manifest() == before
-    starts = [event["step"] for event in second.events() if event["event"] == "start"]
-    assert starts[0] == 0 < starts[1], "the second trial did not go on from its commit"
-    assert facts(killed) == facts(whole)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize(("engine", "number"), [("ray", "SIGINT"), ("ray", "SIGUSR1"), ("local", "SIGINT")])
-def test_a_sweep_that_is_told_to_end_says_what_goes_on_and_leaves_nothing_behind(sweep_of, running, engine, number):
-    """Its trials are cut off: none of them is taken for one that has failed."""
-    spec = sweep_of(space={"train.epochs": {"grid": [1, 25]}})
-    first, second = trials_of(spec)
-    process, log = running(spec, engine)
-    deadline = time.monotonic() + 200
-    while not (status_of(first) == "finished" and second.checkpoints.commits()):
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.02)
+def assert_ended_by(number: signal.Signals, process: ForkedProcess, log: Path) -> None:
+    """A signal ends a sweep: it says what goes on, and leaves no process behind."""
     family = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.Signals[number])
-    ended, said = (130, "stopped; the same command goes on") if number == "SIGINT" else (75, "goes on from there")
+    process.send_signal(number)
+    ended, said = (130, "stopped; the same command goes on") if number is signal.SIGINT else (75, "goes on from there")
     assert process.wait(60) == ended, log.read_text()
     assert said in log.read_text()
     assert "Traceback" not in log.read_text()
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive
-    whole = open_run(spec.store, spec.name)
-    assert [run.name for run in (whole, first, second) if Lease.is_held(run.storage, run.name)] == []
-    assert [status_of(run) for run in (whole, first, second)] == ["running", "finished", "running"]
+
+
+def held(runs: list[Run]) -> list[str]:
+    return [run.name for run in runs if Lease.is_held(run.storage, run.name)]
+
+
+def last_step(run: Run) -> int:
+    return max([commit.step for commit in run.checkpoints.commits()], default=0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_sweep_on_ray_that_is_told_to_end_and_killed_goes_on_and_ends_in_the_same_bits(sweep_of, running):
+    """Its trials are cut off: none of them is taken for one that has failed. One at a time, and then two."""
+    space = {"train.epochs": {"grid": [1, 50, 49]}}
+    whole, cut = sweep_of("whole", space=space), sweep_of("cut", space=space)
+    locally(whole)
+    sweep, (first, second, third) = open_run(cut.store, cut.name), trials_of(cut)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        before = last_step(second)
+        process, log = running(cut)
+        wait_until(lambda before=before: status_of(first) == "finished" and last_step(second) > before, process, log)
+        assert_ended_by(number, process, log)
+        assert held([sweep, first, second]) == []
+        assert [status_of(run) for run in (sweep, first, second, third)] == ["running", "finished", "running", "none"]
+    done, before = first.manifest(), last_step(second)
+    both = sweep_of("cut", space=space, concurrent=2)
+    process, log = running(both)
+    wait_until(lambda: last_step(second) > before and last_step(third), process, log)
+    process.kill()
+    process.wait()
+    assert [status_of(run) for run in (second, third)] == ["running", "running"], "killed too late"
+    process, log = running(both)
+    assert process.wait(300) == 0, log.read_text()
+    assert first.manifest() == done
+    for run, num_starts in ((second, 4), (third, 2)):
+        starts = [event["step"] for event in run.events() if event["event"] == "start"]
+        assert len(starts) == num_starts
+        assert starts[0] == 0
+        assert starts == sorted(set(starts)), f"{run.name} did not go on from its commit"
+    assert facts(both) == facts(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_sweep_in_one_process_that_is_told_to_end_says_what_goes_on(sweep_of, running):
+    spec = sweep_of(space={"train.epochs": {"grid": [1, 25]}})
+    sweep, (first, second) = open_run(spec.store, spec.name), trials_of(spec)
+    process, log = running(spec, "local")
+    wait_until(lambda: status_of(first) == "finished" and second.checkpoints.commits(), process, log)
+    assert_ended_by(signal.SIGINT, process, log)
+    assert held([sweep, first, second]) == []
+    assert [status_of(run) for run in (sweep, first, second)] == ["running", "finished", "running"]
     before = first.manifest()
-    process, log = running(spec, engine)
+    process, log = running(spec, "local")
     assert process.wait(200) == 0, log.read_text()
     assert (first.manifest(), status_of(second)) == (before, "finished")
     starts = [event["step"] for event in second.events() if event["event"] == "start"]

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -146,16 +143,13 @@ def test_an_epoch_is_a_pass_over_the_examples_however_many_batches_make_a_step(t
 
 
 @pytest.mark.slow
-def test_two_ranks_take_the_steps_of_one(tmp_path):
+def test_two_ranks_take_the_steps_of_one(tmp_path, fork_server):
     alone = finish(spec_of("alone", tmp_path, loss=GEM, train=SGD))
     path, both = tmp_path / "spec.yaml", open_run(tmp_path, "both")
     spec = spec_of("both", tmp_path, loss=GEM, train=SGD)
     path.write_text(json.dumps(spec.model_dump(mode="json", exclude_none=True)))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run(
-        [*launcher, "-m", "poise", "run", str(path), "--engine", "local", "--set", "workers.count=2"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True,
-    )  # fmt: skip
+    done = fork_server.run_ranks(["-m", "poise", "run", str(path), "--engine", "local", "--set", "workers.count=2"])
+    assert done.returncode == 0, done.stderr
     one, two = rows(alone), rows(both)
     assert [(row["step"], row["name"]) for row in one] == [(row["step"], row["name"]) for row in two]
     assert [row["value"] for row in two] == pytest.approx([row["value"] for row in one], rel=1e-5)
@@ -273,7 +267,7 @@ def test_the_best_weights_are_left_when_they_are_asked_for(base, store):
     assert summary["measured"]["ce"] == pytest.approx(values[3], rel=1e-6)
 
 
-def test_files_of_one_s_own_from_the_command_line(base, store, tmp_path):
+def test_files_of_one_s_own_from_the_command_line(base, store, tmp_path, fork_server):
     """JSON lines, and a model of another run of the same store."""
     tokenizer = open_folder(Path(base.url) / "artifacts/model")[1]
     words = [word for word in tokenizer.get_vocab() if word.isalpha() and word not in ("the", "of")][:6]
@@ -291,10 +285,7 @@ tuning: {{name: lora, rank: 4}}
 train: {{epochs: 2, optimizer: {{name: adamw, lr: 1e-2}}, precision: bf16}}
 """
     (tmp_path / "own.yaml").write_text(spec)
-    done = subprocess.run(
-        [sys.executable, "-m", "poise", "run", str(tmp_path / "own.yaml"), "--engine", "local"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = fork_server.run(["-m", "poise", "run", str(tmp_path / "own.yaml"), "--engine", "local"])
     assert done.returncode == 0, done.stderr
     assert "examples/s" in done.stderr
     run = open_run(store, "own")

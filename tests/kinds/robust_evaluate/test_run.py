@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import subprocess
 import sys
 import threading
 import time
@@ -251,17 +250,18 @@ def test_two_radii_of_one_norm_are_two_threats(store):
     assert accuracy["robust/linf 0"] == accuracy["clean"] > accuracy["robust/linf 1/5"] == accuracy["robust/union"]
 
 
-def test_a_killed_evaluation_goes_on_where_it_stopped(store, finished, tmp_path):
+def test_a_killed_evaluation_goes_on_where_it_stopped(store, finished, tmp_path, fork_server):
     """A process that is killed between chunks: what it has committed stays as it is, and the end is the same."""
     spec = spec_of(store, "killed", keep_adversarial=True)
     (tmp_path / "spec.yaml").write_text(dump(spec))
-    command = [sys.executable, "-m", "poise", "run", str(tmp_path / "spec.yaml"), "--engine", "local"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-        run, deadline = open_run(store, "killed"), time.monotonic() + 60
-        while len(run.files("artifacts/verdicts/")) < 7 and time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.001)
-        process.kill()
-        process.wait()
+    arguments = ["-m", "poise", "run", str(tmp_path / "spec.yaml"), "--engine", "local"]
+    with (tmp_path / "log").open("wb") as log:
+        process = fork_server.start(arguments, log, log)
+    run, deadline = open_run(store, "killed"), time.monotonic() + 60
+    while len(run.files("artifacts/verdicts/")) < 7 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
     before = results(run)
     assert "result.json" not in before, "it was too fast to be killed"
     finish(spec)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load, load_file
 
+from fork_server import ForkServer
 from poise import kinds
 from poise.data.images.batches import load as load_data
 from poise.errors import UserError
@@ -188,7 +186,7 @@ def test_keys_of_another_rule_and_a_gap_without_validation_are_refused() -> None
 
 
 @pytest.mark.slow
-def test_two_ranks_take_the_steps_of_one(tmp_path: Path) -> None:
+def test_two_ranks_take_the_steps_of_one(tmp_path: Path, fork_server: ForkServer) -> None:
     """Without batch norm and noise: the direction of the weights is that of the whole batch, the anchor is shared."""
     threats = {"linf": {"eps": 0.05, "steps": 1, "random_start": False}}
     options: dict[str, Any] = {
@@ -202,11 +200,8 @@ def test_two_ranks_take_the_steps_of_one(tmp_path: Path) -> None:
     alone, _ = finished(tmp_path / "alone", **options)
     spec = spec_of(store=str(tmp_path / "both"), workers={"count": 2}, **options)
     (tmp_path / "spec.yaml").write_text(dump(spec))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run(
-        [*launcher, "-m", "poise", "run", str(tmp_path / "spec.yaml"), "--engine", "local"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True,
-    )  # fmt: skip
+    done = fork_server.run_ranks(["-m", "poise", "run", str(tmp_path / "spec.yaml"), "--engine", "local"])
+    assert done.returncode == 0, done.stderr
     both = open_run(tmp_path / "both", "small")
     one, two = (load(run.read("artifacts/averaged.safetensors")) for run in (alone, both))
     for name, value in one.items():
