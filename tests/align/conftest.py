@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from poise.align.methods import KLRegularizer, Responses, collate, response_logits, selfplay_loss
+from poise.align.selfplay import PolicyBatch, SelfPlayMethod
+from poise.align.selfplay.policy_loss import Responses, collate, response_logits
 
 EOS, PROMPT = 2, (2,)
 
@@ -66,24 +66,18 @@ class SelfPlay:
         self.reference = toy.policy()
         self.magnet = self._logits(self._all())
 
-    def iterate(
-        self,
-        advantage: Callable[[Tensor], Tensor],
-        opponents: np.ndarray,
-        coefficients: Mapping[str, float],
-        inner_steps: int,
-    ) -> None:
+    def iterate(self, method: SelfPlayMethod, opponents: np.ndarray | None, inner_steps: int) -> None:
+        """One iteration; without `opponents` the rollouts are compared with each other."""
         mine = spread(self.toy.policy(), self.samples, self.draw)
-        theirs = spread(opponents, self.samples, self.draw)
-        worth = advantage(self.game[mine][:, theirs][None]).flatten()
+        theirs = mine if opponents is None else spread(opponents, self.samples, self.draw)
+        worth = method.advantage(self.game[mine][:, theirs][None])
         batch = self._of(mine)
         previous = self._logits(batch)
-        held_to = {"magnet": self._rows(self.magnet, mine), "previous": previous}
-        anchors = {name: KLRegularizer(coefficient, held_to[name]) for name, coefficient in coefficients.items()}
         for _ in range(inner_steps):
-            outcome = selfplay_loss(response_logits(self.toy, batch), previous, anchors, batch, worth)
+            logits = response_logits(self.toy, batch)
+            output = method.loss(PolicyBatch(batch, worth, logits, previous, self._rows(self.magnet, mine)))
             self.optimizer.zero_grad()
-            outcome.loss.mean().backward()
+            output.loss.mean().backward()
             self.optimizer.step()
 
     def replace_magnet(self) -> None:

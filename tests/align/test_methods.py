@@ -7,18 +7,17 @@ token each end in another policy; so the fixed points are tested, and that the k
 from __future__ import annotations
 
 import itertools
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from poise.align.games import exploitability, mpo, nash_equilibrium, nash_rs, regularised_nash
-from poise.align.methods import (
+from poise.align.selfplay import METHODS, KLTerm, Mpo, NashRs, SelfPlayMethod
+from poise.align.selfplay.policy_loss import (
     KLRegularizer,
+    PolicyLoss,
     collate,
-    mpo_advantage,
-    nash_rs_advantage,
     response_logits,
     selfplay_loss,
     token_logprobs,
@@ -40,12 +39,12 @@ def distance(p: np.ndarray, q: np.ndarray) -> float:
 
 @pytest.fixture
 def play_mpo(self_play):
-    def play(toy, game, *, iterations, period, alpha, eta, lr=0.05):
+    def play(toy, game, *, iterations, method, lr=0.05):
         play = self_play(toy, game, lr=lr)
         for iteration in range(iterations):
-            if iteration and iteration % period == 0:
+            if method.replaces_reference(iteration):
                 play.replace_magnet()
-            play.iterate(mpo_advantage, toy.policy(), {"magnet": alpha, "previous": 1 / eta}, inner_steps=5)
+            play.iterate(method, toy.policy(), inner_steps=5)
         return toy.policy()
 
     return play
@@ -53,24 +52,30 @@ def play_mpo(self_play):
 
 @pytest.fixture
 def play_nash_rs(self_play):
-    def play(toy, game, *, iterations, tau, kl, lr=0.03, advantage=nash_rs_advantage):
+    def play(toy, game, *, iterations, method, lr=0.03):
         play = self_play(toy, game, lr=lr)
         for _ in range(iterations):
-            play.iterate(partial(advantage, tau=tau), play.reference, {"magnet": kl}, inner_steps=2)
+            play.iterate(method, play.reference, inner_steps=2)
         return toy.policy()
 
     return play
 
 
 def test_mpo_reaches_the_equilibrium_of_the_game(play_mpo, make_toy):
-    policy = play_mpo(make_toy(policy=MAGNET), W, iterations=200, period=20, alpha=0.1, eta=1)
+    policy = play_mpo(make_toy(policy=MAGNET), W, iterations=200, method=Mpo(period=20, alpha=0.1, eta=1))
     assert exploitability(W, mpo(W, MAGNET, alpha=0.1, eta=1, period=20, magnets=10)) < 1e-3
     assert exploitability(W, policy) < 3e-3
     assert distance(policy, nash_equilibrium(W)) < 0.01
 
 
 def test_mpo_with_a_magnet_that_never_lags_does_not(play_mpo, make_toy):
-    policy = play_mpo(make_toy(policy=MAGNET), W, iterations=200, period=1, alpha=0.1, eta=1)
+    class EveryIteration(Mpo):
+        """A specification with period 1 is refused."""
+
+        def replaces_reference(self, iteration):
+            return iteration > 0
+
+    policy = play_mpo(make_toy(policy=MAGNET), W, iterations=200, method=EveryIteration(period=2, alpha=0.1, eta=1))
     assert exploitability(W, policy) > 0.1
 
 
@@ -79,19 +84,19 @@ def test_mpo_between_magnets_reaches_the_regularised_equilibrium_of_whole_respon
     toy, game = make_toy(seed=seed), game_of(15, seed)
     goal = regularised_nash(game, toy.policy(), 0.2)
     assert distance(toy.policy(), goal) > 0.1
-    assert distance(play_mpo(toy, game, iterations=100, period=1000, alpha=0.2, eta=0.5), goal) < 0.005
+    assert distance(play_mpo(toy, game, iterations=100, method=Mpo(period=1000, alpha=0.2, eta=0.5)), goal) < 0.005
 
 
 def test_mpo_on_responses_of_one_to_three_tokens_reaches_the_equilibrium(play_mpo, make_toy):
     toy, game = make_toy(seed=0), game_of(15, 1)
     before = exploitability(game, toy.policy())
-    after = exploitability(game, play_mpo(toy, game, iterations=200, period=20, alpha=0.1, eta=1))
+    after = exploitability(game, play_mpo(toy, game, iterations=200, method=Mpo(period=20, alpha=0.1, eta=1)))
     assert before > 0.2
     assert after < 0.03
 
 
 def test_nash_rs_reaches_the_published_fixed_point(play_nash_rs, make_toy):
-    policy = play_nash_rs(make_toy(policy=REF), W, iterations=150, tau=0.5, kl=0.5)
+    policy = play_nash_rs(make_toy(policy=REF), W, iterations=150, method=NashRs(tau=0.5))
     assert policy == pytest.approx([0.55518, 0.22309, 0.22173], abs=0.004)
 
 
@@ -100,24 +105,29 @@ def test_nash_rs_reaches_the_fixed_point_of_whole_responses(seed, play_nash_rs, 
     toy, game = make_toy(seed=seed), game_of(15, seed)
     goal = nash_rs(game, toy.policy(), 0.2)
     assert distance(toy.policy(), goal) > 0.1
-    assert distance(play_nash_rs(toy, game, iterations=200, tau=0.2, kl=0.2), goal) < 0.01
+    assert distance(play_nash_rs(toy, game, iterations=200, method=NashRs(tau=0.2)), goal) < 0.01
 
 
 def test_nash_rs_with_the_acceptance_inverted_misses_it(play_nash_rs, make_toy):
     """Keeping a proposal with probability 1 - exp(-g / tau) trains close to a best response to the reference."""
 
-    def inverted(preference, tau):
-        weights = 1 - (-preference.mean(1, keepdim=True) / tau).exp()
-        reward = (preference * weights).sum(-1) / weights.sum(-1)
-        return reward - reward.mean()
+    class Inverted(NashRs):
+        def advantage(self, preference):
+            weights = 1 - (-preference.mean(1, keepdim=True) / float(self.tau)).exp()
+            reward = (preference * weights).sum(-1) / weights.sum(-1)
+            return reward - reward.mean()
 
-    policy = play_nash_rs(make_toy(policy=REF), W, iterations=150, tau=0.15, kl=0.15, advantage=inverted)
+    policy = play_nash_rs(make_toy(policy=REF), W, iterations=150, method=Inverted(tau=0.15))
     assert policy == pytest.approx([0.730, 0.096, 0.174], abs=0.01)
     assert distance(policy, nash_rs(W, REF, 0.15)) > 0.05, "the test of the fixed point would not see it"
 
 
 def test_nash_rs_with_two_different_coefficients_misses_it(play_nash_rs, make_toy):
-    policy = play_nash_rs(make_toy(policy=REF), W, iterations=150, tau=0.5, kl=0.05)
+    class Mismatched(NashRs):
+        def regularizers(self):
+            return {"reference": KLTerm("reference", 0.05)}
+
+    policy = play_nash_rs(make_toy(policy=REF), W, iterations=150, method=Mismatched(tau=0.5))
     assert distance(policy, nash_rs(W, REF, 0.5)) > 0.1
 
 
@@ -127,7 +137,7 @@ def test_the_advantage_of_mpo_is_unbiased():
     total = np.zeros(3)
     for drawn in itertools.product(range(3), repeat=4):
         rollouts, opponents = list(drawn[:2]), list(drawn[2:])
-        advantage = mpo_advantage(torch.tensor(W[np.ix_(rollouts, opponents)])[None])[0].numpy()
+        advantage = Mpo(period=2).advantage(torch.tensor(W[np.ix_(rollouts, opponents)])[None])[0].numpy()
         total[rollouts[0]] += policy[list(drawn)].prod() * advantage[0]
     assert total / policy == pytest.approx(W @ policy - 0.5, abs=1e-12)
 
@@ -135,7 +145,7 @@ def test_the_advantage_of_mpo_is_unbiased():
 def test_the_weights_of_nash_rs_are_those_of_rejection():
     """With every answer once among the proposals of a uniform reference, the reward is that against `accepted`."""
     rollouts = np.array([0, 0, 1, 2, 2, 2, 2, 1, 0, 1])
-    advantage = nash_rs_advantage(torch.tensor(W[rollouts])[None], 0.15)[0].numpy()
+    advantage = NashRs(tau=0.15).advantage(torch.tensor(W[rollouts])[None])[0].numpy()
     for g in range(len(rollouts)):
         rest = np.delete(rollouts, g)
         weights = np.exp(-W[rest].mean(0) / 0.15)
@@ -146,7 +156,7 @@ def test_the_weights_of_nash_rs_are_those_of_rejection():
 def test_the_advantage_of_nash_rs_has_a_baseline_that_adds_no_bias():
     """Given the other rollouts, the advantages of a rollout differ as its rewards do."""
     rest = [0, 2, 2]
-    found = [nash_rs_advantage(torch.tensor(W[[g, *rest]])[None], 0.3)[0, 0].item() for g in range(3)]
+    found = [NashRs(tau=0.3).advantage(torch.tensor(W[[g, *rest]])[None])[0, 0].item() for g in range(3)]
     weights = np.exp(-W[rest].mean(0) / 0.3)
     reward = W @ (weights / weights.sum())
     assert np.diff(found) == pytest.approx(np.diff(reward), abs=1e-12)
@@ -205,16 +215,15 @@ def test_an_empty_prompt_or_response_is_refused(prompts, responses):
 @pytest.mark.parametrize("shape", [(2, 1, 3), (2, 3, 0), (2, 3)])
 def test_preferences_without_another_rollout_or_an_opponent_are_refused(shape):
     """One rollout has no others to be compared with: its advantage would be NaN."""
-    with pytest.raises(ValueError, match="G >= 2"):
-        mpo_advantage(torch.full(shape, 0.5))
-    with pytest.raises(ValueError, match="G >= 2"):
-        nash_rs_advantage(torch.full(shape, 0.5), 0.1)
+    for method in (Mpo(period=2), NashRs()):
+        with pytest.raises(ValueError, match="G >= 2"):
+            method.advantage(torch.full(shape, 0.5))
 
 
 @pytest.mark.parametrize("tau", [0, -1, float("nan")])
-def test_an_advantage_needs_a_tau_above_0(tau):
+def test_nash_rs_needs_a_tau_above_0(tau):
     with pytest.raises(ValueError, match="tau"):
-        nash_rs_advantage(torch.full((1, 2, 2), 0.5), tau)
+        NashRs(tau=tau)
 
 
 @pytest.mark.parametrize(("prompts", "responses"), [([[1.7]], [[2]]), ([[1]], [[2, -1]]), ([[1]], [[0.5]])])
@@ -236,3 +245,31 @@ def test_a_loss_of_other_shapes_is_refused():
         selfplay_loss(logits, logits, {"magnet": KLRegularizer(-1, logits)}, batch, torch.zeros(2))
     with pytest.raises(ValueError, match="logits for"):
         selfplay_loss(logits, logits, {"magnet": KLRegularizer(1, logits[:1])}, batch, torch.zeros(2))
+
+
+def test_every_method_has_the_name_under_which_it_is_registered():
+    assert [method.model_fields["name"].default for method in METHODS.values()] == list(METHODS)
+
+
+class OnlineIpo(SelfPlayMethod):
+    """(h_g - h_k - (P(g > k) - 1/2) / tau)^2 over pairs of rollouts, h = ln policy - ln reference (IPO, 2310.12036)."""
+
+    name: str = "online_ipo"
+    tau: float
+
+    def advantage(self, preference):
+        return (preference - 0.5) / self.tau  # (P, G, G)
+
+    def loss(self, batch):
+        log_ratio = token_logprobs(batch.logits, batch.responses) - token_logprobs(batch.reference, batch.responses)
+        h = log_ratio.sum(-1).view(batch.advantage.shape[:2])  # (P, G)
+        losses = (h[:, :, None] - h[:, None, :] - batch.advantage) ** 2  # (P, G, G)
+        return PolicyLoss(losses.mean(2).flatten(), {})
+
+
+def test_a_loss_over_pairs_of_rollouts_has_the_same_form(make_toy, self_play):
+    """The fixed point of IPO on fresh rollouts is the regularised equilibrium: h = P(. > policy) / tau + a constant."""
+    play = self_play(make_toy(policy=REF), W, lr=0.02)
+    for _ in range(150):
+        play.iterate(OnlineIpo(tau=0.5), None, inner_steps=2)
+    assert play.toy.policy() == pytest.approx(regularised_nash(W, REF, 0.5), abs=0.004)

@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 
 from poise.align.games import nash_equilibrium
-from poise.align.oracles import UNLISTED, MatrixOracle, with_other_answer
-from poise.align.spec import Cyclic
+from poise.align.oracles import ORACLES, UNLISTED, Cyclic, MatrixOracle, with_other_answer
 
-CYCLIC = Cyclic(name="cyclic").rows
+CYCLIC = Cyclic().rows
 ANSWERS = {"capital ?": ("Arve", "Bryn", "Cole"), "river ?": ("Cole", "Dunn", "Arve")}
 
 
 def test_every_pair_is_antisymmetric_and_listed_ones_are_the_matrix():
-    oracle = MatrixOracle(CYCLIC, ANSWERS)
+    oracle = Cyclic().build(ANSWERS)
     texts = ["Arve", "Bryn", "Cole", "Dunn", ""]
     for prompt, answers in ANSWERS.items():
         left, right = zip(*itertools.product(texts, texts), strict=True)
@@ -46,3 +45,7 @@ def test_a_matrix_that_is_not_antisymmetric_is_refused():
 def test_one_text_is_no_list_of_answers():
     with pytest.raises(ValueError, match="a list of texts"):
         MatrixOracle(CYCLIC, {"x": "abc"})
+
+
+def test_every_oracle_has_the_name_under_which_it_is_registered():
+    assert [oracle.model_fields["name"].default for oracle in ORACLES.values()] == list(ORACLES)

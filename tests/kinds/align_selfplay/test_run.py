@@ -16,7 +16,9 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from poise.align.games import exploitability
-from poise.align.oracles import MatrixOracle, with_other_answer
+from poise.align.oracles import with_other_answer
+from poise.align.selfplay import SelfPlayMethod
+from poise.align.selfplay import base as method_base
 from poise.data.spec import WorldSpec
 from poise.data.synthetic_facts import make_world
 from poise.data.text.batches import text_batch
@@ -222,7 +224,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("method", [MPO, NASH_RS], ids=["mpo", "nash_rs"])
 def test_killed_within_iterations_it_ends_in_the_same_bits(method, folder, tmp_path, monkeypatch):
     spec = spec_of(folder, tmp_path, "whole", method=method)
-    whole, loss, steps = play(spec), selfplay.selfplay_loss, spec.iterations * spec.method.inner_steps
+    whole, loss, steps = play(spec), method_base.selfplay_loss, spec.iterations * spec.method.inner_steps
     for kill in (2, 4):  # losses taken by an attempt before it dies, none of them at the end of an iteration
         calls = iter(range(kill))
 
@@ -231,10 +233,10 @@ def test_killed_within_iterations_it_ends_in_the_same_bits(method, folder, tmp_p
                 raise Killed
             return loss(*arguments)
 
-        monkeypatch.setattr(selfplay, "selfplay_loss", dying)
+        monkeypatch.setattr(method_base, "selfplay_loss", dying)
         with pytest.raises(Killed):
             play(spec.model_copy(update={"name": "killed"}))
-    monkeypatch.setattr(selfplay, "selfplay_loss", loss)
+    monkeypatch.setattr(method_base, "selfplay_loss", loss)
     killed = play(spec.model_copy(update={"name": "killed"}))
     begun = [event["step"] for event in killed.events() if event["event"] == "start"]
     assert begun[0] == 0
@@ -266,7 +268,7 @@ def test_ranks_and_parts_of_a_batch_share_the_responses_of_one_iteration(folder,
         spec = spec_of(folder, tmp_path, prompts=2, train={"epochs": 1, "accumulate": accumulate})
         model, tokenizer = open_folder(folder)
         asked = load_game_questions(spec, tokenizer)
-        oracle = MatrixOracle(spec.oracle.rows, {one.prompt: one.answers for one in asked})
+        oracle = spec.oracle.build({one.prompt: one.answers for one in asked})
         found = []
         for rank in range(world_size):
             context = SimpleNamespace(
@@ -284,7 +286,7 @@ def test_ranks_and_parts_of_a_batch_share_the_responses_of_one_iteration(folder,
             )
             selfplay_task.start_iteration(0, {})
             assert len(selfplay_task.micro_batches) == accumulate
-            found += [rollouts.advantage for rollouts in selfplay_task.micro_batches]
+            found += [rollouts.advantage.flatten() for rollouts in selfplay_task.micro_batches]
         return torch.cat(found)
 
     alone = advantages(1, 1)
@@ -307,6 +309,28 @@ class Stale(TransformersSampler):
     def update_weights(self, weights, version):
         super().update_weights(weights, version)
         self._version = 0
+
+
+class Spo(SelfPlayMethod):
+    """The mean preference over the rollouts of the same question (SPO, arXiv 2401.04056)."""
+
+    name: str = "spo"
+
+    def advantage(self, preference):
+        assert preference.shape[1:] == (8, 8)
+        assert (preference.diagonal(dim1=1, dim2=2) == 0.5).all()
+        assert torch.allclose(preference + preference.mT, torch.ones(()))
+        return preference.mean(-1) - 0.5
+
+
+def test_a_method_without_opponents_and_proposals_compares_the_rollouts_of_a_question(folder, tmp_path):
+    spec = spec_of(folder, tmp_path, iterations=2).model_copy(update={"method": Spo()})
+    summary = json.loads(play(spec).read("result.json"))
+    assert summary["method"] == "spo"
+    assert summary["final"]["policy"] != summary["start"]["policy"]
+    told = "\n".join(spec.cost())
+    assert "2 iterations of 1 steps on 3 questions: 48 responses of at most 4 tokens" in told
+    assert f"{2 * 3 * 8 * 8:,} judgements" in told
 
 
 def test_a_sampler_with_other_weights_stops_the_run(folder, tmp_path):
@@ -363,7 +387,7 @@ def test_what_cannot_work_is_said_before_it_runs(changes, path, message, folder,
         ({"prompts": 4}, "4 per iteration are more than the 3 questions"),
         ({"max_tokens": 1}, "an answer of [23] tokens, EOS included"),
         ({"oracle": {"name": "matrix", "matrix": [[0.5] * 5] * 5}}, "answers and the oracle ranks 5"),
-        ({"method": {**NASH_RS, "tau": 1e-6}}, "method.tau: tau 1e-06 is less than"),
+        ({"method": {**NASH_RS, "tau": 1e-6}}, "method: tau 1e-06 is less than"),
     ],
 )
 def test_what_does_not_fit_the_questions_is_said(changes, message, folder, tmp_path):

@@ -15,18 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from poise.align.methods import (
-    KLRegularizer,
-    Responses,
-    collate,
-    mpo_advantage,
-    nash_rs_advantage,
-    response_logits,
-    selfplay_loss,
-    token_logprobs,
-)
 from poise.align.oracles import Oracle
-from poise.align.spec import Mpo
+from poise.align.selfplay import PolicyBatch
+from poise.align.selfplay.policy_loss import Responses, collate, response_logits, token_logprobs
 from poise.errors import PoiseError, UserError
 from poise.inference.sampler import (
     Decoding,
@@ -51,11 +42,11 @@ MAX_LOGPROB_DIFF = 0.1
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """The rollouts of one micro-batch: N = questions * rollouts responses.
+    """The rollouts of one micro-batch: N = questions * rollouts responses, those of a question one after the other.
 
     Attributes:
         responses: prompts and responses as padded token ids, (N, T).
-        advantage: of each response, (N,).
+        advantage: by question and rollout, as the method computes it, (questions, rollouts).
         sampler_logprobs: of each response token, (N, T - 1); 0 outside the response.
         metrics: means to be logged.
     """
@@ -132,7 +123,7 @@ class SelfPlay:
         ]
         # With one inner step the previous policy is the one that is trained, so no copy is needed.
         self._previous_weights = _copy_weights(self._policy) if self._method.inner_steps > 1 else {}
-        if isinstance(self._method, Mpo) and iteration and iteration % self._method.period == 0:
+        if self._method.replaces_reference(iteration):
             return snapshot_reference(self._policy)
         return state
 
@@ -146,7 +137,7 @@ class SelfPlay:
         return [self._questions[index] for index in order[first : first + self._spec.prompts].tolist()]
 
     def _generate_rollouts(self, iteration: int) -> list[list[Sample]]:
-        """On rank 0: the rollouts of each question, and for MPO its opponents after them, all of the current policy.
+        """On rank 0: the rollouts of each question, and after them its opponents, all of the current policy.
 
         Raises:
             PoiseError: the sampler answered with weights of another iteration.
@@ -155,8 +146,7 @@ class SelfPlay:
         assert sampler is not None
         if iteration:
             sampler.update_weights(self._policy.state_dict(), iteration)
-        opponents = self._method.opponents if isinstance(self._method, Mpo) else 0
-        number = self._spec.rollouts + opponents
+        number = self._spec.rollouts + self._method.num_opponents
         # Each request takes `number` seeds in a row, so no two responses of an iteration share one.
         first_seed = derive_seed(self._spec.seed, "rollouts", iteration) % 2**40
         requests = [
@@ -172,19 +162,18 @@ class SelfPlay:
         return samples
 
     def _score_rollouts(self, questions: Sequence[GameQuestion], samples: Sequence[Sequence[Sample]]) -> RolloutBatch:
-        """The rollouts of some questions with their advantages; `samples` holds rollouts, then opponents, of each."""
+        """The rollouts of Q questions with their advantages; `samples` holds rollouts, then opponents, of each."""
         number = self._spec.rollouts
         device = self._context.device
-        texts = [[self._decode(sample) for sample in row] for row in samples]
-        rollout_texts = [row[:number] for row in texts]
-        if isinstance(self._method, Mpo):
-            opponent_texts = [row[number:] for row in texts]
-            preference = self._preference(questions, rollout_texts, opponent_texts)  # (Q, rollouts, opponents)
-            advantage = mpo_advantage(preference)  # (Q, rollouts)
-        else:
-            proposals = [question.proposals for question in questions]
-            preference = self._preference(questions, rollout_texts, proposals)  # (Q, rollouts, proposals)
-            advantage = nash_rs_advantage(preference, float(self._method.tau))
+        rollout_texts: list[list[str]] = []
+        other_texts: list[list[str]] = []
+        for question, row in zip(questions, samples, strict=True):
+            texts = [self._decode(sample) for sample in row]
+            rollout_texts.append(texts[:number])
+            others = [*texts[number:], *question.proposals]
+            other_texts.append(others or texts)  # a method without opponents and proposals compares rollouts
+        preference = self._preference(questions, rollout_texts, other_texts)  # (Q, rollouts, others)
+        advantage = self._method.advantage(preference)  # (Q, rollouts)
         rollouts = [sample for row in samples for sample in row[:number]]
         prompts = [question.tokens for question in questions for _ in range(number)]
         responses = collate(prompts, [sample.tokens for sample in rollouts], device)
@@ -193,7 +182,7 @@ class SelfPlay:
         sampler_logprobs[responses.mask] = torch.tensor(logprobs, device=device)
         truncated = torch.tensor([sample.finish == "length" for sample in rollouts]).float().mean()
         metrics = {"preference": preference.mean(), "truncated": truncated.to(device)}
-        return RolloutBatch(responses, advantage.flatten(), sampler_logprobs, metrics)
+        return RolloutBatch(responses, advantage, sampler_logprobs, metrics)
 
     def _preference(
         self,
@@ -224,7 +213,7 @@ class SelfPlay:
         *,
         is_first_inner_step: bool,
     ) -> StepOutput:
-        """The self-play loss of the policy on one micro-batch, held to the reference (and for MPO to the previous)."""
+        """The loss of the method on one micro-batch."""
         responses = rollouts.responses
         logits = response_logits(_forward(model), responses)  # (M, V), M response tokens
         metrics = dict(rollouts.metrics)
@@ -235,15 +224,9 @@ class SelfPlay:
             previous = self._logits_of(self._previous_weights, responses)
         reference_weights = {name.removeprefix(REFERENCE): weight for name, weight in state.items()}
         reference = self._logits_of(reference_weights, responses)
-        if isinstance(self._method, Mpo):
-            regularizers = {
-                "magnet": KLRegularizer(float(self._method.alpha), reference),
-                "previous": KLRegularizer(1 / float(self._method.eta), previous),
-            }
-        else:
-            regularizers = {"reference": KLRegularizer(float(self._method.tau), reference)}
-        outcome = selfplay_loss(logits, previous, regularizers, responses, rollouts.advantage)
-        return StepOutput(outcome.loss.mean(), metrics | outcome.metrics, state)
+        batch = PolicyBatch(responses, rollouts.advantage, logits, previous, reference)
+        output = self._method.loss(batch)
+        return StepOutput(output.loss.mean(), metrics | output.metrics, state)
 
     @torch.no_grad()
     def _logits_of(self, weights: Mapping[str, Tensor], responses: Responses) -> Tensor:

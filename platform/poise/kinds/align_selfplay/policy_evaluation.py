@@ -17,7 +17,6 @@ from torch import nn
 
 from poise.align.games import Vector, exploitability, nash_equilibrium, regularised_nash
 from poise.align.oracles import with_other_answer
-from poise.align.spec import NashRs
 from poise.errors import UserError
 from poise.kinds.align_selfplay.questions import GameQuestion
 from poise.kinds.align_selfplay.spec import AlignSelfplaySpec
@@ -35,7 +34,8 @@ class PolicyMetrics:
         policies: (Q, n + 1); the last column is the probability of all texts that are not listed.
         exploitability: (Q,).
         distance: total variation from the equilibrium of the game, (Q,).
-        regularised: for Nash-RS, total variation from the equilibrium regularised towards the reference, (Q,).
+        regularised: total variation from the equilibrium regularised towards the reference, (Q,), where the method
+            aims at that one.
     """
 
     policies: Vector
@@ -74,10 +74,10 @@ class PolicyEvaluator:
         self.game = with_other_answer(spec.oracle.rows)  # (n + 1, n + 1)
         self.equilibrium = nash_equilibrium(self.game)  # (n + 1,)
         policies = self._policies()
-        # The reference of the regularised game is the policy at the start.
         self._regularised_equilibria: Vector | None = None  # (Q, n + 1)
-        if isinstance(spec.method, NashRs):
-            self._regularised_equilibria = self._solve_regularised(policies, float(spec.method.tau))
+        tau = spec.method.equilibrium_tau
+        if tau is not None:  # the reference of the regularised game is the policy at the start
+            self._regularised_equilibria = self._solve_regularised(policies, tau)
         self.start = self._metrics(policies)
 
     def measure(self) -> PolicyMetrics:
@@ -113,7 +113,7 @@ class PolicyEvaluator:
         try:
             return regularised_nash(self.game, policies, tau)
         except ValueError as error:
-            raise UserError(f"method.tau: {error}") from error
+            raise UserError(f"method: {error}") from error
 
     def _metrics(self, policies: Vector) -> PolicyMetrics:
         def total_variation(equilibria: Vector) -> Vector:

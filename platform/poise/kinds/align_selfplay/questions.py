@@ -28,7 +28,7 @@ class GameQuestion:
 
     Attributes:
         tokens: of the prompt.
-        proposals: for Nash-RS, responses of the reference policy to this question.
+        proposals: responses of the initial policy to this question, for a method that plays against them.
     """
 
     prompt: str

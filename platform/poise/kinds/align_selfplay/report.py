@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from poise.kinds.align_selfplay.result import AlignSelfplayResult
 from poise.report.blocks import Cell, Column, RenderedFigure, Row, Section, Table, draw, number, percent, warning_tables
-from poise.report.curves import COLOURS, INK, SPARE, curve
+from poise.report.curves import COLOURS, INK, SPARE, curve, names
 from poise.report.figures import HALF, STYLE, WIDE, legend, new_figure
 from poise.report.record import RunRecord
 
@@ -86,10 +86,10 @@ def _details(anchor: str, record: RunRecord) -> Iterator[RenderedFigure | None]:
 @matplotlib.rc_context(STYLE)
 def _divergences(record: RunRecord) -> Figure | None:
     figure, axes = new_figure(HALF, 2.9, "iteration", "nats per response")
-    for name, color in (("magnet", INK), ("previous", SPARE[1]), ("reference", INK)):
+    palette = (INK, *SPARE[1:])
+    for index, name in enumerate(names(record.rows, "train", "kl/")):
         series = curve(record.rows, "train", f"kl/{name}").downsample()
-        if len(series):
-            axes.plot(series.epochs, series.values, color=color, lw=1.2, label=name)
+        axes.plot(series.epochs, series.values, color=palette[index % len(palette)], lw=1.2, label=name)
     if not axes.lines:
         return None
     axes.set_ylim(bottom=0)

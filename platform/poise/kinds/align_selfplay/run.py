@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from poise.align.oracles import MatrixOracle
-from poise.align.spec import NashRs
 from poise.errors import PoiseError, UserError
 from poise.inference.sampler import (
     Decoding,
@@ -75,12 +73,12 @@ def run(spec: AlignSelfplaySpec, context: Context) -> None:
 
         # Self-play.
         evaluator = PolicyEvaluator(spec, model, questions, special.stop, context)
-        if isinstance(spec.method, NashRs):
+        if spec.method.num_proposals:
             proposals = context.on_main(partial(_draw_proposals, spec, questions, tokenizer, sampler, context))
             questions = [
                 replace(question, proposals=texts) for question, texts in zip(questions, proposals, strict=True)
             ]
-        oracle = MatrixOracle(spec.oracle.rows, {question.prompt: question.answers for question in questions})
+        oracle = spec.oracle.build({question.prompt: question.answers for question in questions})
         decode = partial(response_text, tokenizer)
         selfplay = SelfPlay(spec, model, questions, oracle, decode, sampler, context)
         fitted = fit(_task(spec, model, selfplay, evaluator), spec.train, context)
@@ -130,13 +128,12 @@ def _draw_proposals(
     sampler: Sampler | None,
     context: Context,
 ) -> list[tuple[str, ...]]:
-    """Responses of the reference policy to each question, drawn once before the first step, committed in shards.
+    """Responses of the initial policy to each question, drawn once before the first step, committed in shards.
 
     Called on rank 0.
     """
     assert sampler is not None
-    assert isinstance(spec.method, NashRs)
-    number = spec.method.proposals
+    number = spec.method.num_proposals
     first_seed = derive_seed(spec.seed, "proposals") % 2**40
     requests = [
         Request(str(row), question.tokens, number, first_seed + row * number) for row, question in enumerate(questions)

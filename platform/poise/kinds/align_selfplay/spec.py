@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from poise.align.spec import MethodSpec, Mpo, OracleSpec
+from poise.align.oracles import OracleSpec
+from poise.align.selfplay import MethodSpec
 from poise.data.spec import QuestionsSpec, WorldQuestions
 from poise.models.spec import LanguageModelSpec
 from poise.spec import MetricSource, RunSpec, SamplerSpec, field_error, row_sources, summary_sources
@@ -61,7 +62,7 @@ class AlignSelfplaySpec(RunSpec):
     def metrics(self) -> dict[str, MetricSource]:
         """The policy in its game, from the probability of every listed answer."""
         names = ["exploitability", "distance", "outside"]
-        names += [] if isinstance(self.method, Mpo) else ["distance_regularised"]
+        names += [] if self.method.equilibrium_tau is None else ["distance_regularised"]
         at_the_end = summary_sources(["final"], names, "validation")
         return row_sources(["loss"], "train") | at_the_end | row_sources(names, "validation", during=True)
 
@@ -73,18 +74,16 @@ class AlignSelfplaySpec(RunSpec):
     def cost(self) -> list[str]:
         """Responses and comparisons."""
         requests = self.iterations * self.prompts
-        if isinstance(self.method, Mpo):
-            opponents = self.method.opponents
-            once = ""
-            responses = requests * (self.rollouts + opponents)
-        else:
-            opponents = self.method.proposals
-            once = f", and {opponents} proposals per question once"
-            responses = requests * self.rollouts
+        opponents = self.method.num_opponents
+        proposals = self.method.num_proposals
+        responses = requests * (self.rollouts + opponents)
+        once = f", and {proposals} proposals per question once" if proposals else ""
+        # A method without opponents and proposals compares rollouts.
+        judgements = requests * self.rollouts * (opponents + proposals or self.rollouts)
         return [
             f"{self.iterations:,} iterations of {self.method.inner_steps} steps on {self.prompts} questions: "
             f"{responses:,} responses of at most {self.max_tokens} tokens{once}",
-            f"{requests * self.rollouts * opponents:,} judgements",
+            f"{judgements:,} judgements",
             f"{self.workers.count} workers of {self.workers.cpus} CPU and {self.workers.gpus} GPU, "
             f"{self.sampler.engines} engines of {self.sampler.backend}",
         ]

@@ -1,12 +1,11 @@
-"""Self-play of a language model: the advantage of a sampled response, and the loss of a batch of responses.
+"""What self-play methods share: responses as tensors, their log-probabilities, and the loss of a batch of them.
 
 The game is over whole responses. The log-probability of a response is the sum over its tokens, up to and including the
 first EOS. Its KL is the sum of full-vocabulary KLs per token, each weighed by the ratio of the prefix before it. That
 ratio is 1 when the responses are fresh, but its gradient is not 0: it contains the effect of a token on the KLs after
 it. Without that effect the fixed point is not that of the regularised game once a response has two tokens.
 
-Shapes: P prompts, G rollouts per prompt, K opponents or proposals per prompt, N responses of at most T tokens with
-their prompts, M response tokens in all, V words.
+Shapes: N responses of at most T tokens with their prompts, M response tokens in all, V words.
 """
 
 from __future__ import annotations
@@ -23,8 +22,6 @@ __all__ = [
     "PolicyLoss",
     "Responses",
     "collate",
-    "mpo_advantage",
-    "nash_rs_advantage",
     "response_logits",
     "selfplay_loss",
     "token_logprobs",
@@ -98,41 +95,6 @@ def token_logprobs(logits: Tensor, batch: Responses) -> Tensor:
     return _scatter(logprobs, batch)
 
 
-def mpo_advantage(preference: Tensor) -> Tensor:
-    """Mean preference over the opponents minus that of the prompt's other rollouts: (P, G) from (P, G, K), G >= 2.
-
-    preference[p, g, k] = P(rollout g is preferred to opponent k). The opponents are drawn from the current policy;
-    against opponents of the magnet the method cycles (2410.16714; Ahmadian et al., 2024, for the leave-one-out
-    baseline).
-    """
-    _check_preference(preference)
-    reward = preference.mean(-1)  # (P, G)
-    others = preference.shape[1] - 1
-    baseline = (reward.sum(1, keepdim=True) - reward) / others
-    return reward - baseline
-
-
-def nash_rs_advantage(preference: Tensor, tau: float) -> Tensor:
-    """Mean preference over the accepted proposals minus a baseline: (P, G) from (P, G, K), G >= 2.
-
-    preference[p, g, k] = P(rollout g is preferred to proposal k), the proposals drawn from the reference. Rejection
-    accepts proposal k with probability exp(-g_k / tau), where g_k is the mean preference for the policy's responses
-    over it. Here every proposal gets that probability as its weight, normalised. This costs no more, and never leaves
-    a prompt without a proposal (2503.10990 v1, whose public code inverts the acceptance). For each rollout, weights and
-    baseline come from the other G - 1 rollouts.
-    """
-    _check_preference(preference)
-    if not 0 < tau < math.inf:
-        raise ValueError(f"tau is a number above 0, not {tau}")
-    others = preference.shape[1] - 1
-    mean_of_others = (preference.sum(1, keepdim=True) - preference) / others  # (P, G, K): g_k without rollout g
-    weights = (-mean_of_others / tau).softmax(-1)
-    rewards = torch.einsum("pgk,phk->pgh", weights, preference)  # of rollout h under the weights of rollout g
-    reward = rewards.diagonal(dim1=1, dim2=2)  # (P, G): of rollout g under its own weights
-    baseline = (rewards.sum(2) - reward) / others
-    return reward - baseline
-
-
 def selfplay_loss(
     logits: Tensor, previous: Tensor, anchors: Mapping[str, KLRegularizer], batch: Responses, advantage: Tensor
 ) -> PolicyLoss:
@@ -167,11 +129,6 @@ def selfplay_loss(
         loss = loss + anchor.coefficient * divergence
         metrics[f"kl/{name}"] = divergence.detach().mean()
     return PolicyLoss(loss, metrics)
-
-
-def _check_preference(preference: Tensor) -> None:
-    if preference.ndim != 3 or preference.shape[1] < 2 or not preference.shape[2]:
-        raise ValueError(f"needs preferences (P, G, K) with G >= 2 and K >= 1, not {tuple(preference.shape)}")
 
 
 def _divergence(logits: Tensor, other: Tensor) -> Tensor:

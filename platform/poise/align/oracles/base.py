@@ -1,7 +1,8 @@
-"""Oracles: which of two answers to a prompt is preferred. All texts are raw, without a chat template."""
+"""What an oracle is, the base class of the sections of specs that name one, and the oracle of a preference matrix."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -11,8 +12,9 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from poise.align.games import Vector, preferences
+from poise.spec import SpecModel
 
-__all__ = ["UNLISTED", "MatrixOracle", "Oracle", "with_other_answer"]
+__all__ = ["UNLISTED", "MatrixOracle", "Oracle", "OracleOptions", "with_other_answer"]
 
 UNLISTED = 1e-3
 """The probability that an unlisted answer is preferred to a listed one. Unlisted answers tie with each other."""
@@ -59,6 +61,21 @@ class MatrixOracle:
     def _lookup(self, prompts: Sequence[str], texts: Sequence[str]) -> list[int]:
         """The index of each text among the answers of its prompt."""
         return [self._indices[prompt].get(text, self._other) for prompt, text in zip(prompts, texts, strict=True)]
+
+
+class OracleOptions(SpecModel, ABC):
+    """Base of the section `oracle` of a spec: the preferences over the first n answers of each question."""
+
+    name: str
+
+    @property
+    @abstractmethod
+    def rows(self) -> list[list[float]]:
+        """P[i][j], the probability that answer i of a question is preferred to answer j: n rows of n numbers."""
+
+    def build(self, answers: Mapping[str, Sequence[str]]) -> Oracle:
+        """The oracle for questions with these answers, by prompt. ValueError as `MatrixOracle`."""
+        return MatrixOracle(self.rows, answers)
 
 
 def with_other_answer(matrix: ArrayLike) -> Vector:
