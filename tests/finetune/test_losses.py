@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from poise.finetune.losses import IGNORE_INDEX, cross_entropy, entropy, fused_linear_gem, gem_loss
+from poise.finetune.losses import IGNORE_INDEX, LOSSES, Ce, Gem, cross_entropy, entropy, fused_linear_gem, gem_loss
 
 VARIANTS = ["linear", "logsigmoid"]
 
@@ -52,7 +52,7 @@ def test_logsigmoid_gem_has_the_gradient_of_its_formula(beta):
 
 
 def test_logsigmoid_with_no_slope_is_half_of_linear(monkeypatch):
-    monkeypatch.setattr("poise.finetune.losses.SLOPE", 0.0)
+    monkeypatch.setattr("poise.finetune.losses.gem.SLOPE", 0.0)
     logits, labels = problem()
     assert torch.equal(gem_loss(logits, labels, 0.7, "logsigmoid"), gem_loss(logits, labels, 0.7) / 2)
 
@@ -197,3 +197,16 @@ def test_nonsense_is_refused():
         gem_loss(logits, labels, 0.0)
     with pytest.raises(ValueError, match="linear or logsigmoid"):
         fused_linear_gem(logits, logits.detach(), labels, 0.7, "sigmoid")
+
+
+def test_every_loss_has_the_name_under_which_it_is_registered():
+    assert [loss.model_fields["name"].default for loss in LOSSES.values()] == list(LOSSES)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_options_of_a_loss_are_those_of_its_function(variant):
+    logits, labels = problem()
+    gem = Gem(beta="3/10", variant=variant)
+    assert gem.loss(logits, labels, normalizer=3) == gem_loss(logits, labels, 0.3, variant, normalizer=3)
+    assert Ce().loss(logits, labels, normalizer=3) == cross_entropy(logits, labels, normalizer=3)
+    assert (Ce().describe(), gem.describe()) == ("ce", f"gem ({variant}, beta 3/10)")

@@ -14,13 +14,11 @@ from safetensors.torch import load_file
 from poise import kinds
 from poise.data.text.examples import encode_completion, encode_prompt
 from poise.errors import PoiseError, UserError
-from poise.finetune.spec import Lora
 from poise.kinds import result_classes
-from poise.kinds.finetune_sft import run as finetune_sft
-from poise.kinds.finetune_sft.adapters import prepare_tuning
 from poise.kinds.finetune_sft.report import SECTION
 from poise.kinds.finetune_sft.spec import FinetuneSftSpec
 from poise.models.language import answer_logprobs, open_folder
+from poise.models.tuning import Lora
 from poise.report.record import load_record
 from poise.store.runs import Run, open_run
 from poise.train.context import Context
@@ -102,7 +100,7 @@ def test_the_exported_model_is_the_trained_one(family, tuning, family_folder, tm
 
 def test_an_export_that_is_another_model_fails_and_says_so(family_folder, tmp_path, monkeypatch):
     """As a merge that does not merge: what is left would be the base model, and the status finished."""
-    monkeypatch.setattr(finetune_sft, "merge_adapters", lambda model, tuning: model.unload())
+    monkeypatch.setattr(Lora, "merge_adapters", lambda tuning, model: model.unload())
     spec = spec_of(family_folder("llama"), tmp_path, tuning=lora())
     with pytest.raises(PoiseError, match=r"the exported model is not the one that was trained: .* differ by up to"):
         finish(spec)
@@ -177,13 +175,13 @@ def experts() -> torch.nn.Module:
 )
 def test_experts_are_told_from_linear_layers(target, message):
     with pytest.raises(UserError, match=message):
-        prepare_tuning(experts(), Lora(name="lora", targets=[target]))
+        Lora(targets=[target]).prepare(experts())
 
 
 def test_experts_that_no_update_reaches_are_reported():
-    (note,) = prepare_tuning(experts(), Lora(name="lora"))
+    (note,) = Lora().prepare(experts())
     assert note.startswith("the experts of the model, 5")
-    assert prepare_tuning(experts(), Lora(name="lora", targets=["self_attn.q_proj"])) == [note]
+    assert Lora(targets=["self_attn.q_proj"]).prepare(experts()) == [note]
 
 
 def test_a_model_that_stops_with_one_token_is_exported_to_stop_there(family_folder, tmp_path):

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from poise import kinds
 from poise.data.text.batches import TextBatches, load_text
 from poise.errors import UserError
+from poise.finetune.losses import LOSSES
 from poise.kinds.finetune_sft import run as finetune_sft
 from poise.kinds.finetune_sft.spec import FinetuneSftSpec
 from poise.models.language import open_folder
@@ -127,8 +128,9 @@ def test_a_step_is_the_same_however_its_batch_is_split(loss, tmp_path, monkeypat
         assert told == pytest.approx(losses, rel=1e-6)
         assert all(torch.allclose(again[name], value, rtol=0, atol=1e-7) for name, value in whole.items())
 
-    honest = finetune_sft._loss
-    monkeypatch.setattr(finetune_sft, "_loss", lambda *arguments: honest(*arguments[:3], None))
+    loss_class = LOSSES[loss["name"]]
+    honest = loss_class.loss
+    monkeypatch.setattr(loss_class, "loss", lambda self, logits, labels, normalizer: honest(self, logits, labels))
     wrong, _ = split(4, "mean-of-means")
     assert not all(torch.allclose(wrong[name], value, rtol=0, atol=1e-4) for name, value in whole.items())
 

@@ -1,6 +1,6 @@
 """`kind: finetune.sft`: supervised training of a language model on prompts and completions.
 
-text -> model -> train.loop [logits -> cross entropy or GEM over the tokens of the step] -> cross entropy and entropy
+text -> model -> train.loop [logits -> loss over the tokens of the step] -> cross entropy and entropy
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from poise.data.spec import WorldText
 from poise.data.text.batches import (
@@ -23,8 +23,7 @@ from poise.data.text.batches import (
     text_tokenizer,
 )
 from poise.errors import UserError
-from poise.finetune.losses import cross_entropy, entropy, gem_loss
-from poise.finetune.spec import Gem, Lora, LossSpec
+from poise.finetune.losses import FinetuneLoss, cross_entropy, entropy
 from poise.kinds.common.export import (
     export_model,
     next_token_probabilities,
@@ -33,7 +32,6 @@ from poise.kinds.common.export import (
 )
 from poise.kinds.common.extra_metrics import measure_texts
 from poise.kinds.common.language_evaluation import ReferenceDistribution, held_out, warn
-from poise.kinds.finetune_sft.adapters import add_adapters, merge_adapters, prepare_tuning
 from poise.kinds.finetune_sft.result import FinetuneSftResult, TokenCounts
 from poise.kinds.finetune_sft.spec import FinetuneSftSpec
 from poise.models.language import open_language_model
@@ -71,14 +69,14 @@ def run(spec: FinetuneSftSpec, context: Context) -> None:
     if isinstance(spec.data, WorldText):
         reference = ReferenceDistribution(spec.data.world, tokenizer, special.stop)
     batches = TextBatches(data.train, spec.batch_size, spec.seed, context.rank, context.world_size, context.device)
-    warnings = [*special.notes, *prepare_tuning(model, spec.tuning)]
+    warnings = [*special.notes, *spec.tuning.prepare(model)]
     warn(warnings, context)
 
     # What the end of the run will need is tried before the first step: the export and the evaluation.
     preview = _preview(data, tokenizer)
     probes = probe_sequences([(*example.prompt, *example.completion) for example in data.train[:4]])
     rehearse_export(model, tokenizer, probes, context)
-    model = add_adapters(model, spec.tuning, derive_seed(spec.seed, "lora")).to(context.device)
+    model = spec.tuning.add_adapters(model, derive_seed(spec.seed, "lora")).to(context.device)
     held_out(model, data.validation[: context.world_size], context)
 
     # Training.
@@ -89,7 +87,7 @@ def run(spec: FinetuneSftSpec, context: Context) -> None:
     parameters = _num_parameters(model)
     trainable = _num_parameters(model, trainable=True)
     probabilities = next_token_probabilities(model, probes)
-    model = merge_adapters(model, spec.tuning)
+    model = spec.tuning.merge_adapters(model)
     measured = _measure(spec, model, data, reference, context)
     context.on_main(partial(export_model, model, tokenizer, probes, probabilities, context))
     tokens = _count_tokens(spec, data, batches, fitted)
@@ -97,8 +95,8 @@ def run(spec: FinetuneSftSpec, context: Context) -> None:
         run=spec.name,
         seed=spec.seed,
         warnings=warnings,
-        objective=_objective(spec.loss),
-        tuning=f"lora (rank {spec.tuning.rank})" if isinstance(spec.tuning, Lora) else spec.tuning.name,
+        objective=spec.loss.describe(),
+        tuning=spec.tuning.describe(),
         step=fitted.final_step,
         best_step=fitted.best_step,
         selected=selected,
@@ -153,14 +151,14 @@ def _normalized_batches(batches: TextBatches, plan: EpochPlan, world_size: int) 
     return batch
 
 
-def _step(loss: LossSpec) -> Callable[[nn.Module, _Batch, TaskState, StepContext], StepOutput]:
+def _step(loss: FinetuneLoss) -> Callable[[nn.Module, _Batch, TaskState, StepContext], StepOutput]:
     """The step function: the loss, and as metrics cross entropy and the entropy of the model at supervised tokens."""
 
     def step(model: nn.Module, batch: _Batch, state: TaskState, step_context: StepContext) -> StepOutput:
         text = batch.text
         normalizer = batch.normalizer
         logits = model(input_ids=text.ids, attention_mask=text.mask, use_cache=False).logits  # (B, T, V)
-        value = _loss(loss, logits, text.labels, normalizer)
+        value = loss.loss(logits, text.labels, normalizer=normalizer)
         with torch.no_grad():
             metrics = {
                 "ce": cross_entropy(logits, text.labels, normalizer=normalizer),
@@ -169,12 +167,6 @@ def _step(loss: LossSpec) -> Callable[[nn.Module, _Batch, TaskState, StepContext
         return StepOutput(value, metrics, state)
 
     return step
-
-
-def _loss(spec: LossSpec, logits: Tensor, labels: Tensor, normalizer: float) -> Tensor:
-    if isinstance(spec, Gem):
-        return gem_loss(logits, labels, float(spec.beta), spec.variant, normalizer=normalizer)
-    return cross_entropy(logits, labels, normalizer=normalizer)
 
 
 def _measure(
@@ -190,11 +182,6 @@ def _measure(
     if reference is None:
         return metrics
     return metrics | reference.measure(model, context)
-
-
-def _objective(loss: LossSpec) -> str:
-    """The loss for people."""
-    return f"gem ({loss.variant}, beta {loss.beta})" if isinstance(loss, Gem) else loss.name
 
 
 def _count_tokens(spec: FinetuneSftSpec, data: TextData, batches: TextBatches, fitted: FitResult) -> TokenCounts:

@@ -7,8 +7,9 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from poise.data.spec import TextSpec, WorldText
-from poise.finetune.spec import Ce, Full, LossSpec, TuningSpec
+from poise.finetune.losses import Ce, LossSpec
 from poise.models.spec import LanguageModelSpec
+from poise.models.tuning import Full, TuningSpec
 from poise.spec import (
     ExtraMetrics,
     MetricSource,

@@ -1,47 +1,51 @@
-"""Losses of supervised fine-tuning: cross entropy and GEM (Li et al., Preserving diversity, arXiv 2408.16673).
+"""GEM, which preserves diversity (Li et al., arXiv 2408.16673).
 
-In GEM an opponent q = softmax(z / beta), held fixed, weighs the tokens that the model prefers to the label y:
+An opponent q = softmax(z / beta), held fixed, weighs the tokens that the model prefers to the label y:
 
     L = sum_k q_k w_k (z_k - z_y)        dL/dz_k = q_k w_k - 1[k = y] sum_j q_j w_j
 
 with w = 1 (`linear`) or w_k = sigmoid(0.01 (z_k - z_y)), also fixed (`logsigmoid`). Linear GEM has the gradient of
 beta * CE(z / beta): its optimum is p_data^beta, renormalised. The value is not a likelihood: log the cross entropy too.
-
-Everywhere: logits (..., V), labels (...) that are already aligned with the position that predicts them, IGNORE_INDEX
-where a token is not supervised. A loss is a sum over supervised tokens divided by `normalizer`, by default their
-number. Softmax is computed in at least fp32. Without a supervised token a loss is zero but still has a gradient, so
-that in data parallel training no rank waits for another.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from pydantic import Field
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["IGNORE_INDEX", "Variant", "cross_entropy", "entropy", "fused_linear_gem", "gem_loss"]
+from poise.finetune.losses.base import IGNORE_INDEX, FinetuneLoss, at_least_fp32, num_tokens, supervised
+from poise.spec import ExactNumber
+
+__all__ = ["Gem", "Variant", "fused_linear_gem", "gem_loss"]
 
 Variant = Literal["linear", "logsigmoid"]
 
-IGNORE_INDEX = -100
 SLOPE = 0.01
 """The factor of z_k - z_y in the sigmoid of the variant `logsigmoid`."""
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, *, normalizer: float | None = None) -> Tensor:
-    """The mean of -log p(label) over supervised tokens (nats)."""
-    z, y = _supervised(logits, labels)
-    return nn.functional.cross_entropy(z, y, reduction="sum") / _count(y, normalizer)
+class Gem(FinetuneLoss):
+    """GEM: imitation that keeps the entropy of the answers (arXiv 2408.16673)."""
 
+    name: Literal["gem"] = Field("gem", description="game against softmax(logits / beta), held fixed")
+    beta: Annotated[ExactNumber, Field(gt=0, le=10)] = Field(
+        ExactNumber("0.7"), description="temperature of the opponent; 1 is cross entropy, less keeps more entropy"
+    )
+    variant: Variant = Field(
+        "linear", description="weight of other preferred tokens; logsigmoid has half the gradient of linear"
+    )
 
-@torch.no_grad()
-def entropy(logits: Tensor, labels: Tensor, *, normalizer: float | None = None) -> Tensor:
-    """The mean entropy of the model's next token over supervised positions (nats); a measure, not a loss."""
-    z, y = _supervised(logits, labels)
-    log_p = z.log_softmax(-1)
-    return -(log_p.exp() * log_p).sum() / _count(y, normalizer)
+    def loss(self, logits: Tensor, labels: Tensor, *, normalizer: float | None = None) -> Tensor:
+        """See `gem_loss`."""
+        return gem_loss(logits, labels, float(self.beta), self.variant, normalizer=normalizer)
+
+    def describe(self) -> str:
+        """The variant and beta, such as "gem (linear, beta 0.7)"."""
+        return f"gem ({self.variant}, beta {self.beta})"
 
 
 def gem_loss(
@@ -49,10 +53,10 @@ def gem_loss(
 ) -> Tensor:
     """The GEM loss (see the module). ValueError for beta <= 0 or an unknown variant."""
     _check(beta, variant)
-    z, y = _supervised(logits, labels)
+    z, y = supervised(logits, labels)
     margins = z - z.gather(1, y[:, None])  # (N, V), z_k - z_y
     weights = _weights(z.detach(), margins.detach(), beta, variant)  # constants for the gradient
-    return (weights * margins).sum() / _count(y, normalizer)
+    return (weights * margins).sum() / num_tokens(y, normalizer)
 
 
 def fused_linear_gem(
@@ -75,7 +79,7 @@ def fused_linear_gem(
     h = hidden[is_supervised]  # (N, d)
     y = labels[is_supervised]  # (N,)
     total: Tensor = _FusedLinearGem.apply(h, head, y, beta, variant, rows)  # type: ignore[no-untyped-call]
-    return total / _count(y, normalizer)
+    return total / num_tokens(y, normalizer)
 
 
 class _FusedLinearGem(torch.autograd.Function):
@@ -83,12 +87,12 @@ class _FusedLinearGem(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, head: Tensor, y: Tensor, beta: float, variant: Variant, rows: int) -> Tensor:
-        total = torch.zeros((), dtype=_wide(head), device=h.device)
+        total = torch.zeros((), dtype=at_least_fp32(head), device=h.device)
         grad_h = torch.empty_like(h)
-        grad_head = torch.zeros_like(head, dtype=_wide(head)) if ctx.needs_input_grad[1] else None
+        grad_head = torch.zeros_like(head, dtype=at_least_fp32(head)) if ctx.needs_input_grad[1] else None
         for start in range(0, len(h), rows):
             part = slice(start, start + rows)
-            z = (h[part] @ head.T).to(_wide(head))  # (rows, V)
+            z = (h[part] @ head.T).to(at_least_fp32(head))  # (rows, V)
             margins = z - z.gather(1, y[part, None])
             weights = _weights(z, margins, beta, variant)
             total += (weights * margins).sum()
@@ -115,21 +119,6 @@ def _weights(z: Tensor, margins: Tensor, beta: float, variant: Variant) -> Tenso
     if variant == "linear":
         return q
     return q * (SLOPE * margins).sigmoid()
-
-
-def _supervised(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The supervised tokens: logits (N, V) in at least fp32, and labels (N,)."""
-    is_supervised = labels != IGNORE_INDEX
-    return logits[is_supervised].to(_wide(logits)), labels[is_supervised]
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    """The dtype of the tensor, or fp32 if that is wider."""
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _count(labels: Tensor, normalizer: float | None) -> float:
-    return max(1, len(labels)) if normalizer is None else normalizer
 
 
 def _check(beta: float, variant: str) -> None:

@@ -1,0 +1,43 @@
+"""Losses of supervised fine-tuning, by name, and what is measured beside them.
+
+One loss is one file here and one line in `LOSSES`. Everywhere: logits (..., V), labels (...) that are already aligned
+with the position that predicts them, IGNORE_INDEX where a token is not supervised. A loss is a sum over supervised
+tokens divided by `normalizer`, by default their number. Softmax is computed in at least fp32. Without a supervised
+token a loss is zero but still has a gradient, so that in data parallel training no rank waits for another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from poise.finetune.losses.base import IGNORE_INDEX, FinetuneLoss
+from poise.finetune.losses.ce import Ce, cross_entropy, entropy
+from poise.finetune.losses.gem import Gem, Variant, fused_linear_gem, gem_loss
+from poise.spec.registry import union_of
+
+__all__ = [
+    "IGNORE_INDEX",
+    "LOSSES",
+    "Ce",
+    "FinetuneLoss",
+    "Gem",
+    "LossSpec",
+    "Variant",
+    "cross_entropy",
+    "entropy",
+    "fused_linear_gem",
+    "gem_loss",
+]
+
+LOSSES: Mapping[str, type[FinetuneLoss]] = {
+    "ce": Ce,
+    "gem": Gem,
+}
+"""The class of each loss, by name. `LOSSES["gem"](beta=0.7)` is a loss with its options."""
+
+if TYPE_CHECKING:
+    LossSpec = FinetuneLoss
+else:
+    LossSpec = union_of(LOSSES)
+    """The section `loss` of a spec: the options of one of `LOSSES`."""
