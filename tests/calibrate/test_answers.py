@@ -10,9 +10,10 @@ import unicodedata
 
 import pytest
 
-from poise.calibrate.cluster import exact_match_clusters, normalised
+from poise.calibrate.clustering import CLUSTERERS, ExactMatch
 from poise.calibrate.extract import EMPTY, NO_ANSWER, extract
 from poise.calibrate.grade import matches_alias
+from poise.calibrate.normalize import normalised
 
 
 @pytest.mark.parametrize(
@@ -177,18 +178,18 @@ def test_apart(left, right):
 
 
 def test_classes_are_numbered_by_first_occurrence_and_labelled_by_their_first_answer():
-    found = exact_match_clusters("who?", ["Bob", "the Ann", EMPTY, "bob.", "Ann", "Ann"])
+    found = ExactMatch().cluster("who?", ["Bob", "the Ann", EMPTY, "bob.", "Ann", "Ann"])
     assert found.assign == (0, 1, 2, 0, 1, 1)
     assert found.labels == ("Bob", "the Ann", EMPTY)
     assert found.counts == (2, 3, 1)
-    assert exact_match_clusters("who?", []).counts == ()
-    assert exact_match_clusters("who?", ["marker <EMPTY>", EMPTY]).counts == (1, 1)
+    assert ExactMatch().cluster("who?", []).counts == ()
+    assert ExactMatch().cluster("who?", ["marker <EMPTY>", EMPTY]).counts == (1, 1)
 
 
 def test_one_text_is_no_list_of_answers():
     """Its letters would be: "a" would be a right answer where "abc" is."""
     with pytest.raises(TypeError, match="a list of texts"):
-        exact_match_clusters("who?", "Ann")
+        ExactMatch().cluster("who?", "Ann")
     with pytest.raises(TypeError, match="a list of texts"):
         matches_alias("a", "abc")
 
@@ -201,7 +202,7 @@ def test_marks_that_nobody_sees_change_no_grade_of_real_questions(shared_data):
     for alias in marked:
         plain = "".join(c for c in alias if unicodedata.category(c) != "Cf")
         assert matches_alias(plain, [alias])
-        assert exact_match_clusters("", [plain, alias, f"\u200e{alias}\ufeff"]).counts == (3,)
+        assert ExactMatch().cluster("", [plain, alias, f"\u200e{alias}\ufeff"]).counts == (3,)
 
 
 def test_real_answers_that_differ_in_a_number_are_never_merged(shared_data):
@@ -229,3 +230,7 @@ def test_a_grade_is_equality_with_an_alias_never_part_of_one():
     assert not matches_alias("Paris or Lyon", ["Paris"])
     assert not matches_alias(EMPTY, [EMPTY])
     assert not matches_alias("Paris", [])
+
+
+def test_every_clusterer_has_the_name_under_which_it_is_registered():
+    assert [clusterer.model_fields["name"].default for clusterer in CLUSTERERS.values()] == list(CLUSTERERS)

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from poise.calibrate.cluster import Clusters, exact_match_clusters
+from poise.calibrate.clustering import Clusterer, Clusters
 from poise.calibrate.ece import auroc, brier, debiased_ece, ece, noise_floor, reliability, smooth_ece
 from poise.calibrate.ece_interval import unbiased_ece
 from poise.calibrate.extract import EMPTY, MARKERS, NO_ANSWER, VERSION, Rule, extract
@@ -103,7 +103,13 @@ SCHEMA = pa.schema(
 
 
 def score_question(
-    question: Question, samples: Sequence[Sample], texts: Sequence[str], rule: Rule, *, exact: bool
+    question: Question,
+    samples: Sequence[Sample],
+    texts: Sequence[str],
+    rule: Rule,
+    clusterer: Clusterer,
+    *,
+    exact: bool,
 ) -> QuestionResult:
     """Extract, cluster and grade the `samples` of a question; `texts` are their decoded responses.
 
@@ -118,7 +124,7 @@ def score_question(
     is_answer = [answer not in MARKERS for answer in extracted]
     answers = list(compress(extracted, is_answer))
     num_unanswered = len(extracted) - len(answers)
-    classes = exact_match_clusters(question.prompt, answers)
+    classes = clusterer.cluster(question.prompt, answers)
     counts = classes.counts
     common: dict[str, Any] = {
         "qid": question.id,
@@ -267,8 +273,8 @@ def describe_protocol(spec: CalibrateMeasureSpec) -> str:
     decoding = spec.decoding
     return (
         f"n={spec.samples}, temperature {decoding.temperature}, top_p {decoding.top_p}, at most {decoding.max_tokens} "
-        f"tokens; answer: {spec.answer} (v{VERSION}), classes and grades: exact; Sem2 over all "
-        f"{half}/{spec.samples - half} splits, uniform ties; ECE (L1) over {spec.bins} bins of equal width, exact "
+        f"tokens; answer: {spec.answer} (v{VERSION}), classes: {spec.clustering.describe()}, grades: exact; Sem2 over "
+        f"all {half}/{spec.samples - half} splits, uniform ties; ECE (L1) over {spec.bins} bins of equal width, exact "
         f"edges, its 95% interval by test inversion with {spec.bootstrap:,} draws; smECE with full ends; accuracy: "
         f"Wilson interval; other intervals: percentiles of {spec.bootstrap:,} resamples of the questions"
     )

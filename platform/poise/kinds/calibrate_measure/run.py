@@ -74,7 +74,7 @@ def _measure(spec: CalibrateMeasureSpec, context: Context) -> None:
     rows = []
     for question, question_samples in zip(questions, samples, strict=True):
         texts = [_response_text(sample, tokenizer, spec.decoding.stop) for sample in question_samples]
-        rows.append(score_question(question, question_samples, texts, spec.answer, exact=exact))
+        rows.append(score_question(question, question_samples, texts, spec.answer, spec.clustering, exact=exact))
     num_tokens = sum(sample.num_tokens for question_samples in samples for sample in question_samples)
     _write_results(spec, rows, num_tokens, special.notes, context)
 

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from poise.calibrate.clustering import ClustererSpec, ExactMatch
 from poise.data.spec import QuestionsSpec, WorldQuestions
 from poise.models.spec import DecodingSpec, LanguageModelSpec
 from poise.spec import MetricSource, RunSpec, SamplerSpec, field_error, row_sources
@@ -42,6 +43,7 @@ class CalibrateMeasureSpec(RunSpec):
         "whole",
         description="which part of a response is the answer: all of it, or the rest of the line of its last `Answer:`",
     )
+    clustering: ClustererSpec = Field(ExactMatch(), description="which answers have equal meaning, and are one class")
     decoding: DecodingSpec = Field(DecodingSpec(), description="how the answers are sampled")
     sampler: SamplerSpec = Field(SamplerSpec(), description="the engines that generate them")
     bins: int = Field(10, ge=1, le=1000, description="bins of equal width of the calibration errors")
