@@ -5,9 +5,42 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from poise.bounds.complexity import log10_sum
+from poise.bounds.base import Bound, BoundInput
+from poise.bounds.complexity import log10_sum, pac_bayes_complexity, spectral_product
+from poise.bounds.operators import Network
 
-__all__ = ["PacBayes", "spectral_pac_bayes"]
+__all__ = ["PacBayes", "SpectralPacBayes", "spectral_pac_bayes"]
+
+
+class SpectralPacBayes(Bound):
+    """The bound on the robust risk minus the robust margin loss, or its shape without the constant."""
+
+    theorem = "PAC-Bayes"
+    source = "arXiv 2310.06182"
+
+    def __init__(self, *, constants: bool = True) -> None:
+        """`constants`: whether the value is the explicit bound, or the theorem without its constant."""
+        self.is_explicit = constants
+        self.in_tables = constants
+
+    def violation(self, network: Network) -> str | None:
+        """Every activation has to be a ReLU, or one with another slope below 0."""
+        return None if network.homogeneous else "an activation is not homogeneous, as ReLU is"
+
+    def value(self, inputs: BoundInput) -> float | None:
+        """log10 of the gap or of the shape, see `PacBayes`."""
+        network = inputs.network
+        bound = spectral_pac_bayes(
+            pac_bayes_complexity(network),
+            product=spectral_product(network),
+            depth=len(network.layers),
+            width=network.width,
+            radius=inputs.radius,
+            margin=inputs.margin,
+            samples=inputs.samples,
+            delta=inputs.delta,
+        )
+        return bound.gap if self.is_explicit else bound.shape
 
 
 @dataclass(frozen=True)

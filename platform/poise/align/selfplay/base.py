@@ -103,6 +103,6 @@ class SelfPlayMethod(SpecModel, ABC):
 
 
 def check_preference(preference: Tensor) -> None:
-    """Raise ValueError unless preferences are (P, G, K) with G >= 2, as baselines of other rollouts need, and K >= 1."""
+    """Raise ValueError unless preferences are (P, G, K) with K >= 1, and G >= 2: a baseline needs other rollouts."""
     if preference.ndim != 3 or preference.shape[1] < 2 or not preference.shape[2]:
         raise ValueError(f"needs preferences (P, G, K) with G >= 2 and K >= 1, not {tuple(preference.shape)}")

@@ -42,7 +42,7 @@ class Mpo(SelfPlayMethod):
         return self.opponents
 
     def advantage(self, preference: Tensor) -> Tensor:
-        """Mean preference over the opponents minus that of the question's other rollouts: (P, G) from (P, G, K), G >= 2.
+        """Mean preference over the opponents minus that of the other rollouts: (P, G) from (P, G, K), G >= 2.
 
         The baseline leaves one out (Ahmadian et al., 2024), so that it adds no bias.
         """

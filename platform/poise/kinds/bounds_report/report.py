@@ -13,29 +13,24 @@ from poise.kinds.bounds_report.result import BoundsReportResult, NetworkResult
 from poise.report.blocks import Cell, Column, RenderedFigure, Row, Section, Table, draw, number, percent
 from poise.report.curves import COLOURS, SPARE
 from poise.report.figures import STYLE, WIDE, legend, new_figure
-from poise.report.record import RunRecord
+from poise.report.record import RunRecord, with_result
 
 __all__ = ["SECTION"]
 
-_COLUMNS = (
-    "gap clean",
-    "gap robust",
-    "radius",
-    "margin",
-    "below",
-    "\u220fs",
-    "\u220fF",
-    "\u221a\u03a6",
-    "cover R",
-    "ARC",
-    "PAC-Bayes",
-    "cover",
-    "vacuous by",
-)
-_IN_TERMINAL = ("gap clean", "gap robust", "ARC", "PAC-Bayes", "cover")
+_GAPS = ("gap clean", "gap robust")
+_FACTORS = ("radius", "margin", "below", "\u220fs", "\u220fF", "\u221a\u03a6", "cover R")
 
 
 def _tables(records: Sequence[RunRecord]) -> Iterator[Table]:
+    labels: dict[str, str] = {}  # of the bounds, by name
+    for _, result in with_result(records, BoundsReportResult):
+        labels |= result.bounds
+    columns = [
+        *(Column(label) for label in _GAPS),
+        *(Column(label, in_terminal=False) for label in _FACTORS),
+        *(Column(label) for label in labels.values()),
+        Column("vacuous by", in_terminal=False),
+    ]
     yield Table(
         title="Bounds on the gap under attack: log10, measured gaps in points",
         caption="Gaps: training minus test accuracy in percentage points, the same attacks on both; robust is their "
@@ -46,8 +41,8 @@ def _tables(records: Sequence[RunRecord]) -> Iterator[Table]:
         "left out; \u03a6 and R, the complexities of the PAC-Bayes and the covering bound; bounds on the robust gap. "
         "\u201ccover\u201d has no constants and is no bound. A bound says something only below 10^0.",
         heading="network",
-        columns=[Column(label, in_terminal=label in _IN_TERMINAL) for label in _COLUMNS],
-        rows=[_row(record, network) for record in records for network in _networks(record)],
+        columns=columns,
+        rows=[_row(record, network, list(labels)) for record in records for network in _networks(record)],
     )
 
 
@@ -55,7 +50,8 @@ def _networks(record: RunRecord) -> list[NetworkResult]:
     return record.result.networks if isinstance(record.result, BoundsReportResult) else []
 
 
-def _row(record: RunRecord, network: NetworkResult) -> Row:
+def _row(record: RunRecord, network: NetworkResult, names: Sequence[str]) -> Row:
+    """The row of a network; `names` are the bounds that the table shows."""
     log10 = network.log10
     margin = network.margin
     bounds = network.bounds.get("robust", {})
@@ -64,9 +60,7 @@ def _row(record: RunRecord, network: NetworkResult) -> Row:
         log10["frobenius_product"],
         log10["pac_bayes_complexity"] / 2,
         log10["covering_complexity"],
-        bounds.get("arc"),
-        bounds.get("pac_bayes"),
-        bounds.get("covering"),
+        *(bounds.get(name) for name in names),
     ]
     cells = [
         percent(network.gap["clean"]),

@@ -62,6 +62,7 @@ class BoundsReportResult(RunResult):
     margins: str
     radius: str
     delta: float
+    bounds: dict[str, str] = Field({}, description="the bounds that tables show, in their order: label by name")
     networks: list[NetworkResult]
 
     def num_examples_of(self, split: str) -> int | None:

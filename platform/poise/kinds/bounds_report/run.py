@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from poise.bounds import BOUNDS, BoundInput
 from poise.bounds.complexity import covering_complexity, frobenius_product, pac_bayes_complexity, spectral_product
 from poise.bounds.margins import clean_margins, data_radius, margin_percentile, on_grid
 from poise.bounds.operators import LayerNorms, Network, network_norms
-from poise.bounds.pac_bayes import spectral_pac_bayes
-from poise.bounds.rademacher import arc_bound, arc_gap, covering_bound
 from poise.data.images.batches import Dataset, load
 from poise.data.images.datasets import ImageSet, to_float
 from poise.errors import PoiseError, UserError
@@ -47,7 +46,7 @@ _FLAGS = {
     "biases": "left out: the theorems have none",
     "norms": "measured after training, no union over norm caps",
     "margins": "of clean images; a union over powers of 2 pays for their choice",
-    "covering": "a shape without constants and logarithms, comparable but no bound",
+    **{name: bound.note for name, bound in BOUNDS.items() if bound.note},
 }
 
 
@@ -177,7 +176,7 @@ def _theory(spec: BoundsReportSpec, classifier: Classifier) -> tuple[dict[str, A
         used_margin, share = on_grid(margin)
         delta = float(spec.delta) * share
         for risk, radius in radii.items():
-            bounds[risk] = _bounds(network, log10, radius, used_margin, len(train), delta)
+            bounds[risk] = _bounds(BoundInput(network, radius, used_margin, len(train), delta))
     fields = {
         "samples": len(train),
         "depth": len(network.layers),
@@ -213,10 +212,13 @@ def _inapplicable_bounds(spec: BoundsReportSpec, network: Network, margins: Tens
             f"no bound: {wrong:.1f} % of its training images are misclassified, so that the percentile "
             f"{spec.percentile} of their margins is not above 0; {cure}"
         )
-    if not network.fixes_zero:
-        reasons.append("no ARC and no cover: an activation does not map 0 to 0, as softplus")
-    if not network.homogeneous:
-        reasons.append("no PAC-Bayes: an activation is not homogeneous, as ReLU is")
+    theorems: dict[str, list[str]] = {}  # by the assumption that the network violates
+    for bound in BOUNDS.values():
+        violation = bound.violation(network)
+        if violation is not None and bound.theorem not in theorems.setdefault(violation, []):
+            theorems[violation].append(bound.theorem)
+    for violation, names in theorems.items():
+        reasons.append(f"{' and '.join(f'no {name}' for name in names)}: {violation}")
     return reasons
 
 
@@ -246,46 +248,14 @@ def _margins(classifier: Classifier, images: ImageSet) -> Tensor:
     return margins
 
 
-def _bounds(
-    network: Network, log10: Mapping[str, float], radius: float, margin: float, samples: int, delta: float
-) -> dict[str, float | None]:
-    """log10 of each bound on the gap; None where it does not apply. `vacuous` is the smallest of the explicit ones.
-
-    `covering` and `pac_bayes_shape` have no constants, so they are no explicit bounds.
-    """
-    depth = len(network.layers)
-    bounds: dict[str, float | None] = dict.fromkeys(
-        ("arc", "arc_frobenius", "covering", "pac_bayes", "pac_bayes_shape")
-    )
-    if network.fixes_zero:
-        for name, norms in (("arc", "spectral"), ("arc_frobenius", "frobenius")):
-            complexity = arc_bound(
-                log10[f"{norms}_product"],
-                parameters=network.parameters,
-                depth=depth,
-                radius=radius,
-                samples=samples,
-            )
-            bounds[name] = arc_gap(complexity, margin=margin, samples=samples, delta=delta)
-        bounds["covering"] = covering_bound(
-            log10["covering_complexity"], lipschitz=2 / margin, radius=radius, samples=samples, delta=delta
-        )
-    if network.homogeneous:
-        pac_bayes = spectral_pac_bayes(
-            log10["pac_bayes_complexity"],
-            product=log10["spectral_product"],
-            depth=depth,
-            width=network.width,
-            radius=radius,
-            margin=margin,
-            samples=samples,
-            delta=delta,
-        )
-        bounds["pac_bayes"] = pac_bayes.gap
-        bounds["pac_bayes_shape"] = pac_bayes.shape
-    explicit = [bounds[name] for name in ("arc", "arc_frobenius", "pac_bayes")]
-    bounds["vacuous"] = min((bound for bound in explicit if bound is not None), default=None)
-    return bounds
+def _bounds(inputs: BoundInput) -> dict[str, float | None]:
+    """log10 of each bound on the gap; None where it does not apply. `vacuous` is the smallest of the explicit ones."""
+    values: dict[str, float | None] = {}
+    for name, bound in BOUNDS.items():
+        values[name] = bound.value(inputs) if bound.violation(inputs.network) is None else None
+    explicit = [values[name] for name, bound in BOUNDS.items() if bound.is_explicit]
+    values["vacuous"] = min((value for value in explicit if value is not None), default=None)
+    return values
 
 
 def _decomposition(radii: Mapping[str, float], margin: float, log10: Mapping[str, float]) -> dict[str, float | None]:
@@ -306,7 +276,8 @@ def _write_results(
     for network, layers in networks:
         layer_norms = [asdict(layer) for layer in layers]
         complete.append({**network.model_dump(), "layers": layer_norms})
-    artifact = {"flags": _FLAGS, "networks": complete}
+    sources = {name: bound.source for name, bound in BOUNDS.items()}
+    artifact = {"flags": _FLAGS, "sources": sources, "networks": complete}
     context.run.write("artifacts/bounds.json", json.dumps(artifact, indent=1).encode())
     result = BoundsReportResult(
         run=spec.name,
@@ -316,6 +287,7 @@ def _write_results(
         margins=spec.margins,
         radius=spec.radius,
         delta=float(spec.delta),
+        bounds={name: bound.theorem for name, bound in BOUNDS.items() if bound.in_tables},
         networks=[network for network, _ in networks],
     )
     write_result(context.run, result)
