@@ -126,6 +126,8 @@ def refuse_code(spec: RunSpec, document: Document) -> None:
 def code_notes(spec: RunSpec, document: Document) -> None:
     """Print a note on stderr for all code of the user that the spec needs, unless it is allowed."""
     for path, message in _code_messages(spec):
+        if path[-1] == "name":  # a class, which would validate the options beside its name
+            message = f"{message}; its options were not validated"
         click.echo(f"poise: {printable(str(document.problem(path, message)))}", err=True)
 
 

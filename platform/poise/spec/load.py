@@ -18,6 +18,7 @@ from poise.secrets import find_secrets, redact
 from poise.spec.base import FIELD_ERROR
 from poise.spec.problems import Path, Problem, SpecError, nearest
 from poise.spec.reader import Document, read_file
+from poise.spec.registry import resolved_class
 from poise.spec.run import RunSpec
 from poise.spec.wording import TAGS, section_expected, size_expected
 
@@ -206,12 +207,14 @@ def _annotation_at(annotation: Any, loc: Path) -> Any:
     """The annotation at a location of pydantic, by following fields, items of lists and dicts, and tags of unions."""
     for part in loc:
         members = _members(annotation)
-        tagged = [member for member in members if _tag(member) == part]
+        tagged = next((member for member in members if _tag(member) == part), None)
+        if tagged is None and members:
+            tagged = resolved_class(str(part))
         owner = next((member for member in members if part in member.model_fields), None)
         if owner is not None:
             annotation = owner.model_fields[str(part)].annotation
-        elif tagged:
-            annotation = tagged[0]
+        elif tagged is not None:
+            annotation = tagged
         else:
             annotation = get_args(annotation)[-1] if get_args(annotation) else annotation
     return annotation

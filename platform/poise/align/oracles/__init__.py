@@ -34,5 +34,5 @@ ORACLES: Mapping[str, type[OracleOptions]] = {
 if TYPE_CHECKING:
     OracleSpec = OracleOptions
 else:
-    OracleSpec = union_of(ORACLES)
-    """The section `oracle` of a spec: the options of one of `ORACLES`."""
+    OracleSpec = union_of(ORACLES, OracleOptions, "poise.oracles")
+    """The section `oracle` of a spec: one of `ORACLES`, or code of the user or of an installed package."""

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from poise.align.games import Vector, preferences
-from poise.spec import SpecModel
+from poise.spec.registry import MethodSection
 
 __all__ = ["UNLISTED", "MatrixOracle", "Oracle", "OracleOptions", "with_other_answer"]
 
@@ -63,10 +63,8 @@ class MatrixOracle:
         return [self._indices[prompt].get(text, self._other) for prompt, text in zip(prompts, texts, strict=True)]
 
 
-class OracleOptions(SpecModel, ABC):
+class OracleOptions(MethodSection, ABC):
     """Base of the section `oracle` of a spec: the preferences over the first n answers of each question."""
-
-    name: str
 
     @property
     @abstractmethod

@@ -21,5 +21,5 @@ METHODS: Mapping[str, type[SelfPlayMethod]] = {
 if TYPE_CHECKING:
     MethodSpec = SelfPlayMethod
 else:
-    MethodSpec = union_of(METHODS)
-    """The section `method` of a spec: the options of one of `METHODS`."""
+    MethodSpec = union_of(METHODS, SelfPlayMethod, "poise.selfplay")
+    """The section `method` of a spec: one of `METHODS`, or code of the user or of an installed package."""

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from poise.align.selfplay.policy_loss import KLRegularizer, PolicyLoss, Responses, selfplay_loss
-from poise.spec import SpecModel
+from poise.spec.registry import MethodSection
 
 __all__ = ["KLTerm", "PolicyBatch", "SelfPlayMethod", "check_preference"]
 
@@ -47,7 +47,7 @@ class PolicyBatch:
     reference: Tensor
 
 
-class SelfPlayMethod(SpecModel, ABC):
+class SelfPlayMethod(MethodSection, ABC):
     """Base of the methods: a section `method` of a spec, whose fields are the options of the method.
 
     A method has to define `name` and `advantage`; everything else has a default. A rollout is compared with
@@ -55,7 +55,6 @@ class SelfPlayMethod(SpecModel, ABC):
     included (K = G; the preference to itself is 1/2).
     """
 
-    name: str
     inner_steps: int = Field(1, ge=1, le=1000, description="optimizer steps per iteration")
 
     @property

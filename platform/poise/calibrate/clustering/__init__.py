@@ -22,5 +22,5 @@ CLUSTERERS: Mapping[str, type[Clusterer]] = {
 if TYPE_CHECKING:
     ClustererSpec = Clusterer
 else:
-    ClustererSpec = union_of(CLUSTERERS)
-    """The section `clustering` of a spec: the options of one of `CLUSTERERS`."""
+    ClustererSpec = union_of(CLUSTERERS, Clusterer, "poise.clustering")
+    """The section `clustering` of a spec: one of `CLUSTERERS`, or code of the user or of an installed package."""

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from poise.spec import SpecModel
+from poise.spec.registry import MethodSection
 
 __all__ = ["Clusterer", "Clusters"]
 
@@ -25,10 +25,8 @@ class Clusters(NamedTuple):
         return tuple(sizes[k] for k in range(len(self.labels)))
 
 
-class Clusterer(SpecModel, ABC):
+class Clusterer(MethodSection, ABC):
     """Base of the back-ends: a section `clustering` of a spec, whose fields are the options of the back-end."""
-
-    name: str
 
     @abstractmethod
     def cluster(self, question: str, answers: Sequence[str]) -> Clusters:

@@ -39,5 +39,5 @@ LOSSES: Mapping[str, type[FinetuneLoss]] = {
 if TYPE_CHECKING:
     LossSpec = FinetuneLoss
 else:
-    LossSpec = union_of(LOSSES)
-    """The section `loss` of a spec: the options of one of `LOSSES`."""
+    LossSpec = union_of(LOSSES, FinetuneLoss, "poise.losses")
+    """The section `loss` of a spec: one of `LOSSES`, or code of the user or of an installed package."""

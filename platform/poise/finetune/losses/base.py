@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from poise.spec import SpecModel
+from poise.spec.registry import MethodSection
 
 __all__ = ["IGNORE_INDEX", "FinetuneLoss", "at_least_fp32", "num_tokens", "supervised"]
 
@@ -15,10 +15,8 @@ IGNORE_INDEX = -100
 """The label of a token that is not supervised."""
 
 
-class FinetuneLoss(SpecModel, ABC):
+class FinetuneLoss(MethodSection, ABC):
     """Base of the losses: a section `loss` of a spec, whose fields are the options of the loss."""
-
-    name: str
 
     @abstractmethod
     def loss(self, logits: Tensor, labels: Tensor, *, normalizer: float | None = None) -> Tensor:

@@ -21,5 +21,5 @@ TUNINGS: Mapping[str, type[Tuning]] = {
 if TYPE_CHECKING:
     TuningSpec = Tuning
 else:
-    TuningSpec = union_of(TUNINGS)
-    """The section `tuning` of a spec: the options of one of `TUNINGS`."""
+    TuningSpec = union_of(TUNINGS, Tuning, "poise.tuning")
+    """The section `tuning` of a spec: one of `TUNINGS`, or code of the user or of an installed package."""

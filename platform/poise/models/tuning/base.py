@@ -6,19 +6,17 @@ from abc import ABC, abstractmethod
 
 from torch import nn
 
-from poise.spec import SpecModel
+from poise.spec.registry import MethodSection
 
 __all__ = ["Tuning"]
 
 
-class Tuning(SpecModel, ABC):
+class Tuning(MethodSection, ABC):
     """Base of the ways to tune: a section `tuning` of a spec, whose fields are its options.
 
     In this order: `prepare` before anything is exported or trained, `add_adapters` before training, and
     `merge_adapters` after it.
     """
-
-    name: str
 
     @abstractmethod
     def prepare(self, model: nn.Module) -> list[str]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Union
-
-from pydantic import Field
+from typing import TYPE_CHECKING
 
 from poise.robust.objectives.adt import Adt, adt_weights
 from poise.robust.objectives.at import At
@@ -31,6 +29,7 @@ from poise.robust.objectives.projection import GradientProjection
 from poise.robust.objectives.ramp import Ramp
 from poise.robust.objectives.sat import Sat
 from poise.robust.objectives.trades import Trades
+from poise.spec.registry import union_of
 
 __all__ = [
     "OBJECTIVES",
@@ -68,5 +67,5 @@ OBJECTIVES: Mapping[str, type[Objective]] = {
 if TYPE_CHECKING:
     ObjectiveSpec = Objective
 else:
-    ObjectiveSpec = Annotated[Union[tuple(OBJECTIVES.values())], Field(discriminator="name")]  # noqa: UP007
-    """The section `objective` of a spec: one of `OBJECTIVES`; pydantic chooses the class by `name`."""
+    ObjectiveSpec = union_of(OBJECTIVES, Objective, "poise.objectives")
+    """The section `objective` of a spec: one of `OBJECTIVES`, or code of the user or of an installed package."""

@@ -33,7 +33,7 @@ from poise.robust.attacks import Loss, cross_entropy, perturb
 from poise.robust.noise import Source
 from poise.robust.spec import Threats
 from poise.robust.threats import Threat
-from poise.spec import SpecModel
+from poise.spec.registry import MethodSection
 
 __all__ = [
     "AfterStep",
@@ -160,14 +160,12 @@ class AfterStep(Protocol):
         ...
 
 
-class Objective(SpecModel, ABC):
+class Objective(MethodSection, ABC):
     """An objective of adversarial training: a section of a spec, with the method that it stands for.
 
-    A subclass has a field `name`, a literal with its name as the default, and one field for each option. It must
-    implement `loss`; all other methods have defaults.
+    A subclass has one field for each option, and in Poise a field `name`, a literal with its name as the default. It
+    must implement `loss`; all other methods have defaults.
     """
-
-    name: str
 
     def check(self, threats: Threats) -> None:
         """Raise `ValueError` when the objective cannot be trained on these threats."""
