@@ -39,6 +39,7 @@ def test_the_import_contracts_hold():
     [
         ("poise.cli", {"torch", "ray", "numpy", "pyarrow", "boto3", "matplotlib", "pydantic"}),
         ("poise.kinds", {"torch", "ray", "numpy", "pyarrow", "boto3", "matplotlib"}),
+        ("poise.engine.ray.jobs", {"torch", "vllm", "matplotlib"}),
         ("poise.kinds.robust_train.run", {"ray", "boto3", "vllm", "matplotlib"}),
     ],
 )

@@ -18,7 +18,6 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 import poise
 from poise import env
-from poise.engine.launch import stages_of
 from poise.engine.ray.auth import MISSING
 from poise.errors import PoiseError, UserError
 from poise.kinds.code import named_code
@@ -132,6 +131,8 @@ def pack(spec: RunSpec, folder: Path) -> None:
 
 def _check_paths(spec: RunSpec) -> None:
     """Raise UserError for a relative path of a store or an input: Ray removes the folder in which a job runs."""
+    from poise.engine.launch import stages_of  # imports torch, which the status and the logs of a job do not need
+
     paths = [("store", stage.store) for stage in stages_of(spec)]
     paths += [(each.where, each.place) for each in spec.inputs() if each.kind == "files"]
     for name, path in paths:
