@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from poise.bounds import BOUNDS, BoundInput
 from poise.bounds.affine import LayerNorms
 from poise.bounds.complexity import covering_complexity, frobenius_product, pac_bayes_complexity, spectral_product
 from poise.bounds.operators import Block, Network, network_norms
@@ -148,3 +149,30 @@ def test_bounds_of_nothing_are_refused(bad):
         pac(chain(), **bad)
     with pytest.raises(ValueError, match="radius"):
         arc_bound(0.0, parameters=1, depth=1, radius=0, samples=1)
+
+
+def test_the_registered_bounds_are_those_of_the_functions():
+    network = chain()
+    inputs = BoundInput(network, radius=1.1, margin=2, samples=10_000, delta=0.05)
+    expected = {"pac_bayes": pac(network).gap, "pac_bayes_shape": pac(network).shape}
+    for name, product in (("arc", spectral_product(network)), ("arc_frobenius", frobenius_product(network))):
+        complexity = arc_bound(product, parameters=network.parameters, depth=2, radius=1.1, samples=10_000)
+        expected[name] = arc_gap(complexity, margin=2, samples=10_000, delta=0.05)
+    complexity = covering_complexity(network)
+    expected["covering"] = covering_bound(complexity, lipschitz=1, radius=1.1, samples=10_000, delta=0.05)
+    assert {name: bound.value(inputs) for name, bound in BOUNDS.items()} == expected
+    assert {name for name, bound in BOUNDS.items() if bound.is_explicit} == {"arc", "arc_frobenius", "pac_bayes"}
+
+
+@pytest.mark.parametrize(
+    ("homogeneous", "fixes_zero", "applicable"),
+    [
+        (True, True, {"arc", "arc_frobenius", "covering", "pac_bayes", "pac_bayes_shape"}),
+        (False, True, {"arc", "arc_frobenius", "covering"}),
+        (False, False, set()),
+    ],
+)
+def test_a_bound_applies_where_the_activations_are_those_of_its_theorem(homogeneous, fixes_zero, applicable):
+    whole = chain()
+    network = Network(whole.layers, whole.path, whole.shift, homogeneous, fixes_zero)
+    assert {name for name, bound in BOUNDS.items() if bound.violation(network) is None} == applicable

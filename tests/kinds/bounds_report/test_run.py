@@ -310,7 +310,10 @@ def test_it_is_shown_on_a_page_and_in_a_terminal(finished):
         assert f"10^{network.bounds['robust']['vacuous']:.1f}" in page
     terminal = in_terminal(finished)
     assert "strong" in terminal
-    assert "PAC-Bayes" in terminal
+    assert record.result.bounds == {"arc": "ARC", "pac_bayes": "PAC-Bayes", "covering": "cover"}
+    for name, label in record.result.bounds.items():
+        assert label in terminal
+        assert all(f" {network.bounds['robust'][name]:.1f} " in terminal for network in record.result.networks)
 
 
 BROKEN = """\
