@@ -6,6 +6,7 @@ import http.client
 import logging
 import os
 import random
+import re
 import signal
 import threading
 import uuid
@@ -57,6 +58,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def allow_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """Code of the user may run in this process, and in those that the test starts."""
     monkeypatch.setenv("POISE_ALLOW_CODE", "1")
+
+
+@pytest.fixture
+def mylab(tmp_path: Path) -> Path:
+    """A folder with the package, its metadata and the specs of docs/extend.md, as an installed package has them."""
+    page = (REPOSITORY / "docs" / "extend.md").read_text()
+    package = tmp_path / "mylab"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    for name, code in re.findall(r"`mylab/(\w+\.py)`[^`].*?```python\n(.*?)```", page, flags=re.DOTALL):
+        (package / name).write_text(code)
+    for name, spec in re.findall(r"```yaml\n(kind: .*?\nname: (\S+)\n.*?)```", page, flags=re.DOTALL):
+        (tmp_path / f"{spec}.yaml").write_text(name)
+    ((group, entries),) = re.findall(r'\[project.entry-points."([\w.]+)"\]\n(.*?)```', page, flags=re.DOTALL)
+    info = tmp_path / "mylab-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mylab\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[{group}]\n{entries.replace(chr(34), '')}")
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,8 @@ ROOT = Path(__file__).parents[1]
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 RAY = "tests/end_to_end/test_ray.py"
-EXTEND = "tests/test_user_code.py"
+EXTEND = "tests/test_extend.py"
+KILLED = f"{EXTEND}::test_a_run_with_the_objective_that_is_killed_ends_with_the_same_bits"
 JOBS = f"{RAY}::test_a_spec_is_sent_as_a_job_followed_listed_and_stopped"
 TORCHRUN = f"{RAY}::test_two_processes_under_torchrun_that_a_signal_stops_are_two_ray_workers"
 LAUNCH = "torchrun --standalone --nproc-per-node=2"
@@ -32,8 +33,11 @@ CLUSTER = "tests/cluster/test_cluster.py::test_a_cluster_comes_takes_a_job_and_g
 BY_HAND = "tests/cluster/test_cluster.py::test_a_head_that_is_started_by_hand_asks_for_the_token_that_was_made_first"
 CHART = "tests/helm/test_chart.py"
 ELSEWHERE = {
-    "poise check spec.yaml": f"{EXTEND}::test_a_check_without_the_permission_imports_nothing_and_says_so",
+    "poise check spec.yaml": f"{EXTEND}::test_every_example_is_a_short_file_and_is_refused_without_the_permission",
     "poise run spec.yaml --allow-code --engine local": f"{EXTEND}::run",
+    "poise run spec.yaml --allow-code --engine local --set name=whole": KILLED,
+    "timeout -s KILL 12 poise run spec.yaml --allow-code --engine local --set name=killed || true": KILLED,
+    "poise run spec.yaml --allow-code --engine local --set name=killed": KILLED,
     "make run": "tests/test_guides.py::test_make_knows_every_target",
     "make test": "tests/test_guides.py::test_make_knows_every_target",
     "poise run jobs/quickstart.yaml": f"{RAY}::test_a_killed_worker_and_a_killed_driver",
@@ -249,6 +253,8 @@ def test_links_lead_somewhere(guide):
 def test_specs_in_the_guides_are_sound(guide, tmp_path):
     blocks = re.findall(r"^```yaml\n(.*?)^```$", guide.read_text(), flags=re.MULTILINE | re.DOTALL)
     for number, text in enumerate(block for block in blocks if "kind:" in block):
+        if "kind: mylab." in text:
+            continue  # of a package that tests/test_extend.py puts on Python's path, and runs
         path = tmp_path / f"{number}.yaml"
         path.write_text(text)
         assert load(path, KINDS).name

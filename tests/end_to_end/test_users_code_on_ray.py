@@ -66,3 +66,23 @@ def test_a_job_has_the_module_that_was_submitted_with_it(head, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert open_run(store, "judged").summary().status == "finished"
+
+
+def test_an_objective_of_the_users_is_sent_to_workers_and_to_the_trials_of_a_sweep(head, mylab, tmp_path_factory):
+    """The example of docs/extend.md: its class is validated here, and unpickled in every process of the cluster."""
+    quick = {"data": {"name": "digits", "limit": 200, "validation": 40, "batch_size": 20}, "train": {"steps": 4}}
+    example = yaml.safe_load((mylab / "own-objective.yaml").read_text()) | quick | {"evaluate": {"num_examples": 20}}
+    del example["name"]
+    sweep = {"kind": "sweep", "metric": "robust/union", "mode": "max", "base": example}
+    stages = {"group": {**example, "workers": {"count": 2}}, "swept": {**sweep, "space": {"seed": {"grid": [0, 1]}}}}
+    store = str(mylab / "runs")
+    pipeline = {"kind": "pipeline", "name": "line", "store": store, "stages": stages}
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "spec.yaml").write_text(yaml.safe_dump(pipeline, sort_keys=False))
+    path = os.pathsep.join([str(mylab), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "poise", "run", "spec.yaml", "--allow-code", "--address", head.address]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for name in ("line-group", "line-swept-0000", "line-swept-0001"):
+        assert json.loads(open_run(store, name).read("result.json"))["objective"] == "mylab.focal:Focal"
