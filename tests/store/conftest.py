@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from poise.store.s3 import S3Storage
-from poise.store.storage import Storage, open_storage
+from poise.store.storage import Entry, Storage, open_storage
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -51,3 +51,66 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
     yield path
     subprocess.run(["umount", path], check=True)
+
+
+class Mortal(Storage):
+    """A storage whose user is killed after `life` changes: the next one does not happen."""
+
+    class Killed(BaseException):
+        """What nothing catches, as SIGKILL is not caught."""
+
+    def __init__(self, storage: Storage, life: int) -> None:
+        self.url = storage.url
+        self.storage = storage
+        self.life = life
+
+    def _change(self, act: Callable[..., object], *arguments: object) -> object:
+        if self.life == 0:
+            raise self.Killed
+        self.life -= 1
+        return act(*arguments)
+
+    def write(self, key: str, data: bytes) -> None:
+        self._change(self.storage.write, key, data)
+
+    def create(self, key: str, data: bytes) -> bool:
+        return bool(self._change(self.storage.create, key, data))
+
+    def compare_and_swap(self, key: str, data: bytes, expected: bytes) -> bool:
+        return bool(self._change(self.storage.compare_and_swap, key, data, expected))
+
+    def append(self, key: str, data: bytes) -> bool:
+        return bool(self._change(self.storage.append, key, data))
+
+    def upload(self, path: Path, key: str) -> None:
+        self._change(self.storage.upload, path, key)
+
+    def delete(self, keys: Sequence[str]) -> None:
+        for key in reversed(keys):  # a store may stop in the middle of a batch, which has no order
+            self._change(self.storage.delete, [key])
+
+    def move(self, key: str, to: str) -> None:
+        self._change(self.storage.move, key, to)
+
+    def read(self, key: str) -> bytes:
+        return self.storage.read(key)
+
+    def list(self, prefix: str = "") -> list[Entry]:
+        return self.storage.list(prefix)
+
+    def folders(self) -> Sequence[str]:
+        return self.storage.folders()
+
+    def download(self, key: str, path: Path) -> None:
+        self.storage.download(key, path)
+
+    def sweep(self, older_than_s: float, prefix: str = "") -> Sequence[str]:
+        return self.storage.sweep(older_than_s, prefix)
+
+    def check_exclusion(self) -> None:
+        self.storage.check_exclusion()
+
+
+@pytest.fixture
+def mortal() -> type[Mortal]:
+    return Mortal

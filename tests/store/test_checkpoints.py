@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from poise.errors import IntegrityError, RunBusyError, StoreError, UserError
 from poise.store.checkpoints import Checkpoints
 from poise.store.folder import FolderStorage
-from poise.store.storage import Entry, Storage, open_storage
+from poise.store.storage import Storage, open_storage
 
 PREFIX = "digits/checkpoints"
 
@@ -337,67 +338,10 @@ def test_sweeping_takes_old_orphans_only(checkpoints: Checkpoints, tmp_path: Pat
     assert checkpoints.verify() == []
 
 
-class PowerCut(BaseException):
-    """What nothing catches, as SIGKILL is not caught."""
-
-
-class Mortal(Storage):
-    """A storage whose user is killed after `life` changes: the next one does not happen."""
-
-    def __init__(self, storage: Storage, life: int) -> None:
-        self.url = storage.url
-        self.storage = storage
-        self.life = life
-
-    def _change(self, act: Callable[..., object], *arguments: object) -> object:
-        if self.life == 0:
-            raise PowerCut
-        self.life -= 1
-        return act(*arguments)
-
-    def write(self, key: str, data: bytes) -> None:
-        self._change(self.storage.write, key, data)
-
-    def create(self, key: str, data: bytes) -> bool:
-        return bool(self._change(self.storage.create, key, data))
-
-    def compare_and_swap(self, key: str, data: bytes, expected: bytes) -> bool:
-        return bool(self._change(self.storage.compare_and_swap, key, data, expected))
-
-    def append(self, key: str, data: bytes) -> None:
-        self._change(self.storage.append, key, data)
-
-    def upload(self, path: Path, key: str) -> None:
-        self._change(self.storage.upload, path, key)
-
-    def delete(self, keys: Sequence[str]) -> None:
-        for key in reversed(keys):  # a store may stop in the middle of a batch, which has no order
-            self._change(self.storage.delete, [key])
-
-    def move(self, key: str, to: str) -> None:
-        self._change(self.storage.move, key, to)
-
-    def read(self, key: str) -> bytes:
-        return self.storage.read(key)
-
-    def list(self, prefix: str = "") -> list[Entry]:
-        return self.storage.list(prefix)
-
-    def folders(self) -> Sequence[str]:
-        return self.storage.folders()
-
-    def download(self, key: str, path: Path) -> None:
-        self.storage.download(key, path)
-
-    def sweep(self, older_than_s: float, prefix: str = "") -> Sequence[str]:
-        return self.storage.sweep(older_than_s, prefix)
-
-    def check_exclusion(self) -> None:
-        self.storage.check_exclusion()
-
-
 @pytest.mark.parametrize("half_written", [False, True])
-def test_death_at_any_point_of_a_commit(storage: Storage, tmp_path: Path, half_written: bool) -> None:
+def test_death_at_any_point_of_a_commit(
+    storage: Storage, tmp_path: Path, half_written: bool, mortal: type[Any]
+) -> None:
     """Whenever it comes, 30 is trusted and untouched, and 40 can be committed afterwards."""
     saved, life, outcomes = payload(tmp_path / "saved", 40), 0, []
     while not outcomes or outcomes[-1] != "done":
@@ -407,9 +351,9 @@ def test_death_at_any_point_of_a_commit(storage: Storage, tmp_path: Path, half_w
         if half_written:
             storage.write(f"{checkpoints.prefix}/step-00000040/leftover.bin", b"of a longer checkpoint")
         try:
-            Checkpoints(Mortal(storage, life), checkpoints.prefix).commit(40, saved, info={})
+            Checkpoints(mortal(storage, life), checkpoints.prefix).commit(40, saved, info={})
             outcomes.append("done")
-        except PowerCut:
+        except mortal.Killed:
             step, damages = newest(checkpoints, tmp_path)
             outcomes.append(str(step))
             assert all("the upload was not finished" in said for said in damages)
@@ -422,7 +366,7 @@ def test_death_at_any_point_of_a_commit(storage: Storage, tmp_path: Path, half_w
     assert outcomes == ["30"] * changes + ["done"]
 
 
-def test_death_at_any_point_of_mending_a_damaged_step(storage: Storage, tmp_path: Path) -> None:
+def test_death_at_any_point_of_mending_a_damaged_step(storage: Storage, tmp_path: Path, mortal: type[Any]) -> None:
     saved, life, outcomes = payload(tmp_path / "saved", 40), 0, []
     while not outcomes or outcomes[-1] != "done":
         checkpoints = Checkpoints(storage, f"life-{life}/checkpoints")
@@ -430,9 +374,9 @@ def test_death_at_any_point_of_mending_a_damaged_step(storage: Storage, tmp_path
         damaged = checkpoints.commit(40, saved, info={})
         storage.write(f"{damaged.key}/model.safetensors", b"\x00" * 3000)
         try:
-            Checkpoints(Mortal(storage, life), checkpoints.prefix).commit(40, saved, info={})
+            Checkpoints(mortal(storage, life), checkpoints.prefix).commit(40, saved, info={})
             outcomes.append("done")
-        except PowerCut:
+        except mortal.Killed:
             outcomes.append(str(newest(checkpoints, tmp_path)[0]))
         checkpoints.commit(40, saved, info={})
         assert newest(checkpoints, tmp_path) == (40, [])
@@ -441,16 +385,16 @@ def test_death_at_any_point_of_mending_a_damaged_step(storage: Storage, tmp_path
     assert outcomes == ["30"] * 8 + ["done"]  # four objects moved away, four made
 
 
-def test_death_at_any_point_of_pruning(storage: Storage, tmp_path: Path) -> None:
+def test_death_at_any_point_of_pruning(storage: Storage, tmp_path: Path, mortal: type[Any]) -> None:
     life, done = 0, False
     while not done:
         checkpoints = Checkpoints(storage, f"life-{life}/checkpoints")
         for step in (10, 20, 30):
             checkpoints.commit(step, payload(tmp_path / "saved", step), info={})
         try:
-            Checkpoints(Mortal(storage, life), checkpoints.prefix).prune(1, protect=[10])
+            Checkpoints(mortal(storage, life), checkpoints.prefix).prune(1, protect=[10])
             done = True
-        except PowerCut:
+        except mortal.Killed:
             pass
         assert newest(checkpoints, tmp_path) == (30, [])
         assert all("the upload was not finished" in found.problem for found in checkpoints.verify())

@@ -162,13 +162,3 @@ def test_a_number_of_the_environment_that_is_none_is_named(
     monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=rf"{name} is '{value}': write a positive number, such as"):
         open_storage(s3_store).list()
-
-
-def test_appends_of_several_writers_are_all_kept(s3_store: str) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
-    storage = open_storage(s3_store)
-    storage.append("log", b"")
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda index: storage.append("log", b"%d\n" % index), range(8)))
-    assert sorted(storage.read("log").split()) == [b"%d" % index for index in range(8)]

@@ -82,9 +82,15 @@ def test_one_of_16_racing_swaps_wins_each_round(storage: Storage) -> None:
         seen = storage.read("lock")
 
 
-def test_append_and_move(storage: Storage) -> None:
-    storage.append("log/events", b"one\n")
-    storage.append("log/events", b"two\n")
+def test_a_folder_appends_in_place_and_s3_refuses_to(storage: Storage) -> None:
+    is_folder = not storage.url.startswith("s3://")
+    assert storage.append("events", b"one\n") is is_folder
+    assert storage.append("events", b"two\n") is is_folder
+    assert [storage.read(entry.key) for entry in storage.list()] == [b"one\ntwo\n"] * is_folder
+
+
+def test_move(storage: Storage) -> None:
+    storage.write("log/events", b"one\ntwo\n")
     storage.write("old", b"replaced")
     storage.move("log/events", "old")
     assert storage.read("old") == b"one\ntwo\n"

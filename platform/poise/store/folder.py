@@ -66,13 +66,14 @@ class FolderStorage(Storage):
             return False
         return True
 
-    def append(self, key: str, data: bytes) -> None:
+    def append(self, key: str, data: bytes) -> bool:
         path = self._path(key)
         with explained(str(path)):
             self._make_room(path)
             with path.open("ab") as file:
                 file.write(data)
                 _sync(file)
+        return True
 
     def list(self, prefix: str = "") -> list[Entry]:
         folder = _folder_of(prefix)

@@ -3,7 +3,8 @@
 `records.jsonl` has a line for every version of every result file: its path, its size in bytes and its SHA-256. The line
 is written before the file: a file without a line was not written by Poise, and a line without its file is a write that
 was not finished. A file is read only if it is one of the recorded versions. `records.jsonl` and `events.jsonl` are
-append-only: each checkpoint records their size and hash at its commit, so that a changed or lost line is found too.
+append-only (see `appended_lines`): each checkpoint records their size and hash at its commit, so that a changed or lost
+line is found too.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
 from poise.errors import IntegrityError
+from poise.store.appended_lines import AppendedLines
 from poise.store.records import Corruption, FileRecord, check_files, record_of
 from poise.store.storage import Storage, sha256_of
 
-__all__ = ["EVENTS", "RECORDS", "AppendedLines", "RecordLog", "ResultFiles"]
+__all__ = ["EVENTS", "RECORDS", "RecordLog", "ResultFiles"]
 
 RECORDS = "records.jsonl"
 EVENTS = "events.jsonl"
@@ -58,33 +59,6 @@ class RecordLog:
         return {path: records[-1] for path, records in self.versions.items()}
 
 
-class AppendedLines:
-    """An append-only file of lines. A caller that appends holds the lease of the run."""
-
-    def __init__(self, storage: Storage, key: str) -> None:
-        self.storage = storage
-        self.key = key
-        self._ends_with_newline = False  # not known before the first append
-
-    def read(self) -> bytes:
-        """All bytes, also a line that a crash left incomplete; empty if there is no file."""
-        try:
-            return self.storage.read(self.key)
-        except FileNotFoundError:
-            return b""
-
-    def append(self, values: Iterable[Mapping[str, Any]]) -> None:
-        """Append one line of JSON for each of `values`."""
-        lines = "".join(json.dumps(value, separators=(",", ":")) + "\n" for value in values)
-        if not lines:
-            return
-        if not self._ends_with_newline and (text := self.read()) and not text.endswith(b"\n"):
-            lines = "\n" + lines  # end the incomplete line of a driver that died
-        self._ends_with_newline = False
-        self.storage.append(self.key, lines.encode())
-        self._ends_with_newline = True
-
-
 class ResultFiles:
     """The result files of the run below `prefix` (no slash at its ends)."""
 
@@ -92,6 +66,7 @@ class ResultFiles:
         self.storage = storage
         self.prefix = prefix
         self.lines = AppendedLines(storage, f"{prefix}/{RECORDS}")
+        self.events = AppendedLines(storage, f"{prefix}/{EVENTS}")
         self._log: RecordLog | None = None
 
     def write(self, files: Mapping[str, bytes]) -> None:
@@ -135,8 +110,8 @@ class ResultFiles:
             raise
 
     def log(self) -> RecordLog:
-        """The content of `records.jsonl`, read now."""
-        self._log = RecordLog.parse(self.lines.read())
+        """The content of `records.jsonl` as it is now."""
+        self._log = RecordLog.parse(self.lines.known())
         return self._log
 
     def present(self) -> dict[str, int]:
@@ -150,11 +125,12 @@ class ResultFiles:
 
     def appended(self) -> dict[str, FileRecord]:
         """The records of the append-only files as they are now, for a checkpoint or a manifest."""
-        records = {}
-        for name in (RECORDS, EVENTS):
-            data = AppendedLines(self.storage, f"{self.prefix}/{name}").read()
-            records[name] = record_of(data)
-        return records
+        return {RECORDS: self.lines.record(), EVENTS: self.events.record()}
+
+    def merge_appended(self) -> None:
+        """Merge the objects that an append-only file has on S3, at the end of a run."""
+        self.lines.merge_all()
+        self.events.merge_all()
 
     def final_records(self, committed: Iterable[str]) -> dict[str, FileRecord]:
         """The record of every result at the end of the run, by path.
@@ -195,8 +171,9 @@ class ResultFiles:
     def verify_appended(self, appended: Mapping[str, FileRecord], where: str) -> list[Corruption]:
         """Compare the beginnings of the append-only files with their records in `where`, a checkpoint or manifest."""
         corruptions = []
+        files = {RECORDS: self.lines, EVENTS: self.events}
         for name, record in sorted(appended.items()):
-            data = AppendedLines(self.storage, f"{self.prefix}/{name}").read()
+            data = files[name].read() if name in files else b""
             if record_of(data[: record.bytes]) != record:
                 problem = f"its first {record.bytes} bytes (of {len(data)}) are not those recorded in {where}"
                 corruptions.append(Corruption(self.prefix, name, problem))

@@ -2,7 +2,8 @@
 
 The address of a store is the parent of its runs: with `store: runs` the run `digits` is in `runs/digits/`, as
 `spec.yaml, environment.json, inputs.json, manifest.json, metrics/*.parquet, checkpoints/step-*/, artifacts/,
-events.jsonl`, and `records.jsonl` with the SHA-256 of each of them (see `result_files`).
+events.jsonl`, and `records.jsonl` with the SHA-256 of each of them (see `result_files`). On S3 the last two are objects
+below `events/` and `records/` (see `appended_lines`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from poise.spec import Name, SpecModel
 from poise.store.checkpoints import Checkpoints
 from poise.store.lease import Lease
 from poise.store.records import Corruption, FileRecord
-from poise.store.result_files import EVENTS, RECORDS, AppendedLines, RecordLog, ResultFiles
+from poise.store.result_files import EVENTS, RECORDS, RecordLog, ResultFiles
 from poise.store.storage import Storage, open_storage
 
 __all__ = ["Run", "RunManifest", "RunSummary", "Status", "list_runs", "open_run"]
@@ -83,7 +84,6 @@ class Run:
         self.url = f"{storage.url}/{self.name}"
         self.checkpoints = Checkpoints(storage, f"{self.name}/checkpoints")
         self.results = ResultFiles(storage, self.name)
-        self._events = AppendedLines(storage, self.key(EVENTS))
 
     def key(self, relative: str) -> str:
         """The storage key of a file of this run."""
@@ -227,6 +227,7 @@ class Run:
         manifest = self.manifest()
         if manifest is None:
             raise UserError(f"run {self.name!r} in {self.storage.url} was not started")
+        self.results.merge_appended()
         changes = {
             "status": status,
             "updated": time.time(),
@@ -252,11 +253,12 @@ class Run:
 
     def append_events(self, events: Iterable[Mapping[str, Any]]) -> None:
         """Append events, one JSON object per line. The caller holds the lease."""
-        self._events.append(events)
+        self.results.events.append(events)
 
     def events(self) -> list[dict[str, Any]]:
         """Every event, oldest first; a line that a crash left incomplete is `{"event": "torn", "text": ...}`."""
-        return [_event(line) for line in self._events.read().decode(errors="replace").splitlines() if line]
+        lines = self.results.events.read().decode(errors="replace").splitlines()
+        return [_event(line) for line in lines if line]
 
     def verify(self) -> list[Corruption]:
         """Read every byte of every checkpoint and every result, and return the problems."""
@@ -310,7 +312,9 @@ class Run:
     def _replace_spec(self, text: str) -> None:
         """Make this a new run with another spec. All files are deleted but the events."""
         remaining = {self.key(name) for name in (EVENTS, _SPEC, "LOCK")}
-        self.storage.delete([entry.key for entry in self.storage.list(f"{self.name}/") if entry.key not in remaining])
+        segments = self.key(EVENTS.removesuffix(".jsonl")) + "/"
+        keys = [entry.key for entry in self.storage.list(f"{self.name}/")]
+        self.storage.delete([key for key in keys if key not in remaining and not key.startswith(segments)])
         self.results = ResultFiles(self.storage, self.name)
         self.write(_SPEC, text.encode())
 

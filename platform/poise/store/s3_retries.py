@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import random
+import threading
 import time
 from typing import Any
 
@@ -47,6 +48,7 @@ class RetryPolicy:
         self.patience_s = patience_s
         self.reached = False
         self._random = random.SystemRandom()
+        self._failed = threading.local()  # `since`: the time of the first failure of this thread's request
 
     def register(self, client: Any) -> None:
         """Make `client` retry by this policy."""
@@ -71,15 +73,16 @@ class RetryPolicy:
         """A random pause of at most `longest` seconds, so that many processes do not retry together."""
         return longest * self._random.uniform(0.5, 1)
 
-    def _needs_retry(
-        self, response: Any, attempts: int, caught_exception: Any, request_dict: dict[str, Any], **_: Any
-    ) -> float | None:
+    def _needs_retry(self, response: Any, attempts: int, caught_exception: Any, **_: Any) -> float | None:
         """The handler of `needs-retry`: seconds to wait before the next attempt; None to give up, or after success."""
+        if attempts == 1:  # a new request: a thread sends one at a time, with all its retries
+            self._failed.since = None
         why = _transient_failure(response, caught_exception)
         if why is None:
             return None
-        started = request_dict["context"].setdefault("poise_failed_at", time.monotonic())
-        return self.pause(attempts, started, why)
+        if self._failed.since is None:
+            self._failed.since = time.monotonic()
+        return self.pause(attempts, self._failed.since, why)
 
     def _after_call(self, http_response: Any, **_: Any) -> None:
         if http_response.status_code < 500:

@@ -73,8 +73,11 @@ class Storage(ABC):
         """
 
     @abstractmethod
-    def append(self, key: str, data: bytes) -> None:
-        """Append bytes to an object, which is created if it does not exist. For one writer at a time."""
+    def append(self, key: str, data: bytes) -> bool:
+        """Append bytes to an object, which is created if it does not exist. For one writer at a time.
+
+        Returns False, and writes nothing, where the service can only replace whole objects.
+        """
 
     @abstractmethod
     def list(self, prefix: str = "") -> list[Entry]:
