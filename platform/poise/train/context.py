@@ -122,3 +122,18 @@ class Context:
         if failure is not None:
             raise failure
         return result
+
+    def on_every_rank(self, action: Callable[[], T]) -> T:
+        """Call `action` on every rank; each rank returns its own result, once all ranks have one.
+
+        An exception of any rank is raised on every rank; of several, that of the lowest rank.
+        """
+        failure: Exception | None = None
+        try:
+            result = action()
+        except Exception as error:  # noqa: BLE001 - raised again below, on every rank
+            failure = error
+        failures = [each for each in self.gather(failure) if each is not None]
+        if failures:
+            raise failures[0]
+        return result

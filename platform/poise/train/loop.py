@@ -36,6 +36,7 @@ from poise.train.context import Context
 from poise.train.optim import build_optimizer
 from poise.train.parallel import average_statistics, batch_statistics, distribute
 from poise.train.preemption import StopVote
+from poise.train.restore import node_folder
 from poise.train.schedule import factor
 from poise.train.spec import TrainSpec
 from poise.train.state import (
@@ -332,19 +333,23 @@ class _Loop:
 
     def _load(self, event_name: str) -> bool:
         """Restore the newest valid checkpoint and record an event of this name; False where there is no checkpoint."""
-        with scratch_folder() as scratch:
-            folder = scratch / "checkpoint"
-            pids = self.context.gather(os.getpid())
-            commit = self.context.on_main(partial(self._fetch_latest, folder, event_name, pids))
+        pids = self.context.gather(os.getpid())
+        with node_folder(self.context) as folder:
+            commit = self.context.on_main(partial(self._fetch_latest, folder.path, event_name, pids))
             if commit is None:
                 return False
-            if not self.context.is_main:
-                self.context.run.checkpoints.fetch(commit, folder)
-            load_state(self.state, folder, self.context.device)
-            self.window.fill(load_window(folder, self.context.rank, self.context.world_size, self.context.device))
-            if not restore_rng(folder, self.context.rank, self.context.device):  # written by fewer ranks
-                seed_rng(self.task.seed, self.context.rank, self.state.step)
+            folder.fetch(commit, self.context)
+            self.context.on_every_rank(partial(self._load_from, folder.path))
         return True
+
+    def _load_from(self, folder: Path) -> None:
+        """Restore the state, the window of metrics and the random generators of this rank from a checkpoint's files."""
+        rank = self.context.rank
+        device = self.context.device
+        load_state(self.state, folder, device)
+        self.window.fill(load_window(folder, rank, self.context.world_size, device))
+        if not restore_rng(folder, rank, device):  # the checkpoint was written by fewer ranks
+            seed_rng(self.task.seed, rank, self.state.step)
 
     def _fetch_latest(self, folder: Path, event_name: str, pids: list[int]) -> Commit | None:
         """Download the newest valid checkpoint into a folder, and record events of it and of each damaged one."""
