@@ -6,13 +6,30 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
+
+import torch
 
 from poise.observe.export import export
 from poise.observe.progress import Progress
-from poise.observe.timers import PhaseTimers
+from poise.observe.timers import DevicePhaseTimers, PhaseTimers
 from poise.train.context import Context
 
 __all__ = ["Telemetry"]
+
+
+def _phase_timers(device: torch.device) -> PhaseTimers:
+    """Timers of the phases: with the clock of the host, or with the device's own if it is a GPU."""
+    if device.type != "cuda":
+        return PhaseTimers()
+    return DevicePhaseTimers(partial(_cuda_event, device))
+
+
+def _cuda_event(device: torch.device) -> torch.cuda.Event:
+    """An event after all work that was submitted to the current stream of a GPU so far."""
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 class Telemetry:
@@ -21,7 +38,7 @@ class Telemetry:
     def __init__(
         self, context: Context, *, steps: int, steps_per_epoch: int, examples_per_step: float, unit: str
     ) -> None:
-        self.timers = PhaseTimers()
+        self.timers = _phase_timers(context.device)
         self._context = context
         self._steps = steps
         self._steps_per_epoch = steps_per_epoch
