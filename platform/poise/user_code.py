@@ -130,12 +130,10 @@ def explain_errors(what: str, *, defect: str | None = None) -> Iterator[None]:
 def describe_error(error: BaseException, *, source: bool = False) -> str:
     """An error as `AttributeError: message (mymodel.py:12)`, without the place where no frame is in the user's code.
 
-    With `source`, the message is put on one line, and the place is `mymodel.py:12 in forward: y = self.haed(x)`.
+    The message is put on one line. With `source`, the place is `mymodel.py:12 in forward: y = self.haed(x)`.
     """
-    message = str(error)
+    message = _one_line(str(error))
     place = _place(error, source)
-    if source:
-        message = _one_line(message)
     return f"{type(error).__name__}: {message}" + (f" ({place})" if place else "")
 
 

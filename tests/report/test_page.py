@@ -254,6 +254,22 @@ def test_many_events_are_cut_but_no_failure_is(make_record: Callable[..., RunRec
     assert any(text.endswith("400 are left out here and stand in events.jsonl.") for text in page.texts)
 
 
+def test_an_alarm_of_a_monitor_is_marked_and_is_no_failure(make_record: Callable[..., RunRecord]) -> None:
+    """That a model overfits is a finding: nothing has failed."""
+    alarms = [{"event": "alarm", "step": step, "what": "accuracy fell"} for step in (10, 20)]
+    commits = [{"event": "commit", "step": step} for step in range(300)]
+    record = dataclasses.replace(make_record(), events=[*alarms, *commits])
+    text = render([record], "x", report_sections())
+    page = Page(text)
+    assert "failures survived" not in page.texts
+    assert "Event log (302, 2 of them alarms)" in page.texts
+    assert text.count('<tr class="marked">') == 2
+    both = dataclasses.replace(record, events=[*alarms, {"event": "damaged", "what": "rot"}])
+    page = Page(render([both], "x", report_sections()))
+    assert page.texts[page.texts.index("failures survived") + 1] == "1"
+    assert "Event log (3, 1 of them failures, 2 of them alarms)" in page.texts
+
+
 def test_the_table_of_the_command_line(make_record: Callable[..., RunRecord]) -> None:
     records = [make_record("quickstart-adt"), RunRecord("[red]young", kind="robust.train")]
     console = Console(file=io.StringIO(), width=80, record=True)

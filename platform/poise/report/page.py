@@ -17,7 +17,7 @@ import poise
 from poise.report import figures
 from poise.report.blocks import RenderedFigure, Section, draw
 from poise.report.curves import curve, phase_seconds
-from poise.report.record import RunRecord, count_failures, is_alarm, when
+from poise.report.record import RunRecord, count_failures, is_alarm, is_failure, when
 from poise.report.sections import Sections, grouped
 
 __all__ = ["RunRecord", "render"]
@@ -72,6 +72,7 @@ def _run(index: int, record: RunRecord, sections: Sections) -> dict[str, Any]:
         "environment": list(_flat(record.environment)),
         "events": _events(record.events),
         "events_total": len(record.events),
+        "failures": sum(map(is_failure, record.events)),
         "alarms": sum(map(is_alarm, record.events)),
     }
 
@@ -145,12 +146,16 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
 
 
 def _events(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Every failure and the last EVENTS_SHOWN of the other events, in order."""
-    alarms = [index for index, event in enumerate(events) if is_alarm(event)]
-    others = [index for index, event in enumerate(events) if not is_alarm(event)]
+    """Every failure and alarm, and the last EVENTS_SHOWN of the other events, in order."""
+    marked = [index for index, event in enumerate(events) if _is_marked(event)]
+    others = [index for index, event in enumerate(events) if not _is_marked(event)]
     # the last of the others, since those at the end explain how a run ended
-    indices = sorted({*alarms, *others[-EVENTS_SHOWN:]})
+    indices = sorted({*marked, *others[-EVENTS_SHOWN:]})
     return [_event(events[index]) for index in indices]
+
+
+def _is_marked(event: Mapping[str, Any]) -> bool:
+    return is_failure(event) or is_alarm(event)
 
 
 def _event(event: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,5 +167,5 @@ def _event(event: Mapping[str, Any]) -> dict[str, Any]:
         "time": when(event.get("time")),
         "name": str(event.get("event", "unknown")),
         "detail": "  ".join(details),
-        "alarm": is_alarm(event),
+        "marked": _is_marked(event),
     }

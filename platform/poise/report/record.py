@@ -17,12 +17,13 @@ from poise.store.result import RunResult, kind_of_result, read_result
 if TYPE_CHECKING:
     from poise.store.runs import Run
 
-__all__ = ["RunRecord", "count_failures", "is_alarm", "load_record", "when", "with_result"]
+__all__ = ["RunRecord", "count_failures", "is_alarm", "is_failure", "load_record", "when", "with_result"]
 
 T = TypeVar("T")
 Result = TypeVar("Result", bound=RunResult)
 
-ALARMS = ("alarm", "damage", "error", "fail", "kill", "lost", "restart", "torn")
+FAILURES = ("damage", "error", "fail", "kill", "lost", "restart", "torn")
+"""Parts of the names of events that report a failure."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,16 @@ def with_result(records: Iterable[RunRecord], result_class: type[Result]) -> lis
     return [(record, record.result) for record in records if isinstance(record.result, result_class)]
 
 
-def is_alarm(event: Mapping[str, Any]) -> bool:
+def is_failure(event: Mapping[str, Any]) -> bool:
     """Whether an event reports a failure: a damaged checkpoint, an error, a start that continues from a checkpoint."""
     name = str(event.get("event", "")).lower()
     is_restart = name == "start" and bool(event.get("attempt") or event.get("step"))
-    return is_restart or any(word in name for word in ALARMS)
+    return is_restart or any(word in name for word in FAILURES)
+
+
+def is_alarm(event: Mapping[str, Any]) -> bool:
+    """Whether an event is an alarm of a monitor, such as that of overfitting: a finding about the model, no failure."""
+    return event.get("event") == "alarm"
 
 
 def count_failures(events: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
@@ -73,7 +79,7 @@ def count_failures(events: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
             ended += name == "failed"
             end_is_recorded = True
             continue
-        survived += is_alarm(event) and not (name == "start" and end_is_recorded)
+        survived += is_failure(event) and not (name == "start" and end_is_recorded)
         end_is_recorded = end_is_recorded and name != "start"
     return survived, ended
 

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import sys
+import warnings
 
 import pytest
 import torch
@@ -314,6 +315,40 @@ def test_it_is_shown_on_a_page_and_in_a_terminal(finished):
     for name, label in record.result.bounds.items():
         assert label in terminal
         assert all(f" {network.bounds['robust'][name]:.1f} " in terminal for network in record.result.networks)
+
+
+ZEROS = """\
+from torch import nn
+
+def zeros(layers):
+    model = nn.Sequential(nn.Flatten(), *(nn.Linear(64, 64) for _ in range(layers - 1)), nn.Linear(64, 10))
+    nn.init.zeros_(model[1].weight)
+    return model
+"""
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.filterwarnings("ignore::UserWarning")  # an attack has no gradient here, which the run records
+def test_a_layer_of_zeros_is_drawn_without_a_warning(tmp_path, monkeypatch, layers):
+    """Its norm has no logarithm."""
+    (tmp_path / "zeros_of_mine.py").write_text(ZEROS)
+    monkeypatch.delitem(sys.modules, "zeros_of_mine", raising=False)
+    monkeypatch.chdir(tmp_path)
+    spec = BoundsReportSpec(
+        kind="bounds.report",
+        name="zeros",
+        store=str(tmp_path / "runs"),
+        models=[{"function": "zeros_of_mine:zeros", "arguments": {"layers": layers}}],
+        data={"name": "digits", "limit": 100},
+        threats={"linf": {"eps": "1/20", "steps": 2}},
+        num_examples=20,
+    )
+    run = open_run(spec.store, spec.name)
+    finish(run, spec)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        page = render([load_record(run, result_classes())], "report", report_sections())
+    assert ("Spectral norms" in page) == (layers > 1)
 
 
 BROKEN = """\

@@ -122,6 +122,13 @@ class Scripted(nn.Module):
             x = x.view(7, -1)
         return x.flatten(1)[:, :10]
 
+class Wrong(nn.Module):
+    def forward(self, x):
+        return x.view(7, -1)
+
+def scripted_wrong():
+    return torch.jit.script(Wrong())
+
 def flat():
     return nn.Flatten()
 
@@ -198,6 +205,13 @@ def evaluation(tmp_path: Path, function: str, **changes: Any) -> RobustEvaluateS
 def test_an_evaluation_names_the_model_the_batch_and_the_line(models, tmp_path, name, message):
     told = refused(evaluation(tmp_path, f"{models}:{name}"))
     assert re.search(f"the model {models}:{name} {message}", told), told
+
+
+def test_a_torchscript_model_that_fails_on_the_first_images_is_told_in_one_line(models, tmp_path):
+    told = refused(evaluation(tmp_path, f"{models}:scripted_wrong"))
+    assert re.search(
+        r"does not take images \(1, 8, 8\): RuntimeError: shape '\[7, -1\]' is invalid .*:\d+ in forward\)", told
+    ), told
 
 
 def bounds(tmp_path: Path, function: str, **changes: Any) -> BoundsReportSpec:

@@ -85,14 +85,15 @@ def _vacuous_by(value: float | None) -> Cell:
 def _details(anchor: str, record: RunRecord) -> Iterator[RenderedFigure | None]:
     caption = (
         "Each affine layer in the order of evaluation: certified upper bound (line) and Lanczos estimate from below "
-        "(dots). Normalisations are folded in."
+        "(dots). Normalisations are folded in. A layer of zeros is not drawn."
     )
     yield draw(f"{anchor}-norms", "Spectral norms", _norms(_networks(record)), caption)
 
 
 @matplotlib.rc_context(STYLE)
 def _norms(networks: Sequence[NetworkResult]) -> Figure | None:
-    if not networks:
+    norms = [_positive(layer.sigma_hi) for network in networks for layer in network.layers]
+    if all(math.isnan(norm) for norm in norms):
         return None
     figure, axes = new_figure(WIDE, 3.2, "layer", "spectral norm")
     axes.set_yscale("log")
@@ -105,10 +106,17 @@ def _norms(networks: Sequence[NetworkResult]) -> Figure | None:
         color = palette[index % len(palette)]
         layers = network.layers
         positions = range(1, len(layers) + 1)
-        lines += axes.plot(positions, [layer.sigma_hi for layer in layers], color=color, lw=1.3, label=network.run)
-        axes.plot(positions, [layer.sigma_lo for layer in layers], "o", color=color, markersize=3.5)
+        upper = [_positive(layer.sigma_hi) for layer in layers]
+        lower = [_positive(layer.sigma_lo) for layer in layers]
+        lines += axes.plot(positions, upper, color=color, lw=1.3, label=network.run)
+        axes.plot(positions, lower, "o", color=color, markersize=3.5)
     legend(axes, lines[:6])
     return figure
+
+
+def _positive(norm: float) -> float:
+    """A norm that a logarithmic axis can show; NaN, which is not drawn, for that of a layer of zeros."""
+    return norm if norm > 0 else math.nan
 
 
 SECTION = Section("Generalisation bounds", BoundsReportResult, tables=_tables, details=_details)
