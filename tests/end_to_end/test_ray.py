@@ -11,6 +11,8 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -214,6 +216,7 @@ def test_a_model_of_the_users_own_that_fails_late_is_not_tried_again(head, fork_
     (tmp_path / "late_model.py").write_text(LATE)
     (tmp_path / "late.yaml").write_text(EVALUATION.format(store=tmp_path / "runs"))
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    before = worker_actors(head)
     done = fork_server.run(
         ["-m", "poise", "run", "late.yaml", "--allow-code", "--address", head.address], cwd=tmp_path, env=environment
     )
@@ -223,6 +226,55 @@ def test_a_model_of_the_users_own_that_fails_late_is_not_tried_again(head, fork_
     assert "Traceback" not in done.stderr
     assert "a worker died" not in done.stderr + done.stdout
     assert open_run(str(tmp_path / "runs"), "late").manifest().status == "failed"
+    assert len(worker_actors(head) - before) == 2, "another worker group was started"
+
+
+def worker_actors(head) -> set[str]:
+    """The ids of all workers of worker groups that the cluster has had so far."""
+    from ray.util.state import list_actors
+
+    filters = [("class_name", "=", "RayTrainWorker")]
+    return {actor.actor_id for actor in list_actors(address=head.dashboard, filters=filters, limit=10_000)}
+
+
+OWN_KIND = """\
+from poise.kinds.robust_train.spec import RobustTrainSpec
+
+class Mine(RobustTrainSpec):
+    pass
+"""
+
+DRIVER = """\
+import sys
+from pathlib import Path
+import yaml
+import kind_of_mine
+from poise.engine.ray.worker_group import cluster, run_worker_group
+from poise.errors import UserError
+from poise.observe.progress import Display
+from poise.observe.sinks import NullSink
+
+Path("kind_of_mine.py").unlink()  # the workers are on machines that never had it
+spec = kind_of_mine.Mine.model_validate(yaml.safe_load(Path(sys.argv[2]).read_text()))
+with cluster(sys.argv[1], [spec]):
+    try:
+        run_worker_group(spec, Display(sys.stdout), NullSink())
+    except UserError as error:
+        print("UserError:", error)
+"""
+
+
+def test_a_worker_that_lacks_a_module_of_the_spec_ends_the_run_in_one_line(head, desk, tmp_path):
+    (tmp_path / "kind_of_mine.py").write_text(OWN_KIND)
+    (tmp_path / "driver.py").write_text(DRIVER)
+    spec = desk.spec("lacking", str(tmp_path / "runs"))
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "driver.py", head.address, str(spec)]  # a script of the user, not the command line
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    starting, told = done.stdout.splitlines()
+    assert starting == "[lacking] starting 2 workers"
+    assert re.fullmatch(r"UserError: the machine \S+ lacks a module .*kind_of_mine.*: install it on every .*", told)
 
 
 def test_mistakes_about_jobs_are_answered_without_a_traceback(head, desk, tmp_path, poise):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import pickle
+import subprocess
+import sys
 
 import pytest
+import ray
 from ray.exceptions import RayTaskError
-from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+from ray.train import ControllerError, WorkerGroupError
 
+from poise.engine.ray.worker_args import WorkerArgs
 from poise.engine.ray.worker_group import cluster, failure_of
 from poise.errors import PoiseError, UserError
 
@@ -46,3 +51,39 @@ def test_a_defect_keeps_its_traceback_and_says_when_it_happened():
 def test_an_address_where_no_cluster_is_is_told_at_once(address, said):
     with pytest.raises(UserError, match=said), cluster(address, []):
         pass
+
+
+def test_processes_that_outlive_a_cluster_of_one_command_are_ended(spec_of, monkeypatch):
+    """Only those of Ray: another child of the process that uses Poise is left alone."""
+    monkeypatch.setattr(ray, "init", lambda **options: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr("poise.engine.ray.worker_group._END_WITHIN_S", 0.2)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with cluster(None, [spec_of()]):
+        orphan = subprocess.Popen(["ray::TrainController", "60"], executable="/bin/sleep")
+        other = subprocess.Popen(["sleep", "60"])
+    assert orphan.wait(5) == -9
+    assert other.poll() is None
+    other.kill()
+    other.wait()
+
+
+OWN_KIND = """\
+from poise.kinds.robust_train.spec import RobustTrainSpec
+
+class Mine(RobustTrainSpec):
+    pass
+"""
+
+
+def test_a_machine_that_lacks_a_module_of_the_spec_is_named(spec_of, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "kind_of_mine.py").write_text(OWN_KIND)
+    spec = importlib.import_module("kind_of_mine").Mine.model_validate(spec_of().model_dump(exclude_unset=True))
+    args = WorkerArgs(pickle.dumps(spec), "/runs", "token", "/", None)
+    assert args.spec == spec
+    (tmp_path / "kind_of_mine.py").unlink()
+    monkeypatch.delitem(sys.modules, "kind_of_mine")
+    importlib.invalidate_caches()
+    with pytest.raises(UserError, match=r"the machine \S+ lacks a module .*'kind_of_mine'.*: install it on every"):
+        assert args.spec

@@ -39,6 +39,7 @@ class CoordinatorState:
 class _Coordinator:
     def __init__(self) -> None:
         self.state = CoordinatorState()
+        self.failed_ranks: set[int] = set()
         self.engines: dict[int, Any] = {}
 
     def begin(self, rank: int, group: PlacementGroup | None) -> tuple[int, bool]:
@@ -55,9 +56,15 @@ class _Coordinator:
         else:
             self.state.progress = progress
 
-    def fail(self, error: BaseException) -> None:
-        """Record the error that ends the run; the first one counts."""
+    def fail(self, error: BaseException, rank: int | None = None) -> None:
+        """Record the error that ends the run, and the worker that met it; the first error counts."""
         self.state.error = self.state.error or error
+        if rank is not None:
+            self.failed_ranks.add(rank)
+
+    def num_failed(self) -> int:
+        """The number of workers that met an error that ends the run; those of later worker groups do not run it."""
+        return len(self.failed_ranks)
 
     def stop(self, reason: str) -> None:
         """Record that the driver was asked to end; the workers then commit their step and end."""

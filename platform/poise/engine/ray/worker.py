@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -31,23 +32,27 @@ from poise.train.preemption import PROCESS
 __all__ = ["work"]
 
 _POLL_EVERY_S = 1.0
+_ALL_FAIL_WITHIN_S = 3.0
 
 
 def work(args: WorkerArgs) -> None:
     """Run the spec of `args` as one worker of the group.
 
-    A PoiseError is recorded on the coordinator before it is raised: the worker group that Ray starts next then ends at
-    once, since a restart does not mend a malformed data set or a loss that is not finite.
+    A restart does not mend a malformed data set or a loss that is not finite: a PoiseError is recorded on the
+    coordinator, from which the driver raises it. If every worker meets one, as with an error that rank 0 shares with
+    all, each returns, and Ray starts no other worker group. If only some do, they raise it, since Ray does not end
+    workers that wait for one that has returned; the worker group that Ray starts next then ends at once.
     """
-    rank = ray.train.get_context().get_world_rank()
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
     attempt, has_ended = ray.get(args.coordinator.begin.remote(rank, get_current_placement_group()))
     if has_ended:
         return
     if Path(args.folder).is_dir():
         os.chdir(args.folder)
-    spec = args.spec
-    torch.set_num_threads(spec.workers.cpus)
     try:
+        spec = args.spec
+        torch.set_num_threads(spec.workers.cpus)
         with _stop_requests(args.coordinator) if rank == 0 else nullcontext():
             run = open_run(args.store, spec.name)
             kinds.run(spec, _context(args, run, rank, attempt))
@@ -57,8 +62,19 @@ def work(args: WorkerArgs) -> None:
         # Ray treats this as a failure. If the worker's own machine is taken away, it then starts another worker group.
         raise PoiseError(str(error)) from None
     except PoiseError as error:
-        ray.get(args.coordinator.fail.remote(error))
-        raise
+        ray.get(args.coordinator.fail.remote(error, rank))
+        if not _have_all_failed(args.coordinator, context.get_world_size()):
+            raise
+
+
+def _have_all_failed(coordinator: Any, world_size: int) -> bool:
+    """Whether every worker records a PoiseError within a few seconds."""
+    deadline = time.monotonic() + _ALL_FAIL_WITHIN_S
+    while ray.get(coordinator.num_failed.remote()) < world_size:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 @contextmanager

@@ -8,18 +8,27 @@ already reported, and every worker would wait for the poll.
 from __future__ import annotations
 
 import os
-import pickle
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
+import psutil
 import ray
+from ray import cloudpickle
 from ray.exceptions import AuthenticationError
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+from ray.train import (
+    ControllerError,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    WorkerGroupError,
+)
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.placement_group import PlacementGroup
 
 from poise import env
@@ -32,7 +41,7 @@ from poise.engine.lifecycle import (
 from poise.engine.network import cluster_address, refusal
 from poise.engine.ray.auth import MISSING, private_folder, refuses_token
 from poise.engine.ray.coordinator import CoordinatorState, start_coordinator
-from poise.engine.ray.trainer import ProcessGroup, Trainer
+from poise.engine.ray.process_group import ProcessGroup
 from poise.engine.ray.worker_args import WorkerArgs, run_worker
 from poise.errors import PoiseError, PreemptedError, UserError
 from poise.observe.export import export
@@ -48,15 +57,21 @@ __all__ = ["check_resources", "cluster", "run_worker_group"]
 
 
 OnGroup = Callable[[PlacementGroup], None]
+_END_WITHIN_S = 10.0
 _HOST_AND_PORT = re.compile(r"[^/\s]+:\d+")
 
 
 @contextmanager
-def cluster(address: str | None, specs: Sequence[RunSpec], code: Sequence[str] = ()) -> Iterator[bool]:
+def cluster(
+    address: str | None, specs: Sequence[RunSpec], code: Sequence[str] = (), *, dashboard: bool = False
+) -> Iterator[bool]:
     """Join the cluster at `address` (or RAY_ADDRESS), or start one on this machine for as long as the block runs.
 
-    `code` names modules of the user, which are sent to a cluster that is joined. Yields whether the cluster is private:
-    started here, and ended with the block.
+    `code` names modules of the user, which are sent to a cluster that is joined. `dashboard`: start Ray's dashboard
+    too, where a cluster is started. Ray has a process beside each worker group that asks the dashboard whether the
+    group is to be removed; without it, those of trials that were stopped early stay until the cluster ends.
+
+    Yields whether the cluster is private: started here, and ended with the block.
     """
     verbose = os.environ.get(env.RAY_LOGS) == "1"
     join_address = cluster_address(address)
@@ -71,7 +86,7 @@ def cluster(address: str | None, specs: Sequence[RunSpec], code: Sequence[str] =
             ray.init(
                 address=join_address or "local",
                 num_cpus=cpus,
-                include_dashboard=False if private else None,  # nobody opens the dashboard of a single command
+                include_dashboard=dashboard if private else None,
                 log_to_driver=verbose,
                 logging_level="INFO" if verbose else "ERROR",
                 runtime_env=runtime_env,
@@ -85,7 +100,46 @@ def cluster(address: str | None, specs: Sequence[RunSpec], code: Sequence[str] =
             yield private
         finally:
             with _without_interrupts():
+                processes = _ray_descendants() if private else []
                 ray.shutdown()
+                _end(processes)
+
+
+def _ray_descendants() -> list[psutil.Process]:
+    """The processes of Ray's actors and tasks below this process."""
+    descendants = psutil.Process().children(recursive=True)
+    return [process for process in descendants if _title(process).startswith("ray::")]
+
+
+def _title(process: psutil.Process) -> str:
+    """The first word of a process's command line, which Ray sets; empty if the process has ended."""
+    try:
+        return str(next(iter(process.cmdline()), ""))
+    except psutil.Error:
+        return ""
+
+
+def _end(processes: Sequence[psutil.Process]) -> None:
+    """Wait until these processes have ended by themselves, and kill those that have not.
+
+    They end when they notice that Ray's process on this machine is gone. One that starts at that moment may not.
+    """
+    deadline = time.monotonic() + _END_WITHIN_S
+    remaining = [process for process in processes if _is_alive(process)]
+    while remaining and time.monotonic() < deadline:
+        time.sleep(0.05)
+        remaining = [process for process in remaining if _is_alive(process)]
+    for process in remaining:
+        with suppress(psutil.Error):
+            process.kill()
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    """Whether a process runs; one that has ended and whose parent has not noticed (a zombie) does not."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
 
 
 @contextmanager
@@ -156,21 +210,25 @@ def run_worker_group(
     ):
         display.note(f"[{spec.name}] starting {spec.workers.count} workers")
         coordinator = start_coordinator()
-        args = WorkerArgs(pickle.dumps(spec), absolute_store(spec), lease.token, os.getcwd(), coordinator)
+        # cloudpickle sends a class of the user's own script too, where pickle would send its name.
+        pickled_spec = cloudpickle.dumps(spec)
+        args = WorkerArgs(pickled_spec, absolute_store(spec), lease.token, os.getcwd(), coordinator)
         with _watch(coordinator, spec, display, sink, on_group or _ignore_group), PROCESS.deferred():
-            _fit(_trainer(spec, args, str(scratch), private), coordinator)
+            _fit(_trainer(spec, args, str(scratch)), coordinator)
 
 
-def _trainer(spec: RunSpec, args: WorkerArgs, scratch: str, private: bool) -> Trainer:
-    """Ray's trainer for the worker group of `spec`; Ray's own files are written into `scratch`."""
+def _trainer(spec: RunSpec, args: WorkerArgs, scratch: str) -> DataParallelTrainer:
+    """Ray's trainer for the worker group of `spec`; Ray's own files are written into `scratch`.
+
+    TorchTrainer is a DataParallelTrainer that imports torch, which takes seconds, in Ray's controller.
+    """
     workers = spec.workers
     count = workers.count if workers.min_count is None else (workers.min_count, workers.count)
     resources = {"CPU": workers.cpus}
     if workers.gpus:
         resources["GPU"] = workers.gpus
-    return Trainer(
+    return DataParallelTrainer(
         run_worker,
-        private=private,
         train_loop_config={"args": args},
         backend_config=ProcessGroup("nccl" if workers.gpus else "gloo"),
         scaling_config=ScalingConfig(
@@ -187,7 +245,7 @@ def _trainer(spec: RunSpec, args: WorkerArgs, scratch: str, private: bool) -> Tr
     )
 
 
-def _fit(trainer: Trainer, coordinator: Any) -> None:
+def _fit(trainer: DataParallelTrainer, coordinator: Any) -> None:
     """Run the worker group to its end; raises the error on the coordinator, or the failure that Ray reports."""
     try:
         trainer.fit()

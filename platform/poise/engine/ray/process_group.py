@@ -1,7 +1,8 @@
-"""Ray's trainer for a group of torch processes, which starts only the actors that a worker group needs.
+"""The torch process group of a Ray Train worker group, as a backend for Ray's DataParallelTrainer.
 
-Ray's own TorchTrainer forms the same process group, but also loads torch into the controller, and starts actors
-for data sets that are not used and for machines that cannot be added.
+Ray's own TorchConfig forms a process group too, but lets gloo choose the network interface, which is loopback where the
+host name resolves to it, and imports torch into the controller. `Backend` and `BackendConfig` are developer APIs of
+Ray: documented, and allowed to change with a minor release.
 """
 
 from __future__ import annotations
@@ -16,54 +17,16 @@ from typing import Any
 import ray
 import ray.train
 from ray.train.backend import Backend, BackendConfig
-from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from poise.engine.network import Rank, join_process_group, listen, use_interface
 from poise.train.preemption import PROCESS
 
-__all__ = ["ProcessGroup", "Trainer"]
+__all__ = ["ProcessGroup"]
 
 _TIMEOUT = timedelta(minutes=30)
 _LEAVE_WITHIN_S = 30.0
 _rendezvous: list[socket.socket] = []
 """In the process of rank 0, between choosing a port and joining the group: the socket that reserves the port."""
-
-
-class Trainer(DataParallelTrainer):  # type: ignore[misc]
-    """A DataParallelTrainer without Ray's data set actors.
-
-    `private`: the cluster ends with this process and cannot grow, so neither the actor that cleans up after a dead
-    controller nor requests for more machines are needed.
-    """
-
-    def __init__(self, *args: Any, private: bool, **options: Any) -> None:
-        self._private = private
-        super().__init__(*args, **options)
-
-    # Both methods override private ones of Ray. If a version of Ray renames them, they are not called: the only effect
-    # is that the unneeded actors start again.
-
-    def _create_default_callbacks(self) -> list[Any]:
-        unneeded = {"DatasetsCallback"}
-        if self._private:
-            unneeded.add("PlacementGroupCleanerCallback")
-        return [each for each in super()._create_default_callbacks() if type(each).__name__ not in unneeded]
-
-    def _initialize_and_run_controller(self, *, scaling_policy: Any, **options: Any) -> Any:
-        if self._private and type(scaling_policy) is FixedScalingPolicy:
-            scaling_policy = _LocalScalingPolicy(scaling_policy.scaling_config)
-        return super()._initialize_and_run_controller(scaling_policy=scaling_policy, **options)
-
-
-class _LocalScalingPolicy(FixedScalingPolicy):  # type: ignore[misc]
-    """A fixed number of workers on a cluster without an autoscaler: sends nothing to Ray's autoscaling coordinator."""
-
-    def after_controller_start(self, train_run_context: Any) -> None:
-        pass
-
-    def _maybe_send_resource_request(self) -> None:
-        pass
 
 
 @dataclass
