@@ -106,7 +106,7 @@ def test_progress_costs_and_token_counts_are_told(run):
 def test_a_shard_of_something_else_is_refused(run, changes, decoding, size):
     sample_all(Context(run), Counting(), requests(), DECODING, 4)
     sampler = Counting()
-    with pytest.raises(UserError, match=r"samples/shard-00000\.parquet answers other prompts"):
+    with pytest.raises(UserError, match=r"samples/shard-00000\.parquet was computed from other prompts"):
         sample_all(Context(run), sampler, requests(**changes), decoding, size)
     assert sampler.asked == []
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from poise.engine.lifecycle import claim, is_finished, located
 from poise.env import launched_rank
@@ -29,6 +28,7 @@ from poise.observe.progress import Display, Progress
 from poise.observe.rows import read_rows
 from poise.observe.sinks import Sink
 from poise.spec import dump
+from poise.store.parquet import to_parquet
 from poise.store.result import require_result, write_result
 from poise.store.runs import Run
 
@@ -247,9 +247,7 @@ def _write(run: Run, spec: SweepSpec, results: Sequence[TrialResult]) -> None:
         columns[key] = [getattr(result, key) for result in results]
     for path in results[0].values:
         columns[path] = [str(result.values[path]) for result in results]
-    sink = io.BytesIO()
-    pq.write_table(pa.table(columns), sink)
-    run.write("artifacts/trials.parquet", sink.getvalue())
+    run.write("artifacts/trials.parquet", to_parquet(pa.table(columns)))
     sweep_result = SweepResult(
         run=spec.name,
         seed=spec.seed,

@@ -1,7 +1,6 @@
 """Samples of many requests, committed to the store in shards and read from there when a run is resumed.
 
-A shard is the file `samples/shard-00000.parquet` of the run, with one row per sample. Its metadata holds a fingerprint
-of its requests and of the decoding options, so that it is never used for other requests.
+A shard is the chunk `samples/shard-00000.parquet` of the run (see `poise.store.chunks`), with one row per sample.
 """
 
 from __future__ import annotations
@@ -12,16 +11,15 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from poise.errors import IntegrityError, UserError
+from poise.errors import UserError
 from poise.inference.sampler import Decoding, ProgressCallback, Request, Sample, Sampler
 from poise.observe.progress import Progress
-from poise.store.runs import Run
+from poise.store.chunks import Chunk, ChunkFiles
 from poise.train.context import Context
 
 if TYPE_CHECKING:
@@ -67,6 +65,7 @@ def sample_all(
         UserError: a shard of the run has the samples of other requests.
         IntegrityError: a shard of the run cannot be read.
     """
+    shards = ChunkFiles(context.run, "samples/", _SCHEMA, inputs="prompts, seeds or decoding options")
     all_samples: list[list[Sample]] = []
 
     def report(before: int, answered: int) -> None:
@@ -74,10 +73,17 @@ def sample_all(
 
     for number, start in enumerate(range(0, len(requests), shard_size)):
         shard_requests = requests[start : start + shard_size]
-        samples = _read(context.run, number, shard_requests, decoding)
-        if samples is None:
-            samples = _draw(context, sampler, number, shard_requests, decoding, partial(report, start))
-        all_samples += samples
+        name = f"shard-{number:05}"
+        fingerprint = _fingerprint(shard_requests, decoding)
+        shard = shards.read(name, fingerprint)
+        if shard is None:
+            shard = _draw(sampler, shard_requests, decoding, partial(report, start))
+            shards.commit(name, shard, fingerprint, context.check_lease)
+            context.sink.inc("poise_samples_total", shard.facts["samples"], run=context.run.name)
+            context.sink.inc("poise_sampled_tokens_total", shard.facts["tokens"], run=context.run.name)
+        samples = _to_samples(shard.table)
+        for request in shard_requests:
+            all_samples.append([next(samples) for _ in range(request.n)])
         report(start, len(shard_requests))
     return all_samples
 
@@ -86,58 +92,22 @@ def _progress(run: str, answered: int, total: int) -> Progress:
     return Progress(run, "sample", answered / total, 1.0, answered, total, unit="requests")
 
 
-def _draw(
-    context: Context,
-    sampler: Sampler,
-    number: int,
-    requests: Sequence[Request],
-    decoding: Decoding,
-    on_progress: ProgressCallback,
-) -> list[list[Sample]]:
-    """Sample a shard and commit it with its cost; the samples of each request."""
+def _draw(sampler: Sampler, requests: Sequence[Request], decoding: Decoding, on_progress: ProgressCallback) -> Chunk:
+    """The samples of the requests of a shard, with their cost."""
     started = time.monotonic()
     samples = sampler.generate(requests, decoding, on_progress)
     seconds = time.monotonic() - started
     rows = [sample for request_samples in samples for sample in request_samples]
-    tokens = sum(sample.num_tokens for sample in rows)
-    metadata = {
-        "fingerprint": _fingerprint(requests, decoding),
+    facts = {
         "seconds": round(seconds, 3),
         "samples": len(rows),
-        "tokens": tokens,
+        "tokens": sum(sample.num_tokens for sample in rows),
         "prompt_tokens": sum(len(request.prompt) for request in requests),
     }
-    context.check_lease()
-    context.run.write(_name(number), _to_parquet(rows, metadata))
-    context.sink.inc("poise_samples_total", len(rows), run=context.run.name)
-    context.sink.inc("poise_sampled_tokens_total", tokens, run=context.run.name)
-    return samples
+    return Chunk(_to_table(rows), facts)
 
 
-def _read(run: Run, number: int, requests: Sequence[Request], decoding: Decoding) -> list[list[Sample]] | None:
-    """The samples of each request from a shard of the run; None where the run does not have it."""
-    try:
-        data = run.read(_name(number))
-    except FileNotFoundError:
-        return None
-    path = f"{run.url}/{_name(number)}"
-    try:
-        table = pq.read_table(pa.BufferReader(data)).cast(_SCHEMA)
-        metadata = json.loads(pq.read_metadata(pa.BufferReader(data)).metadata[b"poise"])
-    except (pa.ArrowException, KeyError, OSError, ValueError) as error:
-        raise IntegrityError(f"{path} is damaged ({error}): remove that one file and run again") from error
-    if metadata["fingerprint"] != _fingerprint(requests, decoding):
-        raise UserError(
-            f"{path} answers other prompts, seeds or decoding than are asked for now; choose another name for the run"
-        )
-    rows = _from_table(table)
-    samples: list[list[Sample]] = []
-    for request in requests:
-        samples.append([next(rows) for _ in range(request.n)])
-    return samples
-
-
-def _from_table(table: pa.Table) -> Iterator[Sample]:
+def _to_samples(table: pa.Table) -> Iterator[Sample]:
     """The sample of each row. Tokens and log-probabilities stay in arrays and never become Python objects."""
     for batch in table.to_batches():
         tokens = batch.column("tokens")
@@ -149,8 +119,8 @@ def _from_table(table: pa.Table) -> Iterator[Sample]:
             yield Sample(request, index, row_tokens, row_logprobs, finish, version)
 
 
-def _to_parquet(samples: Sequence[Sample], metadata: dict[str, Any]) -> bytes:
-    """A Parquet file with one row per sample. The tokens of all samples are one buffer, and so are the logprobs."""
+def _to_table(samples: Sequence[Sample]) -> pa.Table:
+    """A table with one row per sample. The tokens of all samples are one buffer, and so are the logprobs."""
     ends = np.cumsum([0, *(sample.num_tokens for sample in samples)], dtype=np.int32)
     tokens = np.frombuffer(b"".join(sample.token_bytes for sample in samples), dtype=np.int32)
     logprobs = np.frombuffer(b"".join(sample.logprob_bytes for sample in samples), dtype=np.float64)
@@ -162,17 +132,10 @@ def _to_parquet(samples: Sequence[Sample], metadata: dict[str, Any]) -> bytes:
         "finish": [sample.finish for sample in samples],
         "version": [sample.version for sample in samples],
     }
-    table = pa.table(columns, schema=_SCHEMA)
-    sink = pa.BufferOutputStream()
-    pq.write_table(table.replace_schema_metadata({"poise": json.dumps(metadata)}), sink, compression="zstd")
-    return bytes(sink.getvalue())
+    return pa.table(columns, schema=_SCHEMA)
 
 
 def _fingerprint(requests: Sequence[Request], decoding: Decoding) -> str:
     """The SHA-256 of the requests and the decoding options. The weights need not be in it: they belong to the run."""
     content = [asdict(decoding), *(asdict(request) for request in requests)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def _name(number: int) -> str:
-    return f"samples/shard-{number:05}.parquet"

@@ -58,13 +58,12 @@ class Rows:
     def to_parquet(self) -> bytes:
         """A Parquet file of the rows in the order they were added, zstd-compressed; equal rows give equal bytes."""
         import pyarrow as pa
-        import pyarrow.parquet as pq
+
+        from poise.store.parquet import to_parquet
 
         columns = zip(*self._rows, strict=True) if self._rows else [()] * 5
         arrays = [pa.array(column, field.type) for column, field in zip(columns, schema(), strict=True)]
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.table(arrays, schema=schema()), sink, compression="zstd")
-        return bytes(sink.getvalue())
+        return to_parquet(pa.table(arrays, schema=schema()))
 
 
 def read_rows(blobs: Iterable[bytes]) -> pa.Table:
@@ -80,11 +79,11 @@ def read_rows(blobs: Iterable[bytes]) -> pa.Table:
 
 def _read(blob: bytes) -> pa.Table:
     import pyarrow as pa
-    import pyarrow.parquet as pq
+
+    from poise.store.parquet import from_parquet
 
     try:
-        # Without Arrow's thread pools: a process that exits while one starts is aborted.
-        table = pq.ParquetFile(pa.BufferReader(blob)).read(use_threads=False)
+        table = from_parquet(blob)
         return table.select(schema().names).cast(schema())
     except (pa.ArrowException, KeyError, OSError) as error:
         raise IntegrityError(f"a metrics file cannot be read: {error}") from error

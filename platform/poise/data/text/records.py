@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from poise.errors import UserError
+from poise.store.parquet import from_parquet
 from poise.store.storage import open_storage
 from poise.user_code import current_folder_first, explain_errors, load_attribute
 
@@ -222,7 +223,7 @@ def _csv_rows(where: str, name: str, text: TextIO) -> Iterator[Row]:
 
 def _parquet(where: str, name: str, data: bytes) -> Iterator[Row]:
     try:
-        rows = pq.read_table(io.BytesIO(data)).to_pylist()
+        rows = from_parquet(data).to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{where} is no Parquet file: {error}") from error
     for number, values in enumerate(rows, 1):

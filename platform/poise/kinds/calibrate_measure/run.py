@@ -13,7 +13,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from poise.data.text.examples import Question, encode_prompt
 from poise.data.text.questions import load_questions
@@ -35,6 +34,7 @@ from poise.models.model_folder import read_folder
 from poise.models.special_tokens import SpecialTokens
 from poise.observe.rows import Rows
 from poise.spec.seeds import derive_seed
+from poise.store.parquet import to_parquet
 from poise.store.result import write_result
 from poise.store.storage import scratch_folder
 from poise.train.context import Context
@@ -123,8 +123,7 @@ def _write_results(
     context: Context,
 ) -> None:
     """Write a row per question, the metrics, and the result."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows], SCHEMA), sink, compression="zstd")
+    table = pa.Table.from_pylist([asdict(row) for row in rows], SCHEMA)
     summary = summarize(rows, bins=spec.bins, reps=spec.bootstrap)
     result = CalibrateMeasureResult(
         run=spec.name,
@@ -138,6 +137,6 @@ def _write_results(
     defined = {name: value for name, (value, _, _) in result.metrics.items() if value is not None}
     metrics.add(0, 0.0, "test", defined)
     context.check_lease()
-    context.run.write("artifacts/questions.parquet", bytes(sink.getvalue()))
+    context.run.write("artifacts/questions.parquet", to_parquet(table))
     context.run.write("metrics/test.parquet", metrics.to_parquet())
     write_result(context.run, result)

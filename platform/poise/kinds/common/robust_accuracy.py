@@ -1,9 +1,10 @@
-"""Robust accuracy on all ranks: each attacks its shard of the examples, and all get the whole result."""
+"""Robust accuracy on all ranks: each attacks its shard of the examples, and all get the whole result as a matrix."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
@@ -13,9 +14,10 @@ from poise.robust.attacks import EVAL_ATTACKS
 from poise.robust.evaluate import Evaluation, EvaluationAttack, evaluate
 from poise.robust.spec import Threats
 from poise.robust.threats import Threat
+from poise.store.parquet import to_parquet
 from poise.train.context import Context
 
-__all__ = ["evaluate_shard", "robust_accuracy"]
+__all__ = ["columns_of", "evaluate_shard", "matrix_to_parquet", "robust_accuracy"]
 
 
 def robust_accuracy(
@@ -58,3 +60,17 @@ def evaluate_shard(
     for rank, rows in enumerate(context.gather(evaluation.correct)):
         correct[rank :: context.world_size] = rows
     return Evaluation(evaluation.names, correct)
+
+
+def columns_of(evaluation: Evaluation) -> dict[str, Tensor]:
+    """The columns of the matrix of an evaluation, bool (n,) each, by name."""
+    return {name: evaluation.correct[:, index] for index, name in enumerate(evaluation.names)}
+
+
+def matrix_to_parquet(columns: Mapping[str, Tensor]) -> bytes:
+    """A Parquet file with a row per example, in order: its index and, from bool (n,) each, the given columns."""
+    first = next(iter(columns.values()))
+    table = {"example": pa.array(range(len(first)))}
+    for name, column in columns.items():
+        table[name] = pa.array(column.numpy())
+    return to_parquet(pa.table(table))

@@ -1,22 +1,18 @@
 """Results of attacks, committed a chunk of examples at a time: a restarted run reads them and attacks only the rest.
 
-A chunk is `artifacts/verdicts/STAGE/00000.parquet` of the run, with a row per example. Its metadata has the cost, and a
-fingerprint of weights and images: a chunk on other weights or images is refused. Adversarial examples are stored, where
-the spec asks for them, in `artifacts/adversarial/STAGE/00000.safetensors`, written before the chunk that has their
-SHA-256.
+A chunk is `artifacts/verdicts/STAGE/00000.parquet` of the run (see `poise.store.chunks`), with a row per example.
+Adversarial examples are stored, where the spec asks for them, in `artifacts/adversarial/STAGE/00000.safetensors`,
+written before the chunk that has their SHA-256.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -29,6 +25,7 @@ from poise.kinds.common.user_model import explain_backward
 from poise.robust.attacks import AttackResult, attack_mode
 from poise.robust.noise import Noise
 from poise.spec.seeds import derive_seed
+from poise.store.chunks import Chunk, ChunkFiles
 from poise.store.runs import Run
 from poise.train.context import Context
 
@@ -37,7 +34,6 @@ __all__ = ["AdversarialExamples", "ChunkEvaluator", "ChunkResult", "QueryCounter
 _CHUNKS = "artifacts/verdicts/"
 _ADVERSARIAL = "artifacts/adversarial/"
 _SCHEMA = pa.schema({"example": pa.int64(), "correct": pa.bool_()})
-_METADATA_KEY = b"poise"
 
 
 @dataclass(frozen=True)
@@ -99,28 +95,23 @@ class ChunkEvaluator:
         x = to_float(self.images.images[examples])  # (n, C, H, W)
         y = self.images.labels[examples]  # (n,)
         fingerprint = self._fingerprint(x, y, examples)
-        chunk = f"{stage.name}/{number:05}"
-        stored = _read_chunk(self.context.run, chunk, fingerprint)
+        name = f"{stage.name}/{number:05}"
+        chunks = _chunk_files(self.context.run)
+        stored = chunks.read(name, fingerprint)
         if stored is not None:
-            return stored
+            return _to_result(stored)
         started = time.monotonic()
         attack_result, counter = self._attack_or_locate(stage, x, y, examples)
         seconds = round(time.monotonic() - started, 3)
-        self.context.check_lease()
-        sha256 = self._write_adversarial(chunk, examples, attack_result) if self.keep and stage.threats else None
+        files: dict[str, bytes] = {}
+        sha256 = None
+        if self.keep and stage.threats and not attack_result.correct.all():
+            data = _encode_adversarial(examples, attack_result)
+            files[f"{_ADVERSARIAL}{name}.safetensors"] = data
+            sha256 = hashlib.sha256(data).hexdigest()
         result = ChunkResult(examples, attack_result.correct, counter.gradients, counter.queries, seconds, sha256)
-        self.context.run.write(f"{_CHUNKS}{chunk}.parquet", _encode_chunk(result, fingerprint))
+        chunks.commit(name, _to_chunk(result), fingerprint, self.context.check_lease, files)
         return result
-
-    def _write_adversarial(self, chunk: str, examples: Tensor, result: AttackResult) -> str | None:
-        """Write the points that fooled the model, exactly; the SHA-256 of the file, None where no point did."""
-        fooled = (~result.correct).nonzero().flatten()
-        if not len(fooled):
-            return None
-        images = result.adversarial[fooled.to(result.adversarial.device)].float().cpu()
-        data = save_tensors({"example": examples[fooled], "image": images.contiguous()})
-        self.context.run.write(f"{_ADVERSARIAL}{chunk}.safetensors", data)
-        return hashlib.sha256(data).hexdigest()
 
     def _attack_or_locate(
         self, stage: BoundStage, x: Tensor, y: Tensor, examples: Tensor
@@ -201,66 +192,43 @@ def read_adversarial_examples(run: Run) -> Iterator[AdversarialExamples]:
     Raises:
         IntegrityError: a file differs from the SHA-256 in its chunk, or the chunk cannot be read.
     """
+    chunks = _chunk_files(run)
     for path in run.files(_ADVERSARIAL):
-        chunk = path.removeprefix(_ADVERSARIAL).removesuffix(".safetensors")
+        name = path.removeprefix(_ADVERSARIAL).removesuffix(".safetensors")
         data = run.read(path)
-        metadata = _chunk_metadata(_read_table(run, chunk))
-        if metadata.get("sha256") != hashlib.sha256(data).hexdigest():
+        if chunks.read_committed(name).facts["sha256"] != hashlib.sha256(data).hexdigest():
             raise IntegrityError(f"{run.url}/{path} is not what was committed: its SHA-256 differs")
         tensors = load_tensors(data)
-        stage = chunk.partition("/")[0]
+        stage = name.partition("/")[0]
         yield AdversarialExamples(stage, tensors["example"], tensors["image"])
 
 
-def _encode_chunk(result: ChunkResult, fingerprint: str) -> bytes:
-    """A chunk as Parquet: examples and correctness as columns, everything else as metadata."""
-    metadata = {
-        "fingerprint": fingerprint,
+def _encode_adversarial(examples: Tensor, result: AttackResult) -> bytes:
+    """A safetensors file of the points that fooled the model, exactly, and of the indices of their examples."""
+    fooled = (~result.correct).nonzero().flatten()
+    images = result.adversarial[fooled.to(result.adversarial.device)].float().cpu()
+    data: bytes = save_tensors({"example": examples[fooled], "image": images.contiguous()})
+    return data
+
+
+def _chunk_files(run: Run) -> ChunkFiles:
+    return ChunkFiles(run, _CHUNKS, _SCHEMA, inputs="weights or images")
+
+
+def _to_chunk(result: ChunkResult) -> Chunk:
+    """Examples and correctness as columns, everything else as facts."""
+    columns = {"example": result.examples.numpy(), "correct": result.correct.numpy()}
+    facts = {
         "gradients": result.gradients,
         "queries": result.queries,
         "seconds": result.seconds,
         "sha256": result.sha256,
     }
-    columns = {"example": result.examples.numpy(), "correct": result.correct.numpy()}
-    table = pa.table(columns, schema=_SCHEMA.with_metadata({_METADATA_KEY: json.dumps(metadata)}))
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    return bytes(sink.getvalue())
+    return Chunk(pa.table(columns), facts)
 
 
-def _read_chunk(run: Run, chunk: str, fingerprint: str) -> ChunkResult | None:
-    """A stored chunk; None where there is none.
-
-    Raises:
-        UserError: it has another fingerprint.
-        IntegrityError: it cannot be read.
-    """
-    try:
-        table = _read_table(run, chunk)
-    except FileNotFoundError:
-        return None
-    metadata = _chunk_metadata(table)
-    if metadata.pop("fingerprint") != fingerprint:
-        raise UserError(
-            f"{run.url}/{_CHUNKS}{chunk}.parquet is the verdict on other weights or images than there are now: "
-            "choose another name for the run"
-        )
-    examples = torch.tensor(table["example"].to_pylist())
-    correct = torch.tensor(table["correct"].to_pylist())
-    return ChunkResult(examples, correct, **metadata)
-
-
-def _chunk_metadata(table: pa.Table) -> dict[str, Any]:
-    metadata: dict[str, Any] = json.loads(table.schema.metadata[_METADATA_KEY])
-    return metadata
-
-
-def _read_table(run: Run, chunk: str) -> pa.Table:
-    path = f"{_CHUNKS}{chunk}.parquet"
-    data = run.read(path)
-    try:
-        table = pq.read_table(pa.BufferReader(data))
-        _chunk_metadata(table)
-        return table.select(_SCHEMA.names)
-    except (pa.ArrowException, KeyError, TypeError, OSError, ValueError) as error:
-        raise IntegrityError(f"{run.url}/{path} is damaged ({error}): remove that one file and run again") from error
+def _to_result(chunk: Chunk) -> ChunkResult:
+    """The result from which `_to_chunk` made the chunk."""
+    examples = torch.tensor(chunk.table["example"].to_pylist())
+    correct = torch.tensor(chunk.table["correct"].to_pylist())
+    return ChunkResult(examples, correct, **chunk.facts)

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import yaml
 from torch import Tensor
@@ -28,6 +27,7 @@ from poise.robust.attacks import attack_mode
 from poise.robust.attacks.base import scores
 from poise.robust.attacks.losses import cw_loss
 from poise.robust.threats import ORDERS, Threat
+from poise.store.parquet import to_parquet
 from poise.store.result import read_result, write_result
 from poise.store.runs import Run, open_run
 from poise.train.context import Context
@@ -166,9 +166,7 @@ def _write_results(spec: RobustEvaluateSpec, rows: list[dict[str, Any]], warning
         num_examples=len(rows),
         rechecked=RecheckResult(run=spec.recheck.run, stages=counts),
     )
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows), sink, compression="zstd")
     context.check_lease()
     context.run.append_events([event("warning", what=warning) for warning in warnings])
-    context.run.write("artifacts/rechecked.parquet", bytes(sink.getvalue()))
+    context.run.write("artifacts/rechecked.parquet", to_parquet(pa.Table.from_pylist(rows)))
     write_result(context.run, result)

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from poise.kinds.common.attack_stages import BoundStage
 from poise.kinds.robust_evaluate.chunks import ChunkResult
 from poise.kinds.robust_evaluate.result import StageSummary
+from poise.store.parquet import to_parquet
 
 __all__ = ["EvaluationResults", "StageResult"]
 
@@ -81,9 +81,7 @@ class EvaluationResults:
             columns[part.stage.name] = pa.array(part.after.numpy(), mask=~part.attacked.numpy())
         for name, still_correct in {**self.threats(), "union": self.union()}.items():
             columns[f"robust/{name}"] = pa.array(still_correct.numpy())
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.table(columns), sink, compression="zstd")
-        return bytes(sink.getvalue())
+        return to_parquet(pa.table(columns))
 
     def _all_correct(self, columns: Sequence[str]) -> Tensor:
         """bool (n,): the examples that are still correct under all of these columns that have been attacked."""

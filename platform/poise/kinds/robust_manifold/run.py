@@ -6,13 +6,10 @@ checkpoint -> attacks in the same balls: anywhere, within the eigenspace of each
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +19,7 @@ from poise.data.spec import DataSpec
 from poise.errors import UserError
 from poise.kinds.common.attack_description import describe_threats
 from poise.kinds.common.eigenspaces import eigenspaces
-from poise.kinds.common.robust_accuracy import evaluate_shard
+from poise.kinds.common.robust_accuracy import columns_of, evaluate_shard, matrix_to_parquet
 from poise.kinds.common.trained_classifier import TrainedClassifier, open_trained, trained_runs
 from poise.kinds.robust_manifold.result import (
     ClassifierResult,
@@ -230,13 +227,12 @@ def _latent_result(evaluation: Evaluation) -> LatentResult:
 
 def _write_matrix(name: str, evaluation: Evaluation, latent_evaluation: Evaluation | None, context: Context) -> None:
     """Write bool [n, attacks] as Parquet: a row per image of the test split, in its order."""
-    columns = {column: evaluation.correct[:, index].numpy() for index, column in enumerate(evaluation.names)}
+    columns = columns_of(evaluation)
     if latent_evaluation is not None:
-        columns["reconstruction"] = latent_evaluation.correct[:, 0].numpy()
-        columns["latent"] = latent_evaluation.correct[:, 1].numpy()
-    sink = io.BytesIO()
-    pq.write_table(pa.table({"example": pa.array(range(len(evaluation.correct))), **columns}), sink)
-    context.run.write(f"artifacts/verdicts-{name}.parquet", sink.getvalue())
+        latent_columns = columns_of(latent_evaluation)
+        columns["reconstruction"] = latent_columns["clean"]
+        columns["latent"] = latent_columns["latent"]
+    context.run.write(f"artifacts/verdicts-{name}.parquet", matrix_to_parquet(columns))
 
 
 def _write_result(spec: RobustManifoldSpec, classifiers: list[ClassifierResult], context: Context) -> None:

@@ -5,11 +5,8 @@ data -> model -> train.loop [attack under each threat -> objective -> loss] -> a
 
 from __future__ import annotations
 
-import io
 from functools import partial
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from safetensors.torch import save
 from torch import nn
 
@@ -22,6 +19,7 @@ from poise.data.images.batches import (
 from poise.errors import IntegrityError
 from poise.kinds.common.attack_description import describe_threats
 from poise.kinds.common.eigenspaces import eigenspaces
+from poise.kinds.common.robust_accuracy import columns_of, matrix_to_parquet
 from poise.kinds.common.trained_classifier import AVERAGED, classifier
 from poise.kinds.robust_train.monitors import RobustMonitor, attacked, measured
 from poise.kinds.robust_train.result import EarlyStopResult, RobustTrainResult
@@ -145,10 +143,7 @@ def _load_averaged(model: nn.Module, averaged: TaskState, batches: Batches, cont
 
 def _write_matrix(context: Context, label: str, evaluation: Evaluation) -> None:
     """Write the boolean matrix [n, attacks] as Parquet: a row per example of the test split, in its order."""
-    columns = {name: evaluation.correct[:, index].numpy() for index, name in enumerate(evaluation.names)}
-    sink = io.BytesIO()
-    pq.write_table(pa.table({"example": pa.array(range(len(evaluation.correct))), **columns}), sink)
-    context.run.write(f"artifacts/evaluation-{label}.parquet", sink.getvalue())
+    context.run.write(f"artifacts/evaluation-{label}.parquet", matrix_to_parquet(columns_of(evaluation)))
 
 
 def _write_results(
