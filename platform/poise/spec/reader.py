@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from poise.errors import UserError
+from poise.spec.merge import merge
 from poise.spec.problems import Path, Problem, SpecError, dotted, nearest
 
 __all__ = ["Document", "read_document", "read_file"]
@@ -75,8 +76,7 @@ class Document:
     def take_profile(self, name: str | None) -> None:
         """Apply the changes of one profile, if `name` is not None, and remove `profiles` from the tree.
 
-        Sections are merged. A section whose `name` changes is replaced, since its other keys belong to the old one. The
-        run is called `<name>-<profile>` unless the profile sets `name`.
+        See `merge` for how. The run is called `<name>-<profile>` unless the profile sets `name`.
         """
         profiles = self.tree.pop("profiles", {})
         if not isinstance(profiles, dict) or not all(isinstance(changes, dict) for changes in profiles.values()):
@@ -88,18 +88,11 @@ class Document:
             raise SpecError([Problem(f"--profile {name}", 0, (), f"is not a profile of {self.source}; {hint}")])
         if isinstance(self.tree.get("name"), str):
             self.tree["name"] = f"{self.tree['name']}-{name}"
-        self.tree = self._merge(self.tree, profiles[name], (), ("profiles", name))
-
-    def _merge(self, old: Any, new: Any, path: Path, origin: Path) -> Any:
-        """`new` merged over `old` at `path`. Problems there are reported at `origin`, where `new` was written."""
-        self.lines[path] = self.lines.get(origin, 0) if path else self.lines.get(path, 0)
-        if not isinstance(new, dict):
-            return new
-        base: dict[str, Any] = {}
-        if isinstance(old, dict) and (not path or new.get("name", old.get("name")) == old.get("name")):
-            base = old
-        changed = {key: self._merge(base.get(key), value, (*path, key), (*origin, key)) for key, value in new.items()}
-        return {**base, **changed}
+        self.tree = merge(self.tree, profiles[name])
+        # Problems in the changes are reported where the changes were written.
+        for path, line in list(self.lines.items()):
+            if path[:2] == ("profiles", name) and len(path) > 2:
+                self.lines[path[2:]] = line
 
     def override(self, assignments: Sequence[str]) -> None:
         """Apply `a.b=value` assignments. Values are YAML; missing sections are created."""
@@ -245,7 +238,7 @@ class _TreeBuilder:
             line = key_node.start_mark.line + 1
             key = key_node.value
             if key_node.tag == "tag:yaml.org,2002:merge":
-                merged.update(self._merge(value_node, path))
+                merged = merge(merged, self._merge_key(value_node, path))
             elif not isinstance(key_node, yaml.ScalarNode) or key_node.tag != "tag:yaml.org,2002:str":
                 shown = key if isinstance(key, str) else "this key"
                 self._add(line, path, f"keys are plain words; quote {shown} if it is meant as one")
@@ -254,9 +247,10 @@ class _TreeBuilder:
             else:
                 self.document.lines[(*path, key)] = line
                 result[key] = self.build(value_node, (*path, key))
-        return {**merged, **result}
+        return merge(merged, result) if merged else result
 
-    def _merge(self, node: yaml.Node, path: Path) -> dict[str, Any]:
+    def _merge_key(self, node: yaml.Node, path: Path) -> dict[str, Any]:
+        """The mapping that stands behind a `<<` in the mapping at `path`."""
         value = self.build(node, path)
         if not isinstance(value, dict):
             self._add(node.start_mark.line + 1, path, "`<<` takes one mapping")

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from poise.kinds.jobs import Job
 from poise.kinds.sweep.spec import SweepSpec
 from poise.spec import Input, Name, RunSpec, field_error
+from poise.spec.merge import merge
 from poise.spec.problems import Path, dotted
 
 __all__ = ["PipelineSpec"]
@@ -58,7 +59,7 @@ class PipelineSpec(RunSpec):
                 stage = {name: value for name, value in stage.items() if name != "use"}
                 copies[("stages", key)] = ("common", use)
             defaults = {**inherited, "name": f"{tree.get('name')}-{key}"}
-            expanded[key] = _resolve_references(_merge(defaults, shared, stage), run_names)
+            expanded[key] = _resolve_references(merge(defaults, shared, stage), run_names)
             if expanded[key].get("kind") == "sweep":
                 expanded[key], _ = SweepSpec.expand(expanded[key])
             run_names[key] = str(expanded[key]["name"])
@@ -119,13 +120,3 @@ def _resolve_references(value: Any, run_names: dict[str, str]) -> Any:
         match = _REFERENCE.fullmatch(value)
         return run_names.get(match[1], value) if match else value
     return value
-
-
-def _merge(*layers: dict[str, Any]) -> dict[str, Any]:
-    """Mappings merged section by section; of a key in several layers, the last counts."""
-    result: dict[str, Any] = {}
-    for layer in layers:
-        for key, value in layer.items():
-            both_are_sections = isinstance(value, dict) and isinstance(result.get(key), dict)
-            result[key] = _merge(result[key], value) if both_are_sections else value
-    return result

@@ -14,6 +14,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from poise.kinds.jobs import Job
 from poise.kinds.sweep.space import Axis, Values, contains
 from poise.spec import ExactNumber, Input, MetricSource, RunSpec, SpecError, SpecModel, field_error, find_source, parse
+from poise.spec.merge import merge
 from poise.spec.problems import Path, Problem, dotted, nearest
 from poise.spec.reader import Document
 from poise.train.spec import Interval, TrainSpec
@@ -101,8 +102,8 @@ class SweepSpec(RunSpec):
         """Add name, seed, store and workers of the sweep to the base, where the base does not set them itself."""
         if not isinstance(tree.get("base"), dict):
             return tree, {}
-        inherited = {key: tree[key] for key in ("name", "seed", "store", "workers") if key in tree}
-        return {**tree, "base": {**inherited, **tree["base"]}}, {}
+        inherited: dict[str, Any] = {key: tree[key] for key in ("name", "seed", "store", "workers") if key in tree}
+        return {**tree, "base": merge(inherited, tree["base"])}, {}
 
     @model_validator(mode="after")
     def _base_in_place(self) -> SweepSpec:
