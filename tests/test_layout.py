@@ -61,6 +61,16 @@ def test_looking_at_runs_does_without_torch():
     assert done.stdout.strip() == "False"
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["runs", "list", "."]])
+def test_commands_that_read_no_spec_answer_without_torch(arguments, tmp_path):
+    code = (
+        f"import sys\nfrom poise.cli import cli\ncli({arguments!r}, standalone_mode=False)\n"
+        "print(sorted({'torch', 'transformers', 'ray'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 PLANTED = {
     "robust/threats.py": ("ray", "science packages know torch, numpy and scipy only"),
     "calibrate/ece.py": ("poise.finetune.losses", "science packages do not know each other"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import get_args
 
 import pytest
@@ -10,8 +11,10 @@ from pydantic import ValidationError
 from torch import nn
 
 from poise.errors import UserError
-from poise.models.build import build
-from poise.models.spec import Architecture, ModelSpec, num_parameters, state_bytes
+from poise.models.architectures import RESIDUAL, VGG
+from poise.models.build import build, build_on_meta
+from poise.models.sizes import count_parameters, state_bytes
+from poise.models.spec import Architecture, ModelSpec
 
 ARCHITECTURES = get_args(Architecture)
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
@@ -34,7 +37,36 @@ def make(name: str, *, shape=(3, 32, 32), classes=10, seed=0, **fields) -> nn.Se
     ],
 )
 def test_published_sizes(name, expected):
-    assert num_parameters(ModelSpec(name=name), (3, 32, 32), 10) == expected
+    assert count_parameters(build_on_meta(ModelSpec(name=name), shape=(3, 32, 32), classes=10)) == expected
+
+
+def layer_sizes(spec: ModelSpec, shape: tuple[int, int, int], classes: int) -> Iterator[tuple[int, int]]:
+    """In closed form: the weights and biases of each layer, and the channels of a batch normalisation beside it."""
+    channels, width = shape[0], spec.base_width
+    if spec.name in RESIDUAL:
+        plan = RESIDUAL[spec.name]
+        yield 9 * channels * width, 0 if plan.preactivated else width
+        inside = width
+        for stage, factor in enumerate(plan.stages):
+            outside = factor * width
+            for block in range(plan.blocks):
+                yield 9 * inside * outside, inside if plan.preactivated else outside
+                yield 9 * outside * outside, outside
+                if block == 0 and (stage > 0 or inside != outside):
+                    yield inside * outside, 0 if plan.preactivated else outside
+                inside = outside
+        yield (inside + 1) * classes, inside if plan.preactivated else 0
+    elif spec.name in VGG:
+        for factor in (factor for stage in VGG[spec.name] for factor in stage):
+            yield (9 * channels + 1) * factor * width, factor * width
+            channels = factor * width
+        yield (channels + 1) * classes, 0
+    else:
+        features = 2 * width * (shape[1] // 4) * (shape[2] // 4)
+        yield (16 * channels + 1) * width, 0
+        yield (16 * width + 1) * 2 * width, 0
+        yield (features + 1) * 4 * width, 0
+        yield (4 * width + 1) * classes, 0
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -42,10 +74,14 @@ def test_published_sizes(name, expected):
 @pytest.mark.parametrize(("width", "normalize"), [(None, "none"), (3, "data")])
 def test_closed_form_size_is_the_size_of_the_module(name, shape, classes, width, normalize):
     spec = ModelSpec(name=name, width=width, normalize=normalize)
-    with torch.device("meta"):
-        model = build(spec, shape=shape, classes=classes, mean=MEAN[: shape[0]], std=STD[: shape[0]], seed=0)
-    assert num_parameters(spec, shape, classes) == sum(p.numel() for p in model.parameters())
-    assert state_bytes(spec, shape, classes) == sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    sizes = list(layer_sizes(spec, shape, classes))
+    norms = [channels for _, channels in sizes if channels]
+    parameters = sum(weights for weights, _ in sizes) + 2 * sum(norms)
+    buffers = 2 * sum(norms) + (2 * shape[0] if normalize == "data" else 0)
+    model = build_on_meta(spec, shape=shape, classes=classes)
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
+    assert count_parameters(model) == parameters
+    assert state_bytes(model) == 4 * (parameters + buffers) + 8 * len(norms)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -154,7 +190,7 @@ def test_what_cannot_be_built_is_refused_with_a_reason():
     with pytest.raises(UserError, match="too small"):
         make("vgg16", shape=(3, 3, 32))
     with pytest.raises(UserError, match="2 classes"):
-        num_parameters(ModelSpec(), (1, 8, 8), 1)
+        build_on_meta(ModelSpec(), shape=(1, 8, 8), classes=1)
     with pytest.raises(UserError, match="do not fit images of 3 channels"):
         build(ModelSpec(), shape=(3, 8, 8), classes=2, mean=[0.5], std=[0.5], seed=0)
     with pytest.raises(UserError, match="above 0"):

@@ -1,4 +1,4 @@
-"""The architectures as tables, from which modules are built and parameters are counted in closed form."""
+"""The architectures as tables, from which modules are built."""
 
 from __future__ import annotations
 

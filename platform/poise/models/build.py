@@ -15,7 +15,7 @@ from poise.models.layers import ACTIVATIONS, Normalize
 from poise.models.residual import residual_network
 from poise.models.spec import ModelSpec, check_shape
 
-__all__ = ["build"]
+__all__ = ["build", "build_on_meta"]
 
 
 def build(
@@ -39,6 +39,17 @@ def build(
     if spec.channels_last and not any(_overruns(module) for module in network.modules()):
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network
+
+
+def build_on_meta(spec: ModelSpec, *, shape: Shape, classes: int) -> nn.Sequential:
+    """The network of `spec` on torch's meta device: it has names, shapes and sizes, and no memory for its weights.
+
+    Raises:
+        UserError: images too small, or fewer than 2 classes.
+    """
+    channels = shape[0]
+    with torch.device("meta"):
+        return build(spec, shape=shape, classes=classes, mean=(0.0,) * channels, std=(1.0,) * channels, seed=0)
 
 
 def _body(spec: ModelSpec, shape: Shape, classes: int) -> nn.Sequential:

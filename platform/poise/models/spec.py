@@ -1,14 +1,14 @@
-"""The specs of the networks of a run, and their sizes in closed form."""
+"""The specs of the networks of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from poise.errors import UserError
-from poise.models.architectures import RESIDUAL, SMALLEST_SIDE, VGG, WIDTH, Architecture, ResidualPlan, Shape
+from poise.models.architectures import SMALLEST_SIDE, WIDTH, Architecture, Shape
 from poise.spec import CodeReference, ExactNumber, Input, RunName, SpecModel, field_error
 
 __all__ = [
@@ -19,9 +19,6 @@ __all__ = [
     "Shape",
     "VaeSpec",
     "check_shape",
-    "num_parameters",
-    "num_vae_parameters",
-    "state_bytes",
 ]
 
 
@@ -82,13 +79,6 @@ class ModelSpec(SpecModel):
         return self.width or WIDTH[self.name]
 
 
-class _Size(NamedTuple):
-    """The number of weights and biases of a layer, and the channels of a batch normalisation beside it."""
-
-    weights: int
-    normed: int = 0
-
-
 def check_shape(shape: Shape, classes: int) -> None:
     """Refuse image shapes and numbers of classes that the architectures do not support.
 
@@ -99,67 +89,6 @@ def check_shape(shape: Shape, classes: int) -> None:
         raise UserError(f"images of shape {shape} are too small: at least 1 channel of {SMALLEST_SIDE}x{SMALLEST_SIDE}")
     if classes < 2:
         raise UserError(f"{classes} class cannot be told apart: the labels need at least 2 classes")
-
-
-def num_parameters(spec: ModelSpec, shape: Shape, classes: int) -> int:
-    """The number of trainable parameters for images of `shape` (C, H, W) and `classes` labels, in closed form.
-
-    Raises:
-        UserError: see `check_shape`.
-    """
-    check_shape(shape, classes)
-    return sum(size.weights + 2 * size.normed for size in _sizes(spec, shape, classes))
-
-
-def state_bytes(spec: ModelSpec, shape: Shape, classes: int) -> int:
-    """Bytes of the state dict in fp32: parameters, running statistics, their int64 counters, mean and std."""
-    norms = [size.normed for size in _sizes(spec, shape, classes) if size.normed]
-    running_statistics = 2 * sum(norms)
-    mean_and_std = 2 * shape[0] if spec.normalize == "data" else 0
-    floats = num_parameters(spec, shape, classes) + running_statistics + mean_and_std
-    return 4 * floats + 8 * len(norms)
-
-
-def _sizes(spec: ModelSpec, shape: Shape, classes: int) -> Iterator[_Size]:
-    """The size of every convolution and linear layer."""
-    if spec.name in RESIDUAL:
-        return _residual(RESIDUAL[spec.name], spec.base_width, shape[0], classes)
-    if spec.name in VGG:
-        return _vgg(VGG[spec.name], spec.base_width, shape[0], classes)
-    return _cnn(spec.base_width, shape, classes)
-
-
-def _residual(plan: ResidualPlan, width: int, channels: int, classes: int) -> Iterator[_Size]:
-    """Convolutions have no bias. A preactivated block normalises its inputs, the other kind its outputs."""
-    yield _Size(9 * channels * width, normed=0 if plan.preactivated else width)  # the 3x3 stem
-    inside = width
-    for stage, factor in enumerate(plan.stages):
-        outside = factor * width
-        for block in range(plan.blocks):
-            yield _Size(9 * inside * outside, normed=inside if plan.preactivated else outside)
-            yield _Size(9 * outside * outside, normed=outside)
-            if block == 0 and (stage > 0 or inside != outside):  # the 1x1 shortcut
-                yield _Size(inside * outside, normed=0 if plan.preactivated else outside)
-            inside = outside
-    yield _Size((inside + 1) * classes, normed=inside if plan.preactivated else 0)
-
-
-def _vgg(stages: tuple[tuple[int, ...], ...], width: int, channels: int, classes: int) -> Iterator[_Size]:
-    """Convolutions have a bias and a batch normalisation."""
-    for stage in stages:
-        for factor in stage:
-            yield _Size((9 * channels + 1) * factor * width, normed=factor * width)
-            channels = factor * width
-    yield _Size((channels + 1) * classes)
-
-
-def _cnn(width: int, shape: Shape, classes: int) -> Iterator[_Size]:
-    channels, rows, columns = shape
-    features = 2 * width * (rows // 4) * (columns // 4)  # after two convolutions of stride 2
-    yield _Size((16 * channels + 1) * width)  # 4x4 kernels, with bias
-    yield _Size((16 * width + 1) * 2 * width)
-    yield _Size((features + 1) * 4 * width)
-    yield _Size((4 * width + 1) * classes)
 
 
 class DecodingSpec(SpecModel):
@@ -220,15 +149,3 @@ class VaeSpec(SpecModel):
     width: int = Field(
         256, ge=1, le=65_536, description="units of each of the two hidden layers of the encoder and of the decoder"
     )
-
-
-def num_vae_parameters(spec: VaeSpec, shape: Shape, classes: int) -> int:
-    """The number of trainable parameters of the autoencoder of images of `shape` (C, H, W), in closed form."""
-    pixels = shape[0] * shape[1] * shape[2]
-    width = spec.width
-    encoder = (pixels + classes, 2 * spec.latent)  # inputs and outputs
-    decoder = (spec.latent + classes, pixels)
-    total = 1  # the deviation of the pixels
-    for inputs, outputs in (encoder, decoder):
-        total += (inputs + 1) * width + (width + 1) * width + (width + 1) * outputs
-    return total

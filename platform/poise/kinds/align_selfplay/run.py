@@ -36,6 +36,7 @@ from poise.kinds.common.export import (
 from poise.kinds.common.language_evaluation import warn
 from poise.models.language import fetch_folder, open_folder
 from poise.models.model_folder import read_folder
+from poise.models.sizes import count_parameters
 from poise.models.special_tokens import reconcile
 from poise.observe.rows import Rows
 from poise.spec import SamplerSpec
@@ -178,7 +179,7 @@ def _write_results(
         oracle=spec.oracle.name,
         step=fitted.final_step,
         best_step=fitted.best_step,
-        parameters=sum(weight.numel() for weight in model.parameters()),
+        parameters=count_parameters(model),
         iterations=spec.iterations,
         num_questions=len(evaluator.questions),
         num_responses=spec.iterations * spec.prompts * spec.rollouts,

@@ -82,15 +82,11 @@ def _architecture_mismatch(spec: TargetModelSpec, shape: Shape, classes: int) ->
         header = read_header(file)
     except UserError:
         return None  # likewise
-    import torch
-
     from poise.kinds.common.target_model import match_state_dict
-    from poise.models.build import build
+    from poise.models.build import build_on_meta
 
-    channels = shape[0]
     try:
-        with torch.device("meta"):
-            network = build(spec, shape=shape, classes=classes, mean=(0.0,) * channels, std=(1.0,) * channels, seed=0)
+        network = build_on_meta(spec, shape=shape, classes=classes)
         match_state_dict(spec, network.state_dict(), header)
     except UserError as error:
         return str(error)

@@ -36,6 +36,7 @@ from poise.kinds.finetune_sft.result import FinetuneSftResult, TokenCounts
 from poise.kinds.finetune_sft.spec import FinetuneSftSpec
 from poise.models.language import open_language_model
 from poise.models.limits import model_limits
+from poise.models.sizes import count_parameters
 from poise.models.special_tokens import reconcile
 from poise.spec.seeds import derive_seed
 from poise.store.result import write_result
@@ -84,8 +85,8 @@ def run(spec: FinetuneSftSpec, context: Context) -> None:
     selected = "best" if spec.export == "best" and restore(model, fitted.best_step, context) else "final"
 
     # Evaluation, export and result.
-    parameters = _num_parameters(model)
-    trainable = _num_parameters(model, trainable=True)
+    parameters = count_parameters(model)
+    trainable = count_parameters(model, trainable=True)
     probabilities = next_token_probabilities(model, probes)
     model = spec.tuning.merge_adapters(model)
     measured = _measure(spec, model, data, reference, context)
@@ -204,7 +205,3 @@ def _preview(data: TextData, tokenizer: Tokenizer) -> list[tuple[str | None, str
     ids = batch.ids[0].tolist()
     labels = batch.labels[0].tolist()
     return [(token_text(token), token_text(label)) for token, label in zip(ids, labels, strict=True)]
-
-
-def _num_parameters(model: nn.Module, *, trainable: bool = False) -> int:
-    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad or not trainable)

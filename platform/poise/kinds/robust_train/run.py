@@ -25,6 +25,7 @@ from poise.kinds.robust_train.monitors import RobustMonitor, attacked, measured
 from poise.kinds.robust_train.result import EarlyStopResult, RobustTrainResult
 from poise.kinds.robust_train.spec import RobustTrainSpec
 from poise.kinds.robust_train.step import RobustStep
+from poise.models.sizes import count_parameters
 from poise.observe.progress import Progress
 from poise.observe.rows import Rows
 from poise.robust.evaluate import Evaluation
@@ -175,7 +176,7 @@ def _write_results(
         extra_metrics=extra_metrics if spec.evaluate.extra_metrics else {},
         best_minus_final=_difference(accuracy),
         stopped=None if stopped is None else EarlyStopResult(step=stopped.step, why=stopped.why),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=count_parameters(model),
     )
     rows = Rows()
     rows.add(selected_step, 0.0, "test", accuracy[selected] | extra_metrics[selected])

@@ -9,7 +9,9 @@ from pydantic import Field, model_validator
 
 from poise.data.spec import DataSpec, known_sizes
 from poise.kinds.common.cost import in_bytes
-from poise.models.spec import ModelSpec, num_parameters, state_bytes
+from poise.models.build import build_on_meta
+from poise.models.sizes import count_parameters, state_bytes
+from poise.models.spec import ModelSpec
 from poise.robust.objectives import ObjectiveSpec
 from poise.robust.objectives.adt import Adt
 from poise.robust.spec import Eigenspace, EvaluateSpec, Threats, oversized
@@ -108,8 +110,9 @@ class RobustTrainSpec(RunSpec):
         workers = f"{self.workers.count} workers of {self.workers.cpus} CPU and {self.workers.gpus} GPU"
         if self.model.function is not None:
             return [*lines, "parameters and bytes: known when your function has made the network", workers]
-        weights = num_parameters(self.model, sizes.shape, sizes.classes)
-        state = state_bytes(self.model, sizes.shape, sizes.classes)
+        network = build_on_meta(self.model, shape=sizes.shape, classes=sizes.classes)
+        weights = count_parameters(network)
+        state = state_bytes(network)
         moments = 1 if self.train.optimizer.name == "sgd" else 2
         average = self.averaging is not None
         checkpoint = state * (1 + self.objective.copies_of_model) + 4 * weights * (moments + average)

@@ -17,6 +17,7 @@ from poise.data.images.datasets import ImageSet, to_float
 from poise.errors import IntegrityError, UserError
 from poise.kinds.robust_vae.result import RobustVaeResult
 from poise.kinds.robust_vae.spec import RobustVaeSpec
+from poise.models.sizes import count_parameters
 from poise.models.vae import ConditionalVae, build_vae
 from poise.observe.rows import Rows
 from poise.robust.manifold import elbo_parts
@@ -153,7 +154,7 @@ def _write_results(
         best_step=fitted.best_step,
         selected=selected,
         measured=measured,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=count_parameters(model),
     )
     rows = Rows()
     rows.add(step, 0.0, "test", measured)

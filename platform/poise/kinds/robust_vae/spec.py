@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from pydantic import Field, model_validator
 
 from poise.data.spec import DataSpec, known_sizes
 from poise.kinds.common.cost import in_bytes
-from poise.models.spec import VaeSpec, num_vae_parameters
+from poise.models.sizes import count_parameters
+from poise.models.spec import VaeSpec
+from poise.models.vae import ConditionalVae
 from poise.spec import MetricSource, RunSpec, row_sources, summary_sources
 from poise.train.spec import TrainSpec
 
@@ -41,7 +44,9 @@ class RobustVaeSpec(RunSpec):
         sizes = known_sizes(self.data)
         if sizes is None:
             return ["steps, parameters and bytes: known when the data set is read"]
-        weights = num_vae_parameters(self.model, sizes.shape, sizes.classes)
+        with torch.device("meta"):
+            network = ConditionalVae(self.model, sizes.shape, sizes.classes)
+        weights = count_parameters(network)
         steps_per_epoch = self.train.plan(sizes.train // self.data.batch_size).steps
         steps = self.train.total_steps(steps_per_epoch)
         return [

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import nn
 
 from poise.errors import UserError
+from poise.models.sizes import count_parameters
 from poise.models.tuning.base import Tuning
 from poise.spec import ExactNumber
 from poise.spec.problems import nearest
@@ -130,7 +131,7 @@ def _notes_on_experts(model: nn.Module) -> list[str]:
     weights = sum(weight.numel() for weight in _expert_tensors(model).values())
     if not weights:
         return []
-    share = weights / sum(weight.numel() for weight in model.parameters())
+    share = weights / count_parameters(model)
     return [f"the experts of the model, {share:.0%} of its weights, get no update: they are not linear layers"]
 
 
