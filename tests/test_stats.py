@@ -56,7 +56,7 @@ def test_equal_questions_have_no_bootstrap_interval():
 @pytest.mark.parametrize(("hits", "count"), [(8, 8), (0, 8), (1, 2), (63, 90), (9_000, 10_000)])
 def test_wilson_is_that_of_scipy_and_has_width_where_all_agree(hits, count):
     expected = binomtest(hits, count).proportion_ci(method="wilson")
-    assert wilson(hits / count, count) == pytest.approx((expected.low, expected.high), abs=1e-9)
+    assert wilson(hits / count, count) == pytest.approx((expected.low, expected.high), abs=1e-12)
     low, high = wilson(hits / count, count)
     assert 0 <= low < high <= 1
     assert low <= hits / count <= high

@@ -16,7 +16,9 @@ from poise.data.text.examples import (
     answer_after,
     encode_completion,
     encode_example,
+    encode_examples,
     encode_prompt,
+    encode_prompts,
 )
 from poise.errors import UserError
 from poise.inference.sampler import Decoding, Request
@@ -93,6 +95,41 @@ def test_a_completion_has_the_tokens_that_it_has_in_the_whole_text(family, famil
         assert whole == encode_prompt(tokenizer, prompt + completion)
         assert example.prompt == encode_prompt(tokenizer, prompt)
         assert example.completion[-1] == EOS[family]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_many_texts_in_one_call_have_the_tokens_of_each_alone(family, family_folder):
+    tokenizer = open_tokenizer(family_folder(family))
+    pairs = [
+        ("The dog", " sat on the mat."),
+        ("", "The cat"),
+        ("Who? " * 90, "\u00e9\u4e2d the cat  sat"),
+        ("", "The cat"),
+    ]
+    pairs = [*pairs, *((f"Number {number}:", f" {number**2}") for number in range(1100))]
+    alone = [encode_example(tokenizer, *pair) for pair in pairs]
+    together = list(encode_examples(tokenizer, pairs))
+    assert together == alone
+    assert together[1] is together[3]
+    prompts = [prompt for prompt, _ in pairs]
+    assert encode_prompts(tokenizer, prompts) == [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    assert encode_prompts(tokenizer, []) == list(encode_examples(tokenizer, [])) == []
+    for pair, (prompt, completion) in zip(alone[:3], pairs, strict=False):
+        begin = BEGIN.get(family, ())
+        before = tokenizer(prompt, add_special_tokens=False).input_ids
+        assert pair.prompt == (*begin, *before)
+        assert (*before, *pair.completion[:-1]) == tuple(
+            tokenizer(prompt + completion, add_special_tokens=False).input_ids
+        )
+
+
+def test_the_example_that_cannot_be_encoded_is_refused_where_it_comes(family_folder):
+    encoded = encode_examples(
+        open_tokenizer(family_folder("llama")), [("The", " cat"), ("The c", "at sat"), ("The", " cat")]
+    )
+    next(encoded)
+    with pytest.raises(UserError, match="meet inside the token 'cat'"):
+        next(encoded)
 
 
 def test_sentencepiece_adds_no_space_between_a_prompt_and_its_completion(family_folder):

@@ -10,15 +10,14 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TextIO
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
-from rich.live import Live
 from rich.panel import Panel
-from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.progress import BarColumn, TaskID, TaskProgressColumn
+from rich.progress import Progress as RichProgress
 from rich.text import Text
 
 from poise.observe.terminal import printable
@@ -75,19 +74,20 @@ class Display:
         self._clock = clock
         self._latest: dict[str, Progress | None] = dict.fromkeys(runs)
         self._lines: dict[str, tuple[Progress, float]] = {}
-        self._live: Live | None = None
-        if self._stream.isatty() and os.environ.get("TERM", "dumb") != "dumb" and not os.environ.get("CI"):
-            console = Console(file=self._stream)
-            self._live = Live(console=console, get_renderable=self.render, refresh_per_second=DRAWN_PER_S)
+        self._draws = self._stream.isatty() and os.environ.get("TERM", "dumb") != "dumb" and not os.environ.get("CI")
+        self._panels = _Panels(console=Console(file=self._stream), refresh_per_second=DRAWN_PER_S, expand=True)
+        self._tasks: dict[str, TaskID] = {}  # the task of each run in the panels
+        for run in runs:
+            self._tasks[run] = self._panels.add_task(run, progress=None)
 
     def __enter__(self) -> Display:
-        if self._live:
-            self._live.start()
+        if self._draws:
+            self._panels.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._live:
-            self._live.stop()
+        if self._draws:
+            self._panels.stop()
             return
         for progress in filter(None, self._latest.values()):
             if self._lines[progress.run][0] != progress:
@@ -102,25 +102,30 @@ class Display:
         if progress.evaluation:
             return
         self._latest[progress.run] = progress
-        if self._live is None and self._due(progress):
+        if progress.run not in self._tasks:
+            self._tasks[progress.run] = self._panels.add_task(progress.run, progress=None)
+        task = self._tasks[progress.run]
+        self._panels.update(task, total=max(progress.steps, 1), completed=progress.step, progress=progress)
+        if not self._draws and self._due(progress):
             self._line(progress)
 
     def remove(self, run: str) -> None:
         """Stop showing a run, which has ended."""
         self._latest.pop(run, None)
+        if run in self._tasks:
+            self._panels.remove_task(self._tasks.pop(run))
 
     def note(self, text: str) -> None:
         """Print `text` on its own line above the panel, without interpreting markup."""
         text = printable(text)
-        if self._live:
-            self._live.console.print(Text(text))
+        if self._draws:
+            self._panels.console.print(Text(text))
         else:
             self._write(text)
 
     def render(self) -> RenderableType:
         """The panels of all runs, as they are drawn in a terminal."""
-        latest = list(self._latest.items())  # a copy: the drawing thread calls this while `show` adds runs
-        return Group(*(_panel(run, progress) for run, progress in latest))
+        return self._panels.get_renderable()
 
     def _due(self, progress: Progress) -> bool:
         """Whether to write a line: after a new phase of the run, LINE_EVERY_S, or at the last step."""
@@ -208,30 +213,34 @@ def _duration(seconds: float | None) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _panel(run: str, progress: Progress | None) -> Panel:
-    """The panel of one run; "waiting" before its first progress."""
+class _Panels(RichProgress):
+    """A panel for each task, whose description is the name of a run and whose field `progress` is its progress."""
+
+    @classmethod
+    def get_default_columns(cls) -> tuple[BarColumn, TaskProgressColumn]:
+        """The bar of steps, with the percentage beside it."""
+        bar = BarColumn(bar_width=None, complete_style="cyan", finished_style="green")
+        return bar, TaskProgressColumn("[bold]{task.percentage:.0f}%")
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The panels. The drawing thread calls this while `show` adds runs: `tasks` is a copy."""
+        for task in self.tasks:
+            yield _panel(task.description, task.fields["progress"], self.make_tasks_table([task]))
+
+
+def _panel(run: str, progress: Progress | None, bar: RenderableType) -> Panel:
+    """The panel of one run with its bar of steps; "waiting" before its first progress."""
     title = Text(run, style="bold")
     body: list[RenderableType] = [Text("waiting", style="dim")]
     if progress:
         title.append(f" \u00b7 {progress.stage}", style="not bold cyan")
-        body = [_bar(progress), _pairs(_counters(progress))]
+        body = [bar, _pairs(_counters(progress))]
         shares = _shares(progress.phases)
         if shares:
             body += [_PhaseBar(shares), _legend(shares)]
         if progress.metrics:
             body.append(_pairs([(name, _number(name, value)) for name, value in progress.metrics.items()]))
     return Panel(Group(*body), title=title, title_align="left", border_style="bright_black", padding=(0, 1))
-
-
-def _bar(progress: Progress) -> Table:
-    """The bar of steps, with the percentage beside it."""
-    total = max(progress.steps, 1)
-    grid = Table.grid(expand=True)
-    grid.add_column(ratio=1)
-    grid.add_column(width=6, justify="right")
-    bar = ProgressBar(total=total, completed=progress.step, complete_style="cyan", finished_style="green")
-    grid.add_row(bar, Text(f"{progress.step / total:.0%}", style="bold"))
-    return grid
 
 
 class _PhaseBar:

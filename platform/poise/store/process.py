@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 __all__ = ["ProcessId"]
 
 _PROC = Path("/proc")
@@ -15,9 +17,9 @@ _PROC = Path("/proc")
 class ProcessId:
     """A process of some machine.
 
-    `started` is its start in clock ticks since boot, which distinguishes it from a later process with the same id.
-    `space` is the id of the boot and of the process namespace in which `pid` counts: a container has a namespace of its
-    own. `space` is empty on a system without /proc.
+    `started` is its start in hundredths of a second since boot, which distinguishes it from a later process with the
+    same id. `space` is the id of the boot and of the process namespace in which `pid` counts: a container has a
+    namespace of its own. `space` is empty on a system without /proc.
     """
 
     pid: int
@@ -35,14 +37,16 @@ class ProcessId:
 
 
 def _started(pid: int) -> int | None:
-    """When a process of this machine started, in clock ticks since boot; None if it has ended or is a zombie."""
+    """When a process of this machine started, in 1/100 s since boot; None if it has ended or is a zombie."""
     try:
-        text = (_PROC / str(pid) / "stat").read_text()
-    except OSError:
+        process = psutil.Process(pid)
+        if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+            return None
+        # Setting the system clock moves both times, and not their difference.
+        seconds: float = process.create_time() - psutil.boot_time()
+        return round(100 * seconds)
+    except psutil.Error:
         return None
-    # The second field is the name in parentheses, which may contain spaces; `starttime` is field 22 of proc(5).
-    state, *fields = text.rpartition(")")[2].split()
-    return None if state in "ZX" else int(fields[18])
 
 
 def _space() -> str:

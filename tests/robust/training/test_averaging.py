@@ -110,6 +110,34 @@ def test_ema_warms_up() -> None:
     assert plain[:3] == pytest.approx([3.0, 1.6, 0.3 * 1.6 - 0.7 * 2])
 
 
+@pytest.mark.parametrize(
+    "average",
+    [
+        WeightAverage("swa", start=2, every=3),
+        WeightAverage("ema", start=1),
+        WeightAverage("ema", decay=0.7, warm_up=False),
+        WeightAverage("const", rate=0.3, every=2),
+    ],
+)
+def test_every_move_is_that_of_the_formula_bit_for_bit(average: WeightAverage) -> None:
+    """u <- u + b_t (w - u) as torch.lerp rounds it, in float32 and on weights in either memory layout."""
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Linear(7, 11)).to(memory_format=torch.channels_last)
+    generator = torch.Generator().manual_seed(0)
+    state = average.initial(model)
+    expected = {name: value.clone() for name, value in state.items()}
+    for step in range(1, 20):
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, generator=generator)
+        state = average.after(model, state, step)
+        t = average.moves(step)
+        if step >= average.start and (step - average.start) % average.every == 0:
+            decay = min(average.decay, (1 + t) / (10 + t)) if average.warm_up else average.decay
+            size = {"swa": 1 / max(t, 1), "ema": 1 - decay, "const": average.rate}[average.rule] if t else 1.0
+            for name, parameter in model.named_parameters():
+                expected[name] = torch.lerp(expected[name], parameter.detach(), size)
+        assert all(torch.equal(state[name], value) for name, value in expected.items())
+
+
 def test_before_the_start_nothing_pulls_and_frozen_weights_are_not_averaged() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[0].requires_grad_(False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from poise.data.spec import FunctionText, JsonlText, ParquetText, TextSpec, WorldText, num_validation
 from poise.data.synthetic_facts import make_world
-from poise.data.text.examples import TextExample, encode_answers, encode_example
+from poise.data.text.examples import TextExample, encode_answers, encode_examples
 from poise.data.text.records import Row, function_rows, read_pair, read_rows
 from poise.errors import UserError
 from poise.models.limits import NO_LIMITS, ModelLimits
@@ -212,17 +211,32 @@ def encode_rows(
     rows: Sequence[Row], spec: JsonlText | ParquetText | FunctionText, tokenizer: Tokenizer, limits: ModelLimits
 ) -> list[TextExample]:
     """The tokens of every row; UserError that names the first row that cannot be learned."""
-    encode = lru_cache(maxsize=65_536)(partial(encode_example, tokenizer))
-    examples = []
-    for row in rows:
-        prompt, completion = read_pair(row, spec)
+    pairs, unreadable = _read_pairs(rows, spec)
+    encoded = encode_examples(tokenizer, pairs)
+    examples: list[TextExample] = []
+    for row in rows[: len(pairs)]:
         try:
-            example = encode(prompt, completion)
+            example = next(encoded)
             limits.check_ids((*example.prompt, *example.completion))
         except UserError as error:
             raise UserError(f"{row.where}: {error}") from error
         examples.append(_limit_length(example, row.where, spec, limits))
+    if unreadable is not None:
+        raise unreadable
     return examples
+
+
+def _read_pairs(
+    rows: Sequence[Row], spec: JsonlText | ParquetText | FunctionText
+) -> tuple[list[tuple[str, str]], UserError | None]:
+    """The prompts and completions of the rows before the first that has none, and the error of that row."""
+    pairs: list[tuple[str, str]] = []
+    for row in rows:
+        try:
+            pairs.append(read_pair(row, spec))
+        except UserError as error:
+            return pairs, error
+    return pairs, None
 
 
 def _limit_length(

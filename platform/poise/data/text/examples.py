@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 from poise.errors import UserError
@@ -20,9 +19,14 @@ __all__ = [
     "encode_answers",
     "encode_completion",
     "encode_example",
+    "encode_examples",
     "encode_prompt",
+    "encode_prompts",
     "word_tokenizer",
 ]
+
+_BATCH = 1024
+"""Examples whose texts are given to the tokenizer in one call."""
 
 _UNKNOWN = "<unk>"
 _BEGIN = "<s>"
@@ -54,7 +58,13 @@ class Question:
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
     """The tokens of a prompt, with BOS first where the tokenizer sets it (see `poise.models.special_tokens`)."""
-    return _with_prefix(tokenizer, _tokenize(tokenizer, text))
+    return encode_prompts(tokenizer, [text])[0]
+
+
+def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[tuple[int, ...]]:
+    """As `encode_prompt`, for several prompts at once."""
+    tokens = _tokenize(tokenizer, texts)
+    return [_with_prefix(tokenizer, tokens[text]) for text in texts]
 
 
 def encode_completion(tokenizer: Tokenizer, text: str, prompt: str = "") -> tuple[int, ...]:
@@ -72,10 +82,34 @@ def encode_example(tokenizer: Tokenizer, prompt: str, completion: str) -> TextEx
         UserError: the tokenizer has no EOS, or one token spans the end of the prompt and the beginning of the
             completion. The prompt alone, as it is used for sampling, would have other tokens than those learned.
     """
+    return next(encode_examples(tokenizer, [(prompt, completion)]))
+
+
+def encode_examples(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> Iterator[TextExample]:
+    """As `encode_example`, for pairs of a prompt and its completion, in order; equal pairs give the same object.
+
+    Many texts are tokenized in one call. The UserError about a pair is raised where its example would come.
+    """
+    encoded: dict[tuple[str, str], TextExample] = {}
+    for start in range(0, len(pairs), _BATCH):
+        batch = pairs[start : start + _BATCH]
+        texts: list[str] = []
+        for prompt, completion in batch:
+            if (prompt, completion) not in encoded:
+                texts += [prompt, prompt + completion]
+        tokens = _tokenize(tokenizer, texts)
+        for prompt, completion in batch:
+            example = encoded.get((prompt, completion))
+            if example is None:
+                example = _split(tokenizer, tokens[prompt], tokens[prompt + completion])
+                encoded[prompt, completion] = example
+            yield example
+
+
+def _split(tokenizer: Tokenizer, before: tuple[int, ...], whole: tuple[int, ...]) -> TextExample:
+    """The example whose prompt has the tokens `before`, and whose whole text has the tokens `whole`."""
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer of this model has no EOS token: an answer could not end")
-    before = _tokenize(tokenizer, prompt)
-    whole = _tokenize(tokenizer, prompt + completion)
     if whole[: len(before)] != before:
         raise UserError(_spanning_token(tokenizer, before, whole))
     after = whole[len(before) :]
@@ -89,14 +123,18 @@ def answer_after(prompt: str, answer: str) -> str:
 
 
 def encode_answers(pairs: Iterable[tuple[str, str]], tokenizer: Tokenizer) -> list[TextExample]:
-    """Questions and answers as tokens; equal texts are tokenized once. UserError as `encode_example`."""
-    encode = lru_cache(maxsize=65_536)(partial(encode_example, tokenizer))
-    return [encode(question, answer_after(question, answer)) for question, answer in pairs]
+    """Questions and answers as tokens; equal pairs are tokenized once. UserError as `encode_example`."""
+    texts = [(question, answer_after(question, answer)) for question, answer in pairs]
+    return list(encode_examples(tokenizer, texts))
 
 
-def _tokenize(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-    """The tokens of a text, without special tokens."""
-    return tuple(tokenizer(text, add_special_tokens=False).input_ids)
+def _tokenize(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """By text, its tokens without special tokens, from one call of the tokenizer."""
+    distinct = list(dict.fromkeys(texts))
+    if not distinct:
+        return {}
+    ids = tokenizer(distinct, add_special_tokens=False).input_ids
+    return {text: tuple(tokens) for text, tokens in zip(distinct, ids, strict=True)}
 
 
 def _with_prefix(tokenizer: Tokenizer, tokens: tuple[int, ...]) -> tuple[int, ...]:

@@ -157,6 +157,13 @@ class _TrialCallback(tune.Callback):  # type: ignore[misc]
         self.groups: dict[int, PlacementGroup] = {}
         self.usr1_handler = signal.getsignal(signal.SIGUSR1)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The state without the tally: its display draws from a thread and cannot be pickled.
+
+        Tune pickles its callbacks for a restore of the experiment, which Poise does not use.
+        """
+        return {**self.__dict__, "tally": None}
+
     def setup(self, *_: Any, **__: Any) -> None:
         """Restore the handler of SIGUSR1, which announces preemption under Slurm.
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from poise.data.text.examples import Question, encode_prompt
+from poise.data.text.examples import Question, encode_prompts
 from poise.data.text.questions import load_questions
 from poise.errors import UserError
 from poise.inference.sampler import Decoding, Request, Sample
@@ -82,9 +82,9 @@ def _measure(spec: CalibrateMeasureSpec, context: Context) -> None:
 def _requests(spec: CalibrateMeasureSpec, questions: Sequence[Question], tokenizer: Tokenizer) -> list[Request]:
     """One request per question. Each takes `samples` seeds in a row, so no two samples share a seed."""
     first_seed = derive_seed(spec.seed, "samples") % 2**40
+    prompts = encode_prompts(tokenizer, [spec.prompt.replace("{question}", question.prompt) for question in questions])
     requests = []
-    for index, question in enumerate(questions):
-        prompt = encode_prompt(tokenizer, spec.prompt.replace("{question}", question.prompt))
+    for index, (question, prompt) in enumerate(zip(questions, prompts, strict=True)):
         requests.append(Request(question.id, prompt, spec.samples, first_seed + index * spec.samples))
     return requests
 

@@ -103,7 +103,7 @@ def _check_prompts(
     """Count the tokens of prompts as the run does; the message of its error, or None."""
     if not questions:
         return None
-    from poise.data.text.examples import encode_prompt
+    from poise.data.text.examples import encode_prompts
     from poise.inference.shards import check_questions
     from poise.models.language import open_tokenizer
     from poise.models.model_folder import read_folder
@@ -111,9 +111,10 @@ def _check_prompts(
     folder = read_folder(Path(str(spec.model.folder)).expanduser().absolute())
     tokenizer = open_tokenizer(folder.path)
     key = "decoding.max_tokens" if isinstance(spec, CalibrateMeasureSpec) else "max_tokens"
-    prompts = ((question.id, encode_prompt(tokenizer, question.prompt)) for question in questions)
+    prompts = encode_prompts(tokenizer, [question.prompt for question in questions])
+    ids = [question.id for question in questions]
     try:
-        check_questions(folder, prompts, max_tokens, key)
+        check_questions(folder, zip(ids, prompts, strict=True), max_tokens, key)
     except UserError as error:
         return str(error)
     return None

@@ -14,8 +14,8 @@ from poise.data.text.batches import IGNORE_INDEX, text_batch
 from poise.data.text.examples import (
     TextExample,
     answer_after,
-    encode_completion,
-    encode_prompt,
+    encode_examples,
+    encode_prompts,
 )
 from poise.finetune.losses import cross_entropy, entropy
 from poise.models.language import answer_logprobs
@@ -42,12 +42,12 @@ class ReferenceDistribution:
         self.world = make_world(spec)
         self._stop = stop
         questions = self.world.questions("evaluate")
-        self.prompts = [encode_prompt(tokenizer, question.prompt) for question in questions]
+        self.prompts = encode_prompts(tokenizer, [question.prompt for question in questions])
         self.answers: list[list[tuple[int, ...]]] = []  # of each question, the tokens of every possible answer
         for question in questions:
             candidates = self.world.candidates[question.id]
-            texts = [answer_after(question.prompt, name) for name in candidates]
-            self.answers.append([encode_completion(tokenizer, text, question.prompt) for text in texts])
+            pairs = [(question.prompt, answer_after(question.prompt, name)) for name in candidates]
+            self.answers.append([example.completion for example in encode_examples(tokenizer, pairs)])
         self.floor = self.world.entropy("evaluate")
 
     def measure(self, model: nn.Module, context: Context) -> dict[str, float]:

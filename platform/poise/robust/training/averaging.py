@@ -22,6 +22,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 __all__ = ["Average", "MoreauEnvelope", "WeightAverage", "assign", "update_bn"]
 
@@ -83,24 +84,27 @@ class WeightAverage:
         parameters = _trainable(model)
         averages = [_in_layout_of(parameter, state[name]) for name, parameter in parameters.items()]
         if step >= self.start and (step - self.start) % self.every == 0:
+            averages = [average.clone() for average in averages]
             weights = [parameter.detach() for parameter in parameters.values()]
-            averages = list(torch._foreach_lerp(averages, weights, self._move_size(step)))
+            self._move(averages, weights, self.moves(step))
         return dict(zip(parameters, averages, strict=True))
 
     def proximal_term(self, model: nn.Module, state: State, step: int) -> None:
         """None: a plain average does not act on training."""
 
-    def _move_size(self, step: int) -> float:
-        """b_t; 1 at the start, where u becomes w."""
-        t = self.moves(step)
-        if t == 0:
-            return 1.0
-        if self.rule == "swa":
-            return 1 / t
-        if self.rule == "const":
-            return self.rate
-        decay = min(self.decay, (1 + t) / (10 + t)) if self.warm_up else self.decay
-        return 1 - decay
+    def _move(self, averages: list[Tensor], weights: list[Tensor], t: int) -> None:
+        """Move the averages towards the weights by b_t, in place. At the start, t = 0, they become the weights."""
+        if t == 0 or self.rule == "swa":
+            num_averaged = max(t - 1, 0)
+            move = get_swa_multi_avg_fn()  # type: ignore[no-untyped-call]
+            move(averages, weights, num_averaged)  # by 1 / (num_averaged + 1)
+        elif self.rule == "ema":
+            decay = min(self.decay, (1 + t) / (10 + t)) if self.warm_up else self.decay
+            move = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+            move(averages, weights, t)
+        else:
+            for average, weight in zip(averages, weights, strict=True):
+                average.lerp_(weight, self.rate)
 
 
 @dataclass(frozen=True)
