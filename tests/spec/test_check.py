@@ -119,7 +119,7 @@ def test_a_sweep_is_read_where_its_trials_can_be():
     assert find_mistakes(load(write(values), KINDS)) == []
     vae = {"kind": "robust.vae", "data": {"name": "digits"}, "train": {"steps": 1}}
     values["stages"]["tried"] = {**sweep, "base": vae, "metric": "elbo"}
-    assert "line-tried' is a sweep of robust.vae; this key needs a run of robust.train or" in refused(values)
+    assert "line-tried' is a sweep of robust.vae; name a run of robust.train or" in refused(values)
 
 
 def test_every_mistake_is_said_at_once_with_its_line():
@@ -134,7 +134,7 @@ def test_every_mistake_is_said_at_once_with_its_line():
     for path, line, text in (
         ("stages.net.data.root", "root: nowhere", "is not there"),
         ("stages.judge.model.run", "run: gone", "there is no run 'gone'"),
-        ("stages.tune.model.run", "run: line-net", "is a robust.train; this key needs a run of finetune.sft or"),
+        ("stages.tune.model.run", "run: line-net", "is a robust.train; name a run of finetune.sft or"),
         ("stages.tune.data.path", "path: rows.jsonl", "is not there"),
     ):
         number = 1 + next(index for index, each in enumerate(lines) if each.strip() == line)

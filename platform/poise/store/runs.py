@@ -12,7 +12,7 @@ import difflib
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from poise.store.records import Corruption, FileRecord
 from poise.store.result_files import EVENTS, RECORDS, RecordLog, ResultFiles
 from poise.store.storage import Storage, open_storage
 
-__all__ = ["Run", "RunManifest", "RunSummary", "Status", "list_runs", "open_run"]
+__all__ = ["Run", "RunManifest", "RunSummary", "Status", "list_runs", "open_run", "wrong_kind"]
 
 Status = Literal["running", "finished", "failed", "stopped"]
 """`stopped` is the status of a trial that the scheduler of its sweep has stopped early."""
@@ -367,6 +367,11 @@ def open_run(store_url: str | Path, name: str, *, must_exist: bool = False) -> R
             hint = "it has no run at all"
         raise UserError(f"there is no run {run.name!r} in {run.storage.url}: {hint}")
     return run
+
+
+def wrong_kind(name: str, kind: str, accepted: Sequence[str]) -> str:
+    """The message about a run of a kind that cannot be used, with the kinds that can."""
+    return f"run {name!r} is a {kind}; name a run of {' or '.join(accepted)}"
 
 
 def _event(line: str) -> dict[str, Any]:

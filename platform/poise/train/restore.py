@@ -1,4 +1,4 @@
-"""Reading checkpoints on all ranks: each is downloaded once per machine, however many ranks run there."""
+"""Reading checkpoints: on all ranks, each downloaded once per machine; or by itself, of another run."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from poise.errors import IntegrityError
 from poise.observe.events import event
 from poise.store.checkpoints import Commit
+from poise.store.runs import Run
 from poise.store.storage import scratch_folder
 from poise.train.context import Context
 from poise.train.state import load_weights
 
-__all__ = ["NodeFolder", "node_folder", "restore"]
+__all__ = ["NodeFolder", "load_checkpoint", "node_folder", "restore"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,18 @@ def node_folder(context: Context) -> Iterator[NodeFolder]:
         folders: list[Path] = context.gather(scratch)
         owner = next(rank for rank, folder in enumerate(folders) if _is_readable(folder))
         yield NodeFolder(folders[owner] / "checkpoint", owner == context.rank)
+
+
+def load_checkpoint(model: nn.Module, run: Run, step: int, device: torch.device) -> None:
+    """Load the weights that a run committed at `step`.
+
+    Raises:
+        IntegrityError: the checkpoint is damaged, or not there.
+        UserError: it belongs to another architecture.
+    """
+    with scratch_folder() as scratch:
+        folder = run.checkpoints.fetch(run.checkpoints.at(step), scratch / "checkpoint")
+        load_weights(model, folder, device)
 
 
 def restore(model: nn.Module, step: int, context: Context) -> bool:

@@ -536,7 +536,10 @@ def test_targets_share_batches_in_a_job_as_they_do_in_the_function(store):
 
 @pytest.mark.parametrize(
     ("model", "message"),
-    [({"run": "smal"}, "is it 'small'"), ({"run": "whole"}, "trains no classifier")],
+    [
+        ({"run": "smal"}, "is it 'small'"),
+        ({"run": "whole"}, "is a robust.evaluate; name a run of robust.train or sweep"),
+    ],
 )
 def test_a_run_that_has_no_such_model_is_refused(store, finished, model, message):
     refused(store, message, model=model)
@@ -597,7 +600,10 @@ def test_an_evaluation_that_has_not_come_to_its_end_is_not_judged_again(store):
     )
 
 
-@pytest.mark.parametrize(("name", "message"), [("small", "attacks nothing"), ("unkept", "kept no adversarial example")])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("small", "is a robust.train; name a run of robust.evaluate"), ("unkept", "kept no adversarial example")],
+)
 def test_a_run_that_has_kept_nothing_is_refused(store, finished, name, message):
     if name == "unkept":
         attacked(store, "unkept", attacks=ATTACKS[:1])

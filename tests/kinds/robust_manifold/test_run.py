@@ -312,8 +312,8 @@ def test_an_autoencoder_that_is_killed_ends_in_the_same_bits(store: str, monkeyp
     ("changes", "what"),
     [
         ({"eigenspace": {"rank": 64}}, "eigenspace.rank: class 0 has .* 64 are too many"),
-        ({"latent": {"vae": "net"}}, "'net' is a robust.train and trains no autoencoder"),
-        ({"runs": ["vae"]}, "is a robust.vae and trains no classifier"),
+        ({"latent": {"vae": "net"}}, "'net' is a robust.train; name a run of robust.vae"),
+        ({"runs": ["vae"]}, "is a robust.vae; name a run of robust.train or sweep"),
         ({"latent": {"vae": "vea"}}, "is it 'vae'"),
     ],
 )

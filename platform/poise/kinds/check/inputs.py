@@ -13,7 +13,7 @@ from poise.spec import Input, RunSpec
 from poise.spec.code import attributes
 from poise.spec.problems import nearest
 from poise.store.result import has_result
-from poise.store.runs import open_run
+from poise.store.runs import open_run, wrong_kind
 
 __all__ = ["input_mistakes", "why_not_writable"]
 
@@ -55,9 +55,7 @@ def _kind_mistakes(named: Input, kind: str) -> Iterator[Mistake]:
     head, _, trial_kind = kind.partition(" of ")
     is_accepted = head in named.kinds and (not trial_kind or trial_kind in named.kinds)
     if named.kinds and not is_accepted:
-        accepted = " or ".join(named.kinds)
-        message = f"run {named.place!r} is a {kind}; this key needs a run of {accepted}"
-        yield Mistake(named.path, message)
+        yield Mistake(named.path, wrong_kind(named.place, kind, named.kinds))
 
 
 def _code_mistakes(named: Input) -> Iterator[Mistake]:

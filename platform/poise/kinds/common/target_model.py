@@ -18,7 +18,7 @@ from poise.data.images.datasets import ImageSet
 from poise.data.spec import DataSpec
 from poise.errors import UserError
 from poise.kinds.common.target_model_spec import TargetModelSpec
-from poise.kinds.common.trained_classifier import open_weights, read_spec, trained_runs, trained_spec
+from poise.kinds.common.trained_classifier import open_training, open_weights, trained_runs
 from poise.kinds.common.user_model import UserModel, call_function, check_state, count_classes
 from poise.models.architectures import Shape
 from poise.models.build import build
@@ -101,7 +101,7 @@ def open_target_model(
         raise UserError(f"model.run: {spec.run!r} is a sweep: name one of its trials")
     if data is None:
         assert spec.run is not None  # without a run, the spec requires data
-        run_spec = trained_spec(store, spec.run)
+        run_spec = open_training(store, spec.run, unchanged_inputs=True).spec
         data = run_spec.data
         seed = run_spec.seed
     images = load_split(data, seed, split)
@@ -150,7 +150,7 @@ def wrap_user_model(opened: OpenedModel, num_classes: int) -> nn.Module:
 def _open_run_model(spec: TargetModelSpec, data: Split, store: str, device: torch.device) -> OpenedModel:
     run = str(spec.run)
     model, selected = open_weights(store, run, data.shape, data.classes, device, spec.checkpoint)
-    return OpenedModel(model, selected, function=read_spec(store, run).model.function)
+    return OpenedModel(model, selected, function=open_training(store, run).spec.model.function)
 
 
 def _load_file(model: nn.Module, spec: TargetModelSpec) -> str | None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
 from poise.data.images.batches import Dataset, load
 from poise.errors import IntegrityError, UserError
+from poise.kinds.common.finished_run import FinishedRun, open_finished
 from poise.kinds.common.user_model import build_classifier, make_module
 from poise.kinds.robust_train.result import RobustTrainResult
 from poise.kinds.robust_train.spec import RobustTrainSpec
@@ -21,19 +21,17 @@ from poise.models.build import build
 from poise.spec.seeds import derive_seed
 from poise.store.inputs import check_inputs
 from poise.store.result import require_result
-from poise.store.runs import Run, open_run
-from poise.store.storage import scratch_folder
-from poise.train.state import load_weights
+from poise.store.runs import Run, open_run, wrong_kind
+from poise.train.restore import load_checkpoint
 
 __all__ = [
     "AVERAGED",
     "TrainedClassifier",
     "classifier",
     "open_trained",
+    "open_training",
     "open_weights",
-    "read_spec",
     "trained_runs",
-    "trained_spec",
 ]
 
 AVERAGED = "artifacts/averaged.safetensors"
@@ -95,7 +93,7 @@ def trained_runs(store: str, names: list[str]) -> tuple[list[str], list[str]]:
             require_result(run, RobustTrainResult)
             runs.append(name)
         else:
-            raise UserError(f"run {name!r} is a {kind} and trains no classifier; name a robust.train")
+            raise UserError(wrong_kind(name, kind, ["robust.train", "sweep"]))
     return list(dict.fromkeys(runs)), unfinished
 
 
@@ -106,11 +104,11 @@ def open_trained(store: str, name: str, device: torch.device, weights: str | Non
         UserError: the run has no such weights, or its data have changed since it was trained.
         IntegrityError: the weights are damaged.
     """
-    spec = trained_spec(store, name)
+    finished = open_training(store, name, unchanged_inputs=True)
+    spec = finished.spec
     data = load(spec.data, spec.seed)
-    run = open_run(store, name)
     model = classifier(spec, data).to(device)
-    selected, step = _load_weights(model, run, weights, device)
+    selected, step = _load_weights(model, finished, weights, device)
     return TrainedClassifier(name, spec, data, model.eval(), selected, step)
 
 
@@ -122,43 +120,39 @@ def open_weights(
     Raises:
         UserError, IntegrityError: as `open_trained`.
     """
-    run = open_run(store, name, must_exist=True)
-    spec = read_spec(store, name)
+    finished = open_training(store, name)
+    spec = finished.spec
     if spec.model.function is not None:
-        check_inputs(run, spec, code_only=True)
+        check_inputs(finished.run, spec, code_only=True)
         model = make_module(spec.model, derive_seed(spec.seed, "model")).to(device)
     else:
         mean = (0.0,) * shape[0]  # mean and std are replaced by those of the checkpoint
         std = (1.0,) * shape[0]
         model = build(spec.model, shape=shape, classes=classes, mean=mean, std=std, seed=0).to(device)
-    selected, _ = _load_weights(model, run, weights, device)
+    selected, _ = _load_weights(model, finished, weights, device)
     return model.eval(), selected
 
 
-def read_spec(store: str, name: str) -> RobustTrainSpec:
-    """The spec of a run. UserError where there is no such run."""
-    run = open_run(store, name, must_exist=True)
-    return RobustTrainSpec.model_validate(yaml.safe_load(run.read("spec.yaml")))
+def open_training(
+    store: str, name: str, *, unchanged_inputs: bool = False
+) -> FinishedRun[RobustTrainSpec, RobustTrainResult]:
+    """A finished run of `robust.train`; see `open_finished`."""
+    return open_finished(store, name, RobustTrainSpec, RobustTrainResult, unchanged_inputs=unchanged_inputs)
 
 
-def trained_spec(store: str, name: str) -> RobustTrainSpec:
-    """The spec of a run. UserError where its data or its code have changed since it was trained."""
-    spec = read_spec(store, name)
-    check_inputs(open_run(store, name), spec)
-    return spec
-
-
-def _load_weights(model: nn.Module, run: Run, weights: str | None, device: torch.device) -> tuple[str, int]:
+def _load_weights(
+    model: nn.Module,
+    finished: FinishedRun[RobustTrainSpec, RobustTrainResult],
+    weights: str | None,
+    device: torch.device,
+) -> tuple[str, int]:
     """Load the weights of this name, by default the selected ones; their name and their step."""
-    result = require_result(run, RobustTrainResult)
-    selected = weights or result.selected
-    step = result.step_of(selected)
+    selected = weights or finished.result.selected
+    step = finished.result.step_of(selected)
     if selected == "averaged":
-        model.load_state_dict(_read_averaged(run))
+        model.load_state_dict(_read_averaged(finished.run))
     else:
-        with scratch_folder() as scratch:
-            folder = run.checkpoints.fetch(run.checkpoints.at(step), scratch / "checkpoint")
-            load_weights(model, folder, device)
+        load_checkpoint(model, finished.run, step, device)
     return selected, step
 
 

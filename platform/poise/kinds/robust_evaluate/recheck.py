@@ -11,12 +11,12 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-import yaml
 from torch import Tensor
 
 from poise.data.images.datasets import ImageSet, to_float
 from poise.errors import UserError
 from poise.kinds.common.attack_stages import bind, threat_names
+from poise.kinds.common.finished_run import open_finished
 from poise.kinds.common.target_model import TargetModel, open_target_model
 from poise.kinds.robust_evaluate.chunks import AdversarialExamples, read_adversarial_examples
 from poise.kinds.robust_evaluate.result import RecheckCounts, RecheckResult, RobustEvaluateResult
@@ -28,8 +28,7 @@ from poise.robust.attacks.base import scores
 from poise.robust.attacks.losses import cw_loss
 from poise.robust.threats import ORDERS, Threat
 from poise.store.parquet import to_parquet
-from poise.store.result import read_result, write_result
-from poise.store.runs import Run, open_run
+from poise.store.result import write_result
 from poise.train.context import Context
 
 __all__ = ["recheck"]
@@ -48,11 +47,10 @@ def recheck(spec: RobustEvaluateSpec, name: str, context: Context) -> None:
 
 
 def _recheck(spec: RobustEvaluateSpec, name: str, context: Context) -> None:
-    run = open_run(spec.store, name, must_exist=True)
-    evaluated_spec = _read_evaluation_spec(run)
-    evaluated_result = read_result(run, RobustEvaluateResult)
-    if evaluated_result is None:
-        raise UserError(f"recheck.run: {name!r} in {run.storage.url} has no result yet: run it to its end")
+    evaluated = open_finished(spec.store, name, RobustEvaluateSpec, RobustEvaluateResult)
+    evaluated_spec = evaluated.spec
+    if evaluated_spec.recheck is not None:
+        raise UserError(f"recheck.run: {name!r} attacks nothing, it rechecks another run; name an evaluation")
     assert evaluated_spec.model is not None  # validated by its spec
     target = open_target_model(
         evaluated_spec.model,
@@ -65,22 +63,14 @@ def _recheck(spec: RobustEvaluateSpec, name: str, context: Context) -> None:
     images = target.choose(evaluated_spec.num_examples)
     threats = _stage_threats(evaluated_spec, target)
     rows: list[dict[str, Any]] = []
-    for adversarial in read_adversarial_examples(run):
+    for adversarial in read_adversarial_examples(evaluated.run):
         done = len(rows) + len(adversarial.examples)
         context.report(Progress(spec.name, adversarial.stage, 0, 0, len(rows), done))
         rows += _check_examples(target, images, adversarial, threats[adversarial.stage], spec.batch_size, context)
     if not rows:
         raise UserError(f"recheck.run: {name!r} has kept no adversarial example: set keep_adversarial in its spec")
-    warnings = _recheck_warnings(evaluated_result.weights_sha256, target, rows)
+    warnings = _recheck_warnings(evaluated.result.weights_sha256, target, rows)
     _write_results(spec, rows, warnings, context)
-
-
-def _read_evaluation_spec(run: Run) -> RobustEvaluateSpec:
-    """The spec of the evaluation that is checked. UserError for a run that attacked nothing."""
-    tree = yaml.safe_load(run.read("spec.yaml"))
-    if tree.get("kind") != "robust.evaluate" or tree.get("recheck"):
-        raise UserError(f"recheck.run: {run.name!r} is a {tree.get('kind')} that attacks nothing; name an evaluation")
-    return RobustEvaluateSpec.model_validate(tree)
 
 
 def _stage_threats(spec: RobustEvaluateSpec, target: TargetModel) -> dict[str, list[Threat]]:

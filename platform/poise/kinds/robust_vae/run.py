@@ -9,12 +9,12 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from poise.data.images.batches import Dataset, load, training_batches
 from poise.data.images.datasets import ImageSet, to_float
-from poise.errors import IntegrityError, UserError
+from poise.errors import IntegrityError
+from poise.kinds.common.finished_run import open_finished
 from poise.kinds.robust_vae.result import RobustVaeResult
 from poise.kinds.robust_vae.spec import RobustVaeSpec
 from poise.models.sizes import count_parameters
@@ -23,14 +23,10 @@ from poise.observe.rows import Rows
 from poise.robust.manifold import elbo_parts
 from poise.robust.noise import Noise
 from poise.spec.seeds import derive_seed
-from poise.store.inputs import check_inputs
-from poise.store.result import require_result, write_result
-from poise.store.runs import open_run
-from poise.store.storage import scratch_folder
+from poise.store.result import write_result
 from poise.train.context import Context
 from poise.train.loop import FitResult, fit
-from poise.train.restore import restore
-from poise.train.state import load_weights
+from poise.train.restore import load_checkpoint, restore
 from poise.train.task import StepContext, StepOutput, Task, TaskState
 
 __all__ = ["open_vae", "run"]
@@ -58,19 +54,11 @@ def open_vae(store: str, name: str, device: torch.device) -> tuple[ConditionalVa
         UserError: no such run, one without a result, or one of another kind.
         IntegrityError: its checkpoint is damaged.
     """
-    run = open_run(store, name, must_exist=True)
-    manifest = run.manifest()
-    if manifest is not None and manifest.kind != "robust.vae":
-        raise UserError(f"run {name!r} is a {manifest.kind} and trains no autoencoder; name a robust.vae")
-    result = require_result(run, RobustVaeResult)
-    spec = RobustVaeSpec.model_validate(yaml.safe_load(run.read("spec.yaml")))
-    check_inputs(run, spec)
-    data = load(spec.data, spec.seed)
-    model = _build(spec, data).to(device)
-    with scratch_folder() as scratch:
-        step = result.step_of(result.selected)
-        folder = run.checkpoints.fetch(run.checkpoints.at(step), scratch / "checkpoint")
-        load_weights(model, folder, device)
+    finished = open_finished(store, name, RobustVaeSpec, RobustVaeResult, unchanged_inputs=True)
+    data = load(finished.spec.data, finished.spec.seed)
+    model = _build(finished.spec, data).to(device)
+    step = finished.result.step_of(finished.result.selected)
+    load_checkpoint(model, finished.run, step, device)
     return model.eval(), data
 
 
