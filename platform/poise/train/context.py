@@ -106,6 +106,15 @@ class Context:
             merged[rank :: self.world_size] = shard
         return merged
 
+    def unshard_rows(self, rows: Tensor) -> Tensor:
+        """As `unshard`, for items that are the rows of a tensor (n, ...): (N, ...), the rows of all ranks in order."""
+        # Whole tensors are sent: a row is a view, and pickling one sends the storage of all rows with it.
+        shards: list[Tensor] = self.gather(rows)
+        merged = rows.new_empty(sum(map(len, shards)), *rows.shape[1:])
+        for rank, shard in enumerate(shards):
+            merged[rank :: self.world_size] = shard
+        return merged
+
     def on_main(self, action: Callable[[], Any]) -> Any:
         """Call `action` on rank 0; every rank returns its result.
 

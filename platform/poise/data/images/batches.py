@@ -10,6 +10,7 @@ from torch import Tensor
 
 from poise.data.images.augmentation import Draws, PadMode, crop_and_flip, draw
 from poise.data.images.datasets import ImageSet, read, read_part, to_float
+from poise.data.order import GlobalBatches, hold_out
 from poise.data.spec import DataSpec, num_validation
 from poise.errors import UserError
 from poise.spec.seeds import derive_seed
@@ -79,23 +80,15 @@ def load_split(spec: DataSpec, seed: int, name: Literal["train", "validation", "
 
 def _hold_out(stored: ImageSet, spec: DataSpec, seed: int) -> tuple[ImageSet, ImageSet]:
     """Training and validation split, both in the order of the stored set."""
-    held_out = num_validation(spec, len(stored))
-    if held_out >= len(stored):
-        raise UserError(
-            f"data.validation: {held_out} held out of {len(stored)} training examples leaves none to train on"
-        )
-    order = _permutation(len(stored), derive_seed(seed, "validation"))
-    train = stored.select(order[held_out:].sort().values)
-    validation = stored.select(order[:held_out].sort().values)
-    return train, validation
+    train_rows, validation_rows = hold_out(len(stored), num_validation(spec, len(stored)), seed)
+    return stored.select(train_rows), stored.select(validation_rows)
 
 
 class Batches:
     """The training stream, with random access: `batch(step)` is a pure function of the arguments and the step.
 
-    An epoch is one seeded permutation of the set, cut into `steps_per_epoch` global batches. Examples that do not fill
-    a last batch are dropped; each epoch drops different ones. Order and augmentation are drawn for the global batch and
-    then cut into equal slices, so that all ranks together see what a single worker would see.
+    The order of the images is that of `GlobalBatches`. Augmentation is drawn for the global batch and then cut into
+    equal slices too, so that all ranks together see what a single worker would see.
     """
 
     def __init__(
@@ -120,47 +113,35 @@ class Batches:
         Raises:
             UserError: fewer examples than one batch, a batch that the ranks cannot share equally, too wide a padding.
         """
-        _check(images, batch_size, pad, world_size)
+        if pad >= min(images.shape[2:]):
+            raise UserError(f"data.pad: {pad} pixels must be less than the side of the images, {min(images.shape[2:])}")
         self.device = torch.device(device)
         storage_device = self.device if resident and _fits(images, self.device) else torch.device("cpu")
         self.images = images.to(storage_device)
         self.labels = labels.to(storage_device)
-        self.steps_per_epoch = len(images) // batch_size
-        self._batch_size = batch_size
+        self._global = GlobalBatches(
+            len(images), batch_size, seed, rank, world_size, key="data.batch_size", device=storage_device
+        )
+        self.steps_per_epoch = self._global.per_epoch
         self._seed = seed
         self._pad = pad
         self._pad_mode = pad_mode
         self._flip = flip
-        per_rank = batch_size // world_size
-        self._slice = slice(rank * per_rank, (rank + 1) * per_rank)
-        # the permutation of the epoch that was read last
-        self._epoch = -1
-        self._order = torch.empty(0, dtype=torch.int64)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """This rank's share of global batch `step` (from 0): x (n, C, H, W) float32 in [0, 1] and y (n,) int64."""
-        rows = self._rows(step)
+        rows = self._global.rows(step)[self._global.share]  # (n,)
         x = self.images[rows].to(self.device)
         y = self.labels[rows].to(self.device)
         if self._pad or self._flip:
             x = crop_and_flip(x, self._draws(step), pad=self._pad, mode=self._pad_mode)
         return to_float(x), y
 
-    def _rows(self, step: int) -> Tensor:
-        """Indices (n,) of this rank's share of global batch `step`."""
-        epoch, index = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            order = _permutation(len(self.labels), derive_seed(self._seed, "order", epoch))
-            self._order = order.to(self.labels.device)
-            self._epoch = epoch
-        start = index * self._batch_size
-        return self._order[start : start + self._batch_size][self._slice]
-
     def _draws(self, step: int) -> Draws:
         """This rank's share of the crops and flips, which are drawn for the global batch."""
         seed = derive_seed(self._seed, "augment", step)
-        draws = draw(self._batch_size, pad=self._pad, flip=self._flip, seed=seed)
-        return Draws(*(values[self._slice].to(self.device) for values in draws))
+        draws = draw(self._global.batch_size, pad=self._pad, flip=self._flip, seed=seed)
+        return Draws(*(values[self._global.share].to(self.device) for values in draws))
 
 
 def training_batches(
@@ -182,25 +163,12 @@ def training_batches(
     )
 
 
-def _check(images: Tensor, batch_size: int, pad: int, world_size: int) -> None:
-    if len(images) < batch_size:
-        raise UserError(f"data.batch_size: {batch_size} is more than the {len(images)} training examples")
-    if batch_size % world_size:
-        raise UserError(f"data.batch_size: {batch_size} examples cannot be shared equally by {world_size} workers")
-    if pad >= min(images.shape[2:]):
-        raise UserError(f"data.pad: {pad} pixels must be less than the side of the images, {min(images.shape[2:])}")
-
-
 def _fits(images: Tensor, device: torch.device) -> bool:
     """Whether images take at most half of the free memory of a GPU; always true of other devices."""
     if device.type != "cuda":
         return True
     free_bytes, _ = torch.cuda.mem_get_info(device)
     return 2 * images.nbytes <= free_bytes
-
-
-def _permutation(n: int, seed: int) -> Tensor:
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
 
 def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from poise.data.order import GlobalBatches, hold_out
 from poise.data.spec import FunctionText, JsonlText, ParquetText, TextSpec, WorldText, num_validation
 from poise.data.synthetic_facts import make_world
 from poise.data.text.examples import TextExample, encode_answers, encode_examples
 from poise.data.text.records import Row, function_rows, read_pair, read_rows
 from poise.errors import UserError
 from poise.models.limits import NO_LIMITS, ModelLimits
-from poise.spec.seeds import derive_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -90,21 +90,16 @@ def load_text(spec: TextSpec, tokenizer: Tokenizer, seed: int, limits: ModelLimi
     else:
         rows = read_rows(spec.path, ".jsonl" if spec.name == "jsonl" else ".parquet")
     examples = encode_rows(rows, spec, tokenizer, limits)
-    held_out = num_validation(spec, len(examples))
-    if held_out >= len(examples):
-        raise UserError(f"data.validation: {held_out} held out of {len(examples)} examples leaves none to train on")
-    order = _permutation(len(examples), derive_seed(seed, "validation")).tolist()
-    train = [examples[row] for row in sorted(order[held_out:])]
-    validation = [examples[row] for row in sorted(order[:held_out])]
+    train_rows, validation_rows = hold_out(len(examples), num_validation(spec, len(examples)), seed)
+    train = [examples[row] for row in train_rows.tolist()]
+    validation = [examples[row] for row in validation_rows.tolist()]
     return TextData(train, validation)
 
 
 class TextBatches:
     """The training stream, with random access: `batch(i)` is a pure function of the arguments and of i.
 
-    An epoch is one seeded permutation of the examples, cut into `batches_per_epoch` global batches. Examples that do
-    not fill a last batch are dropped; each epoch drops different ones. Ranks take equal slices of a global batch, so
-    that all ranks together see what a single worker would see.
+    The order of the examples is that of `GlobalBatches`.
     """
 
     def __init__(
@@ -121,40 +116,21 @@ class TextBatches:
         Raises:
             UserError: fewer examples than one batch, or a batch that the ranks cannot share equally.
         """
-        if len(examples) < batch_size:
-            raise UserError(f"batch_size: {batch_size} is more than the {len(examples)} training examples")
-        if batch_size % world_size:
-            raise UserError(f"batch_size: {batch_size} examples cannot be shared equally by {world_size} workers")
-        self.batches_per_epoch = len(examples) // batch_size
+        self._global = GlobalBatches(len(examples), batch_size, seed, rank, world_size, key="batch_size")
+        self.batches_per_epoch = self._global.per_epoch
         self._corpus = _Corpus(examples)
         self._device = torch.device(device)
-        self._batch_size = batch_size
-        self._seed = seed
-        per_rank = batch_size // world_size
-        self._slice = slice(rank * per_rank, (rank + 1) * per_rank)
-        # the permutation of the epoch that was read last
-        self._epoch = -1
-        self._order = torch.empty(0, dtype=torch.int64)
 
     def batch(self, index: int) -> TextBatch:
         """This rank's share of global batch `index`, counted from 0 over all epochs."""
-        rows = self._rows(index)
+        rows = self._global.rows(index)
         width = int(self._corpus.lengths[rows].max())  # the longest sequence of all ranks
-        batch = self._corpus.batch(rows[self._slice], width)
+        batch = self._corpus.batch(rows[self._global.share], width)
         return TextBatch(batch.ids.to(self._device), batch.labels.to(self._device), batch.mask.to(self._device))
 
     def supervised(self, index: int) -> int:
         """The number of learned tokens in global batch `index`, over all ranks."""
-        return int(self._corpus.supervised[self._rows(index)].sum())
-
-    def _rows(self, index: int) -> Tensor:
-        """The examples (batch_size,) of global batch `index`."""
-        epoch, offset = divmod(index, self.batches_per_epoch)
-        if epoch != self._epoch:
-            self._order = _permutation(self._corpus.lengths.numel(), derive_seed(self._seed, "order", epoch))
-            self._epoch = epoch
-        start = offset * self._batch_size
-        return self._order[start : start + self._batch_size]
+        return int(self._corpus.supervised[self._global.rows(index)].sum())
 
 
 def text_batch(examples: Sequence[TextExample]) -> TextBatch:
@@ -265,7 +241,3 @@ def _check_limits(examples: Sequence[TextExample], limits: ModelLimits) -> None:
         limits.check_ids(tokens)
         if len(tokens) > limits.context:
             raise UserError(f"an example of {len(tokens)} tokens is more than the {limits.context} of the model")
-
-
-def _permutation(n: int, seed: int) -> Tensor:
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))

@@ -18,6 +18,7 @@ from torch.func import functional_call
 from poise.align.oracles import Oracle
 from poise.align.selfplay import PolicyBatch
 from poise.align.selfplay.policy_loss import Responses, collate, response_logits, token_logprobs
+from poise.data.order import rank_slice
 from poise.errors import PoiseError, UserError
 from poise.inference.sampler import (
     Decoding,
@@ -114,12 +115,11 @@ class SelfPlay:
         self._policy.eval()
         samples: list[list[Sample]] = self._context.on_main(partial(self._generate_rollouts, iteration))
         questions = self._iteration_questions(iteration)
-        share = len(questions) // self._context.world_size
-        size = share // self._spec.train.accumulate
-        first = self._context.rank * share
+        share = rank_slice(len(questions), self._context.rank, self._context.world_size)
+        size = (share.stop - share.start) // self._spec.train.accumulate
         self.micro_batches = [
             self._score_rollouts(questions[start : start + size], samples[start : start + size])
-            for start in range(first, first + share, size)
+            for start in range(share.start, share.stop, size)
         ]
         # With one inner step the previous policy is the one that is trained, so no copy is needed.
         self._previous_weights = _copy_weights(self._policy) if self._method.inner_steps > 1 else {}

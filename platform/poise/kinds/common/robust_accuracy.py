@@ -55,11 +55,7 @@ def evaluate_shard(
     """
     indices = torch.tensor(context.shard(count), dtype=torch.int64)
     evaluation = evaluate(model, x, y, attacks, batch_size=batch_size, seed=seed, indices=indices)
-    # Whole matrices are sent: a row is a view, and pickling one sends the storage of all rows with it.
-    correct = torch.empty(count, len(evaluation.names), dtype=torch.bool)
-    for rank, rows in enumerate(context.gather(evaluation.correct)):
-        correct[rank :: context.world_size] = rows
-    return Evaluation(evaluation.names, correct)
+    return Evaluation(evaluation.names, context.unshard_rows(evaluation.correct))
 
 
 def columns_of(evaluation: Evaluation) -> dict[str, Tensor]:
