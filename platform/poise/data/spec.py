@@ -179,8 +179,17 @@ class WorldText(SpecModel):
     world: WorldSpec = Field(WorldSpec(), description="the world")
 
 
-class _TextFiles(SpecModel):
+class _RowFiles(SpecModel):
     path: str = Field(min_length=1, description="file, or folder of such files, local or on s3://")
+
+    def inputs(self) -> Iterator[Input]:
+        """The file, or the files of the folder that have the suffix of the format."""
+        name = getattr(self, "name")  # noqa: B009 - each subclass declares `name` with a type of its own
+        is_file = self.path.endswith(f".{name}")
+        yield Input(("path",), "files", self.path, "" if is_file else rf".*\.{name}")
+
+
+class _TextFiles(_RowFiles):
     prompt: str = Field("prompt", description="field with the text before the answer")
     completion: str = Field("completion", description="field with the answer; only its tokens are learned")
     validation: int | None = Field(
@@ -190,11 +199,6 @@ class _TextFiles(SpecModel):
     too_long: Literal["error", "cut"] = Field(
         "error", description="error refuses longer examples, cut drops the tokens beyond the limit"
     )
-
-    def inputs(self) -> Iterator[Input]:
-        """The file, or the files of the folder that have the suffix of the format."""
-        name = getattr(self, "name")  # noqa: B009 - each subclass declares `name` with a type of its own
-        yield _rows_input(self.path, f".{name}")
 
 
 class JsonlText(_TextFiles):
@@ -247,18 +251,12 @@ class WorldQuestions(SpecModel):
     world: WorldSpec = Field(WorldSpec(), description="the world")
 
 
-class _QuestionFiles(SpecModel):
-    path: str = Field(min_length=1, description="file, or folder of such files, local or on s3://")
+class _QuestionFiles(_RowFiles):
     question: str = Field("question", description="field with the question")
     answers: str = Field("answer", description="field with the accepted answer, or a list of accepted answers")
     limit: int | None = Field(
         None, ge=1, description="number of questions to use: a shuffled subset, the same for every seed"
     )
-
-    def inputs(self) -> Iterator[Input]:
-        """The file, or the files of the folder that have the suffix of the format."""
-        name = getattr(self, "name")  # noqa: B009 - each subclass declares `name` with a type of its own
-        yield _rows_input(self.path, f".{name}")
 
 
 class JsonlQuestions(_QuestionFiles):
@@ -298,12 +296,6 @@ class FunctionQuestions(SpecModel):
     def inputs(self) -> Iterator[Input]:
         """The code."""
         yield Input(("function",), "code", self.function)
-
-
-def _rows_input(path: str, suffix: str) -> Input:
-    """The input of a file, or of every file with this suffix below a folder."""
-    pattern = "" if path.endswith(suffix) else rf".*\{suffix}"
-    return Input(("path",), "files", path, pattern)
 
 
 QuestionsSpec = Annotated[

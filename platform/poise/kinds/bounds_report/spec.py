@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from poise.data.spec import DataSpec
-from poise.kinds.common.target_model_spec import TargetModelSpec
+from poise.kinds.common.target_model_spec import TargetModelSpec, classifier_inputs
 from poise.robust.spec import Threats
 from poise.spec import ExactNumber, Input, RunName, RunSpec, field_error
 
@@ -69,8 +69,7 @@ class BoundsReportSpec(RunSpec):
 
     def inputs(self) -> Iterator[Input]:
         """The runs of the classifiers, and the inputs of the sections."""
-        for index, name in enumerate(self.runs):
-            yield Input(("runs", index), "run", name, kinds=("robust.train", "sweep"))
+        yield from classifier_inputs(self.runs)
         yield from super().inputs()
 
     def cost(self) -> list[str]:

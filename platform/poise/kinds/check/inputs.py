@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from poise.errors import PoiseError, UserError
-from poise.kinds.check.finding import Mistake
+from poise.kinds.check.mistake import Mistake
 from poise.spec import Input, RunSpec
 from poise.spec.code import attributes
 from poise.spec.problems import nearest

@@ -9,27 +9,28 @@ from pathlib import Path
 from poise.data.spec import known_sizes
 from poise.errors import UserError
 from poise.kinds.bounds_report.spec import BoundsReportSpec
-from poise.kinds.check.finding import Finding, absolute_path_hint
+from poise.kinds.check.mistake import Mistake, absolute_path_hint
 from poise.kinds.common.target_model_spec import TargetModelSpec
 from poise.kinds.robust_evaluate.spec import RobustEvaluateSpec
 from poise.models.architectures import Shape
 from poise.models.spec import LanguageModelSpec
+from poise.spec.problems import Path as SpecPath
 
-__all__ = ["folder_findings", "state_dict_findings", "target_model_findings"]
+__all__ = ["folder_mistakes", "state_dict_mistakes", "target_model_mistakes"]
 
 
-def target_model_findings(spec: TargetModelSpec) -> Iterator[Finding]:
+def target_model_mistakes(spec: TargetModelSpec) -> Iterator[Mistake]:
     """What is wrong with the local file of a state dict, apart from its architecture."""
     if spec.file is None or "://" in spec.file:
         return
     file = Path(spec.file).expanduser()
     if not spec.file.endswith(".safetensors"):
         cure = "convert it with safetensors.torch.save_file(state_dict, 'model.safetensors')"
-        yield Finding("file", f"{spec.file} is no .safetensors file, and pickles are never read: {cure}")
+        yield Mistake(("file",), f"{spec.file} is no .safetensors file, and pickles are never read: {cure}")
     elif not file.is_file():
-        yield Finding("file", f"{absolute_path_hint(file)} is not there", absent=True)
+        yield Mistake(("file",), f"{absolute_path_hint(file)} is not there", absent=True)
     elif message := _header_fault(file):
-        yield Finding("file", f"{spec.file} is damaged: {message}")
+        yield Mistake(("file",), f"{spec.file} is damaged: {message}")
 
 
 def _header_fault(file: Path) -> str:
@@ -48,7 +49,7 @@ def _header_fault(file: Path) -> str:
     return "" if isinstance(header, dict) else "its header is no JSON object"
 
 
-def state_dict_findings(spec: RobustEvaluateSpec | BoundsReportSpec) -> Iterator[Finding]:
+def state_dict_mistakes(spec: RobustEvaluateSpec | BoundsReportSpec) -> Iterator[Mistake]:
     """Local state dicts that do not have the architecture which the spec gives them.
 
     Nothing is checked where the image shape and classes of the data set are known only after reading it: the run does
@@ -58,14 +59,14 @@ def state_dict_findings(spec: RobustEvaluateSpec | BoundsReportSpec) -> Iterator
     if sizes is None:
         return
     if isinstance(spec, RobustEvaluateSpec):
-        models = [("model", spec.model)]
+        models: list[tuple[SpecPath, TargetModelSpec | None]] = [(("model",), spec.model)]
     else:
-        models = [(f"models.{index}", model) for index, model in enumerate(spec.models)]
-    for key, model in models:
+        models = [(("models", index), model) for index, model in enumerate(spec.models)]
+    for path, model in models:
         if model is not None and model.source == "file":
             mismatch = _architecture_mismatch(model, sizes.shape, sizes.classes)
             if mismatch:
-                yield Finding(f"{key}.file", mismatch)
+                yield Mistake((*path, "file"), mismatch)
 
 
 def _architecture_mismatch(spec: TargetModelSpec, shape: Shape, classes: int) -> str | None:
@@ -77,7 +78,7 @@ def _architecture_mismatch(spec: TargetModelSpec, shape: Shape, classes: int) ->
 
     file = Path(str(spec.file)).expanduser()
     if not file.is_file() or file.suffix != ".safetensors":
-        return None  # reported by target_model_findings
+        return None  # reported by target_model_mistakes
     try:
         header = read_header(file)
     except UserError:
@@ -93,7 +94,7 @@ def _architecture_mismatch(spec: TargetModelSpec, shape: Shape, classes: int) ->
     return None
 
 
-def folder_findings(spec: LanguageModelSpec) -> Iterator[Finding]:
+def folder_mistakes(spec: LanguageModelSpec) -> Iterator[Mistake]:
     """Why Poise cannot use a local folder of a language model."""
     if spec.folder is None or "://" in spec.folder:
         return
@@ -103,4 +104,4 @@ def folder_findings(spec: LanguageModelSpec) -> Iterator[Finding]:
     try:
         check_shapes(examine_folder(spec.folder))
     except UserError as error:
-        yield Finding("folder", str(error), absent=not Path(spec.folder).expanduser().exists())
+        yield Mistake(("folder",), str(error), absent=not Path(spec.folder).expanduser().exists())

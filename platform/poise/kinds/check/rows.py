@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 from poise.data.spec import JsonlText, ParquetText
 from poise.errors import UserError
-from poise.kinds.check.finding import Finding, absolute_path_hint
+from poise.kinds.check.mistake import Mistake, absolute_path_hint
 
 if TYPE_CHECKING:
     from poise.data.text.questions import QuestionFiles
     from poise.data.text.records import Row, Suffix
 
-__all__ = ["question_findings", "rows_to_check", "text_findings"]
+__all__ = ["question_mistakes", "rows_to_check", "text_mistakes"]
 
 _WHOLE_BYTES = 64 * 2**20
 """Files of at most so many bytes together are read in full: 370,000 short rows take five seconds and 0.6 GB."""
@@ -27,33 +27,33 @@ _FIRST_ROWS = 10_000
 """The number of rows that are read of larger files."""
 
 
-def text_findings(spec: JsonlText | ParquetText) -> Iterator[Finding]:
+def text_mistakes(spec: JsonlText | ParquetText) -> Iterator[Mistake]:
     """What is wrong with the rows of a text to train on."""
     from poise.data.text.records import first_rows, read_pair
 
     suffix: Suffix = ".jsonl" if isinstance(spec, JsonlText) else ".parquet"
-    files, finding = _row_files(spec.path, suffix)
-    if finding:
-        yield finding
+    files, mistake = _row_files(spec.path, suffix)
+    if mistake:
+        yield mistake
     if not files:
         return
     try:
         head = first_rows(files[0], suffix, 1)
-        format_findings = list(_text_format_findings(head, spec, files[0]))
-        yield from format_findings
-        if format_findings:
+        format_mistakes = list(_text_format_mistakes(head, spec, files[0]))
+        yield from format_mistakes
+        if format_mistakes:
             return
         rows, note = _rows_to_check(spec.path, files, suffix)
         for row in rows:
             read_pair(row, spec)
     except UserError as error:
-        yield Finding("path", str(error))
+        yield Mistake(("path",), str(error))
         return
     if note:
         yield note
 
 
-def question_findings(spec: QuestionFiles) -> Iterator[Finding]:
+def question_mistakes(spec: QuestionFiles) -> Iterator[Mistake]:
     """What is wrong with the rows of files of questions."""
     from poise.data.text.questions import (
         SUFFIXES,
@@ -64,16 +64,16 @@ def question_findings(spec: QuestionFiles) -> Iterator[Finding]:
     from poise.data.text.records import first_rows
 
     suffix = SUFFIXES[spec.name]
-    files, finding = _row_files(spec.path, suffix)
-    if finding:
-        yield finding
+    files, mistake = _row_files(spec.path, suffix)
+    if mistake:
+        yield mistake
     if not files:
         return
     cure = ""
     try:
         head = first_rows(files[0], suffix, 1)
         if not head:
-            yield Finding("path", f"{files[0]} has no row to read")
+            yield Mistake(("path",), f"{files[0]} has no row to read")
             return
         # Where a field is missing, the message of read_question lists the fields itself.
         if {spec.question, spec.answers} <= head[0].values.keys():
@@ -83,7 +83,7 @@ def question_findings(spec: QuestionFiles) -> Iterator[Finding]:
         rows, note = _rows_to_check(spec.path, files, suffix)
         read_questions(rows if note else choose_rows(rows, spec.limit), spec)
     except UserError as error:
-        yield Finding("path", f"{error}{cure}")
+        yield Mistake(("path",), f"{error}{cure}")
         return
     if note:
         yield note
@@ -99,25 +99,25 @@ def rows_to_check(path: str, suffix: Suffix) -> list[Row]:
     return _rows_to_check(path, files, suffix)[0] if files else []
 
 
-def _text_format_findings(rows: Sequence[Row], spec: JsonlText | ParquetText, file: Path) -> Iterator[Finding]:
+def _text_format_mistakes(rows: Sequence[Row], spec: JsonlText | ParquetText, file: Path) -> Iterator[Mistake]:
     """What the first row shows to be wrong with the format of the whole file."""
     from poise.data.text.formats import JSON_LINES, format_advice
 
     if not rows:
-        yield Finding("path", f"{file} has no row to read")
+        yield Mistake(("path",), f"{file} has no row to read")
         return
     values = rows[0].values
     for key in ("prompt", "completion"):
         field = getattr(spec, key)
         if field not in values:
             cure = format_advice(values) or f"set {key} to the field that holds it, or write {JSON_LINES}"
-            yield Finding("path", f"{rows[0].where}: {rows[0].missing(field)}: {cure}")
+            yield Mistake(("path",), f"{rows[0].where}: {rows[0].missing(field)}: {cure}")
             return
         if not isinstance(values[field], str):
-            yield Finding(key, f"{rows[0].where}: {field!r} is {type(values[field]).__name__}, not text")
+            yield Mistake((key,), f"{rows[0].where}: {field!r} is {type(values[field]).__name__}, not text")
 
 
-def _rows_to_check(path: str, files: Sequence[Path], suffix: Suffix) -> tuple[list[Row], Finding | None]:
+def _rows_to_check(path: str, files: Sequence[Path], suffix: Suffix) -> tuple[list[Row], Mistake | None]:
     """All rows of files of moderate size and None; of larger files the first rows, and a note that says how many."""
     from poise.data.text.records import first_rows, read_rows
 
@@ -126,24 +126,24 @@ def _rows_to_check(path: str, files: Sequence[Path], suffix: Suffix) -> tuple[li
         return read_rows(path, suffix), None
     rows = first_rows(files[0], suffix, _FIRST_ROWS, _WHOLE_BYTES)
     what = f"the first {len(rows):,} rows of {files[0]} were looked at"
-    note = Finding("path", f"{what}; the run reads all of {path}, {size / 1e6:,.0f} MB", is_note=True)
+    note = Mistake(("path",), f"{what}; the run reads all of {path}, {size / 1e6:,.0f} MB", is_note=True)
     return rows, note
 
 
-def _row_files(path: str, suffix: str) -> tuple[list[Path], Finding | None]:
+def _row_files(path: str, suffix: str) -> tuple[list[Path], Mistake | None]:
     """The local files that rows are read from, sorted by name, or none and what is wrong with the path."""
     if "://" in path:
         return [], None
     local = Path(path).expanduser()
     if local.is_dir() and not path.endswith(suffix):
         files = sorted(file for file in local.rglob(f"*{suffix}") if file.is_file())
-        return files, None if files else Finding("path", f"the folder {path} holds no file *{suffix}")
+        return files, None if files else Mistake(("path",), f"the folder {path} holds no file *{suffix}")
     if not local.exists():
-        return [], Finding("path", f"{absolute_path_hint(local)} is not there", absent=True)
+        return [], Mistake(("path",), f"{absolute_path_hint(local)} is not there", absent=True)
     if path.endswith(suffix) and local.is_file():
         return [local], None
     cure = _cure_for_other_format(local)
-    return [], Finding("path", f"{path} is no file *{suffix} and no folder that holds one{cure}")
+    return [], Mistake(("path",), f"{path} is no file *{suffix} and no folder that holds one{cure}")
 
 
 def _cure_for_other_format(file: Path) -> str:

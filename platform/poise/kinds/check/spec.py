@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -13,12 +12,12 @@ from poise.errors import PoiseError
 from poise.kinds.align_selfplay.spec import AlignSelfplaySpec
 from poise.kinds.bounds_report.spec import BoundsReportSpec
 from poise.kinds.calibrate_measure.spec import CalibrateMeasureSpec
-from poise.kinds.check.finding import Finding, Mistake
-from poise.kinds.check.images import image_findings
+from poise.kinds.check.images import image_mistakes
 from poise.kinds.check.inputs import input_mistakes, why_not_writable
-from poise.kinds.check.models import folder_findings, state_dict_findings, target_model_findings
-from poise.kinds.check.rows import question_findings, text_findings
-from poise.kinds.check.tokens import prompt_findings, text_length_findings
+from poise.kinds.check.mistake import Mistake
+from poise.kinds.check.models import folder_mistakes, state_dict_mistakes, target_model_mistakes
+from poise.kinds.check.rows import question_mistakes, text_mistakes
+from poise.kinds.check.tokens import prompt_mistakes, text_length_mistakes
 from poise.kinds.common.target_model_spec import TargetModelSpec
 from poise.kinds.finetune_sft.spec import FinetuneSftSpec
 from poise.kinds.pipeline.spec import PipelineSpec
@@ -30,20 +29,20 @@ from poise.spec.problems import Path
 
 __all__ = ["find_mistakes"]
 
-_CHECKS: Mapping[type[SpecModel], Callable[[Any], Iterator[Finding]]] = {
-    DataSpec: image_findings,
-    JsonlText: text_findings,
-    ParquetText: text_findings,
-    JsonlQuestions: question_findings,
-    CsvQuestions: question_findings,
-    ParquetQuestions: question_findings,
-    LanguageModelSpec: folder_findings,
-    TargetModelSpec: target_model_findings,
-    CalibrateMeasureSpec: prompt_findings,
-    AlignSelfplaySpec: prompt_findings,
-    FinetuneSftSpec: text_length_findings,
-    RobustEvaluateSpec: state_dict_findings,
-    BoundsReportSpec: state_dict_findings,
+_CHECKS: Mapping[type[SpecModel], Callable[[Any], Iterator[Mistake]]] = {
+    DataSpec: image_mistakes,
+    JsonlText: text_mistakes,
+    ParquetText: text_mistakes,
+    JsonlQuestions: question_mistakes,
+    CsvQuestions: question_mistakes,
+    ParquetQuestions: question_mistakes,
+    LanguageModelSpec: folder_mistakes,
+    TargetModelSpec: target_model_mistakes,
+    CalibrateMeasureSpec: prompt_mistakes,
+    AlignSelfplaySpec: prompt_mistakes,
+    FinetuneSftSpec: text_length_mistakes,
+    RobustEvaluateSpec: state_dict_mistakes,
+    BoundsReportSpec: state_dict_mistakes,
 }
 """The check of each class of section. The first class that a section is an instance of counts."""
 
@@ -61,7 +60,7 @@ def find_mistakes(spec: RunSpec, *, skip: Collection[str] = ()) -> list[Mistake]
     for prefix, stage in _stages(spec):
         if stage.name not in skip:
             for mistake in _run_mistakes(stage, earlier_kinds):
-                mistakes[replace(mistake, path=(*prefix, *mistake.path))] = None
+                mistakes[mistake.below(prefix)] = None
         earlier_kinds[stage.name] = f"sweep of {stage.base.kind}" if isinstance(stage, SweepSpec) else stage.kind
     return list(mistakes)
 
@@ -126,8 +125,7 @@ def _nested_sections(value: Any, path: Path) -> Iterator[tuple[Path, SpecModel]]
 def _section_mistakes(path: Path, section: SpecModel) -> Iterator[Mistake]:
     check = next(function for section_class, function in _CHECKS.items() if isinstance(section, section_class))
     try:
-        for finding in check(section):
-            key = (int(part) if part.isdigit() else part for part in finding.key.split("."))
-            yield Mistake((*path, *key), finding.message, finding.absent, finding.is_note)
+        for mistake in check(section):
+            yield mistake.below(path)
     except PoiseError as error:
         yield Mistake(path, str(error))

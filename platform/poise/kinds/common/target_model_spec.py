@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -10,7 +10,10 @@ from pydantic import Field, model_validator
 from poise.models.spec import ModelSpec
 from poise.spec import CodeReference, Input, RunName, field_error
 
-__all__ = ["TargetModelSpec"]
+__all__ = ["CLASSIFIER_KINDS", "TargetModelSpec", "classifier_inputs"]
+
+CLASSIFIER_KINDS = ("robust.train", "sweep")
+"""The kinds of runs that a list of classifiers may name; a sweep stands for all its trials."""
 
 
 class TargetModelSpec(ModelSpec):
@@ -57,3 +60,9 @@ class TargetModelSpec(ModelSpec):
         if self.file is not None:
             yield Input(("file",), "files", self.file)
         yield from super().inputs()
+
+
+def classifier_inputs(runs: Sequence[str]) -> Iterator[Input]:
+    """The runs of classifiers that the key `runs` of a spec names."""
+    for index, name in enumerate(runs):
+        yield Input(("runs", index), "run", name, kinds=CLASSIFIER_KINDS)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from poise.data.images.batches import Dataset, load
 from poise.errors import IntegrityError, UserError
 from poise.kinds.common.finished_run import FinishedRun, open_finished
+from poise.kinds.common.target_model_spec import CLASSIFIER_KINDS
 from poise.kinds.common.user_model import build_classifier, make_module
 from poise.kinds.robust_train.result import RobustTrainResult
 from poise.kinds.robust_train.spec import RobustTrainSpec
@@ -93,7 +94,7 @@ def trained_runs(store: str, names: list[str]) -> tuple[list[str], list[str]]:
             require_result(run, RobustTrainResult)
             runs.append(name)
         else:
-            raise UserError(wrong_kind(name, kind, ["robust.train", "sweep"]))
+            raise UserError(wrong_kind(name, kind, CLASSIFIER_KINDS))
     return list(dict.fromkeys(runs)), unfinished
 
 

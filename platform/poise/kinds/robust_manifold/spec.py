@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from poise.kinds.common.target_model_spec import classifier_inputs
 from poise.robust.spec import Eigenspace, Eps, StepSize, Threats
 from poise.robust.step_sizes import DECAYING_STEPS
 from poise.spec import ExactNumber, Input, RunName, RunSpec, SpecModel
@@ -51,8 +52,7 @@ class RobustManifoldSpec(RunSpec):
 
     def inputs(self) -> Iterator[Input]:
         """The runs of the classifiers, and the inputs of the sections."""
-        for index, name in enumerate(self.runs):
-            yield Input(("runs", index), "run", name, kinds=("robust.train", "sweep"))
+        yield from classifier_inputs(self.runs)
         yield from super().inputs()
 
     def cost(self) -> list[str]:

@@ -1,14 +1,13 @@
-"""What a check of a spec returns: a `Finding` in one section, a `Mistake` at a path of the whole spec."""
+"""What a check of a spec, or of a section of a spec, returns."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
-from typing import NamedTuple
 
 from poise.spec.problems import Path
 
-__all__ = ["Finding", "Mistake", "absolute_path_hint"]
+__all__ = ["Mistake", "absolute_path_hint"]
 
 
 @dataclass(frozen=True)
@@ -16,7 +15,7 @@ class Mistake:
     """A reason why the spec cannot run as it is.
 
     Attributes:
-        path: where in the spec it is.
+        path: where it is in the spec, or in the section that was checked.
         message: what is wrong and what to write instead.
         absent: something is not on this machine, but may be on another one.
         is_note: the spec can run; the message is printed only.
@@ -27,21 +26,9 @@ class Mistake:
     absent: bool = False
     is_note: bool = False
 
-
-class Finding(NamedTuple):
-    """A key of one section and what is wrong with it.
-
-    Attributes:
-        key: dotted path of the key below the section.
-        message: what is wrong and what to write instead.
-        absent: something is not on this machine, but may be on another one.
-        is_note: the spec can run; the message is printed only.
-    """
-
-    key: str
-    message: str
-    absent: bool = False
-    is_note: bool = False
+    def below(self, section: Path) -> Mistake:
+        """The same mistake, whose path was that within a section of the spec."""
+        return replace(self, path=(*section, *self.path))
 
 
 def absolute_path_hint(path: FilePath) -> str:
