@@ -74,9 +74,9 @@ def values_of(done: Run, name: str, split: str = "train") -> list[float]:
 
 def test_every_example_is_a_short_file_and_is_refused_without_the_permission(mylab):
     files = sorted((mylab / "mylab").glob("[a-z]*.py"))
-    assert [file.stem for file in files] == ["focal", "nets", "smoothing", "temperature", "winners"]
+    assert [file.stem for file in files] == ["data", "focal", "nets", "smoothing", "temperature", "winners"]
     assert all(file.read_text().count("\n") < 60 for file in files)
-    for spec in ("own-network", "own-objective", "own-loss"):
+    for spec in ("own-network", "own-data", "own-objective", "own-loss"):
         refused = CliRunner().invoke(cli, ["run", f"{spec}.yaml", "--engine", "local"])
         assert isinstance(refused.exception, UserError)
         assert "only with --allow-code" in str(refused.exception)
@@ -89,6 +89,20 @@ def test_the_network():
     done = run("own-network", *IMAGES)
     assert result_of(done)["parameters"] == (64 + 1) * 32 + (32 + 1) * 10
     assert files_of(done) == {"mylab/__init__.py", "mylab/nets.py"}
+
+
+def test_the_images_and_the_metric():
+    done = run("own-data")
+    result = result_of(done)
+    assert result["num_examples"] == 200
+    assert result["accuracy"]["final"]["clean"] > 0.9  # the stripes are easy to tell apart
+    (final,) = result["extra_metrics"]["final"].values()
+    assert 0.5 <= final <= 1
+    assert values_of(done, "metric/confidence", "test") == [final]
+    assert len(values_of(done, "metric/confidence", "validation")) == 2
+    assert files_of(done) == {"mylab/__init__.py", "mylab/data.py"}
+    shown = CliRunner().invoke(cli, ["runs", "show", "runs/own-data"]).output
+    assert "Metrics of your code" in shown
 
 
 def test_the_objective():
@@ -161,6 +175,7 @@ def test_the_kind_of_an_installed_package():
         assert path in done.stdout  # the numbers of a kind without a section of its own
     assert "nothing was run" in poise("run", "own-kind.yaml", "--engine", "local").stderr
     assert "mylab 1.0" in poise("--version").stdout
+    assert "poise mylab.temperature" in poise("schema").stdout
     wrong = poise("check", "own-kind.yaml", "--set", "model=absent", "--set", "models=x")
     assert "models: unknown key; did you mean 'model'?" in wrong.stderr
     assert "there is no run 'absent'" in poise("check", "own-kind.yaml", "--set", "model=absent").stderr

@@ -13,7 +13,7 @@ from poise.spec import RunSpec
 from poise.store.inputs import record_inputs
 from poise.store.result import RunResult, read_result
 from poise.store.runs import Run
-from poise.user_code import current_folder_first, explain_user_frames
+from poise.user_code import current_folder_first, explain_user_frames, is_code_allowed
 
 if TYPE_CHECKING:
     from poise.report.blocks import Section
@@ -75,14 +75,14 @@ def run(spec: RunSpec, context: Context) -> None:
         UserError: an input has changed since the run began, or code of the user failed; see `explain_user_frames`.
     """
     context.on_main(lambda: record_inputs(context.run, spec))
-    with plain_warnings(), _user_code(spec):
+    with plain_warnings(), _user_code():
         REGISTRY[spec.kind].run(spec, context)
 
 
 @contextmanager
-def _user_code(spec: RunSpec) -> Iterator[None]:
-    """If the spec names code of the user, explain its errors while the block runs, and find what it imports late."""
-    if not any(each.kind == "code" for each in spec.inputs()):
+def _user_code() -> Iterator[None]:
+    """Where code of the user may run, explain its errors while the block runs, and find what it imports late."""
+    if not is_code_allowed():
         yield
         return
     with current_folder_first(), explain_user_frames():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -14,7 +14,22 @@ from poise.report.record import RunRecord
 from poise.stats import wilson
 from poise.store.result import RunResult
 
-__all__ = ["Cell", "Column", "RenderedFigure", "Row", "Section", "Table", "draw", "number", "percent", "warning_tables"]
+__all__ = [
+    "Cell",
+    "Column",
+    "RenderedFigure",
+    "Row",
+    "Section",
+    "Table",
+    "draw",
+    "metric_tables",
+    "number",
+    "percent",
+    "warning_tables",
+]
+
+_METRIC = "metric/"
+"""The prefix of the names of metrics of the user's code."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +126,18 @@ def warning_tables(records: Sequence[RunRecord]) -> Iterator[Table]:
     if rows:
         columns = [Column("warning", prose=True)]
         yield Table("Warnings", "Reasons to doubt these results.", "run", columns, rows)
+
+
+def metric_tables(values: Mapping[str, Mapping[str, float]]) -> Iterator[Table]:
+    """One table with the metrics of the user's code, from their values by run and by `metric/NAME`, or none."""
+    names = list(dict.fromkeys(name for metrics in values.values() for name in metrics if name.startswith(_METRIC)))
+    if not names:
+        return
+    rows = []
+    for run, metrics in values.items():
+        rows.append(Row(run, "", [number(metrics.get(name), form=".4g") for name in names]))
+    caption = "Metrics of your code: means over the examples of the evaluation."
+    yield Table("Metrics of your code", caption, "run", [Column(name.removeprefix(_METRIC)) for name in names], rows)
 
 
 def draw(name: str, title: str, figure: Figure | None, caption: str) -> RenderedFigure | None:

@@ -9,7 +9,18 @@ import pyarrow as pa
 from matplotlib.figure import Figure
 
 from poise.kinds.finetune_sft.result import FinetuneSftResult
-from poise.report.blocks import Cell, Column, RenderedFigure, Row, Section, Table, draw, number, warning_tables
+from poise.report.blocks import (
+    Cell,
+    Column,
+    RenderedFigure,
+    Row,
+    Section,
+    Table,
+    draw,
+    metric_tables,
+    number,
+    warning_tables,
+)
 from poise.report.curves import INK, SPARE, curve
 from poise.report.figures import HALF, MUTED, STYLE, legend, new_figure
 from poise.report.record import RunRecord, with_result
@@ -21,7 +32,8 @@ _PER_ANSWER = {"floor": "floor", "excess": "excess", "answer_entropy": "H / answ
 
 
 def _tables(records: Sequence[RunRecord]) -> Iterator[Table]:
-    in_worlds = any(result.floor is not None for _, result in with_result(records, FinetuneSftResult))
+    results = with_result(records, FinetuneSftResult)
+    in_worlds = any(result.floor is not None for _, result in results)
     measures = {**_PER_TOKEN, **(_PER_ANSWER if in_worlds else {})}
     yield Table(
         title="Cross entropy (CE) and entropy (H) on held-out text, nats",
@@ -32,6 +44,7 @@ def _tables(records: Sequence[RunRecord]) -> Iterator[Table]:
         columns=[*map(Column, ("tokens", *measures.values()))],
         rows=[_row(record, list(measures)) for record in records],
     )
+    yield from metric_tables({record.name: result.measured for record, result in results})
     yield from warning_tables(records)
 
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from poise.data.images.batches import Dataset
 from poise.data.images.datasets import ImageSet, to_float
-from poise.data.spec import DataSpec
 from poise.errors import UserError
 from poise.kinds.common.attack_description import describe_threats
 from poise.kinds.common.eigenspaces import eigenspaces
@@ -61,13 +60,13 @@ def run(spec: RobustManifoldSpec, context: Context) -> None:
     if unfinished and context.is_main:
         context.run.append_events([event("left_out", why="trials that did not finish", runs=unfinished)])
     vae = None if spec.latent is None else open_vae(spec.store, spec.latent.vae, context.device)
-    bases: dict[tuple[int, DataSpec], Eigenbasis] = {}  # by data: the trials of a sweep mostly share their images
+    bases: dict[tuple[int, str], Eigenbasis] = {}  # by data: the trials of a sweep mostly share their images
     classifiers = []
     for index, name in enumerate(names):
         if context.is_main:
             context.report(Progress(spec.name, "measure", index, len(names), index, len(names), unit="networks"))
         trained = open_trained(spec.store, name, context.device)
-        data_key = (trained.spec.seed, trained.spec.data)
+        data_key = (trained.spec.seed, trained.spec.data.model_dump_json())
         if data_key not in bases:
             bases[data_key] = context.on_main(partial(eigenspaces, spec.eigenspace, trained.data.train))
         classifiers.append(_measure(spec, trained, bases[data_key], vae, context))

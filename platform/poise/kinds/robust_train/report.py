@@ -8,7 +8,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from poise.kinds.robust_train import figures as monitor_figures
 from poise.kinds.robust_train.result import RobustTrainResult
 from poise.report import figures
-from poise.report.blocks import Cell, Column, RenderedFigure, Row, Section, Table, draw, number, percent
+from poise.report.blocks import (
+    Cell,
+    Column,
+    RenderedFigure,
+    Row,
+    Section,
+    Table,
+    draw,
+    metric_tables,
+    number,
+    percent,
+)
 from poise.report.curves import colour, label, ordered
 from poise.report.record import RunRecord, with_result
 
@@ -31,6 +42,7 @@ def _tables(records: Sequence[RunRecord]) -> Iterator[Table]:
         rows=[row for record in records for row in _rows(record, measures, best)],
     )
     yield from _overfitting(results, measures)
+    yield from metric_tables({record.name: result.extra_metrics.get(result.selected, {}) for record, result in results})
     yield from _attacks(results)
 
 
