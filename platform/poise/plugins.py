@@ -35,7 +35,7 @@ GROUPS = (
 
 def names(group: str) -> list[str]:
     """The names that installed packages register in a group, sorted. Nothing is imported."""
-    return sorted(_entry_points(group))
+    return sorted(_entry_points()[group])
 
 
 def load(group: str, name: str) -> Any:
@@ -45,7 +45,7 @@ def load(group: str, name: str) -> Any:
         KeyError: no package registers it.
         UserError: the entry point cannot be loaded; the message names the package.
     """
-    entry_point = _entry_points(group)[name]
+    entry_point = _entry_points()[group][name]
     try:
         return entry_point.load()
     except Exception as error:
@@ -66,7 +66,7 @@ def package_versions() -> Mapping[str, str]:
     """The versions of all packages that register something, by name."""
     versions = {}
     for group in GROUPS:
-        for entry_point in _entry_points(group).values():
+        for entry_point in _entry_points()[group].values():
             if entry_point.dist is not None:
                 versions[entry_point.dist.name] = entry_point.dist.version
     return versions
@@ -78,9 +78,15 @@ def _origin(entry_point: EntryPoint) -> str:
 
 
 @cache
-def _entry_points(group: str) -> Mapping[str, EntryPoint]:
-    """The entry points of a group by name; of several with one name, the first on Python's path."""
-    by_name: dict[str, EntryPoint] = {}
-    for entry_point in entry_points(group=group):
-        by_name.setdefault(entry_point.name, entry_point)
-    return by_name
+def _entry_points() -> Mapping[str, Mapping[str, EntryPoint]]:
+    """The entry points by group and name; of several with one name, the first on Python's path.
+
+    The metadata of all packages is read once, which takes about 30 ms.
+    """
+    registered = entry_points()
+    groups: dict[str, dict[str, EntryPoint]] = {}
+    for group in GROUPS:
+        groups[group] = {}
+        for entry_point in registered.select(group=group):
+            groups[group].setdefault(entry_point.name, entry_point)
+    return groups

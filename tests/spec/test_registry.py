@@ -26,6 +26,7 @@ import torch
 from pydantic import Field, model_validator
 
 from poise.robust.objectives import Objective
+from poise.robust.objectives.trades import Trades
 from poise.robust.objectives.forward import losses_at, make_output
 from poise.spec import field_error
 
@@ -58,6 +59,10 @@ class Unfinished(Objective):
 
 
 class Other:
+    pass
+
+
+class Renamed(Trades):
     pass
 """
 TRAIN: dict[str, Any] = {
@@ -141,6 +146,7 @@ def test_options_are_validated_by_the_users_class_with_file_and_line():
     ("name", "message"),
     [
         ("Unfinished", "does not define loss, which Objective leaves to it"),
+        ("Renamed", "inherits the name of another method: write `name: str` in the class"),
         ("Other", "is not a subclass of poise.robust.objectives.base.Objective"),
     ],
 )
@@ -181,6 +187,71 @@ def test_it_can_be_varied_by_a_sweep():
     assert result.exit_code == 0, result.exception
     result = poise("check", {**sweep, "space": {"objective.gamma": {"grid": [1.0, -1.0]}}}, "--allow-code")
     assert "space.objective.gamma.grid[1]: must be greater than or equal to 0, got -1.0" in str(result.exception)
+
+
+SECTIONS = """\
+from torch import Tensor
+
+from poise.align.oracles import OracleOptions
+from poise.align.selfplay import SelfPlayMethod
+from poise.calibrate.clustering import Clusterer, Clusters
+from poise.finetune.losses import FinetuneLoss
+from poise.models.tuning import Full
+
+
+class Rock(OracleOptions):
+    @property
+    def rows(self):
+        return [[0.5, 1.0], [0.0, 0.5]]
+
+
+class Wins(SelfPlayMethod):
+    def advantage(self, preference: Tensor) -> Tensor:
+        return preference.mean(2)
+
+
+class First(Clusterer):
+    def cluster(self, question, answers):
+        return Clusters(tuple(0 for _ in answers), (answers[0],))
+
+
+class Sum(FinetuneLoss):
+    def loss(self, logits, labels, *, normalizer=None):
+        return logits.sum()
+
+
+class Head(Full):
+    name: str
+"""
+"""A class of the user's for every section of a spec that stands for a method, but the objective."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "name"),
+    [
+        ("align.selfplay", "oracle", "Rock"),
+        ("align.selfplay", "method", "Wins"),
+        ("calibrate.measure", "clustering", "First"),
+        ("finetune.sft", "loss", "Sum"),
+        ("finetune.sft", "tuning", "Head"),
+    ],
+)
+def test_every_section_that_stands_for_a_method_takes_a_class_of_the_users(kind, field, name):
+    Path("lab_methods.py").write_text(SECTIONS)
+    world = {"name": "world", "split": "prefer"}
+    trained = {"train": {"steps": 1, "checkpoint": {"every": {"steps": 1}}, "evaluate_every": {"steps": 1}}}
+    values: dict[str, Any] = {
+        "align.selfplay": {"questions": world, "oracle": {"name": "cyclic"}, "method": {"name": "nash_rs"}, **trained},
+        "calibrate.measure": {"questions": {"name": "world"}},
+        "finetune.sft": {"data": {"name": "world"}, **trained},
+    }[kind]
+    values = {"kind": kind, "name": "mine", "model": {"run": "base"}, **values, field: {"name": f"lab_methods:{name}"}}
+    unchecked = KINDS[kind].model_validate(values)
+    assert [each.place for each in unchecked.inputs() if each.kind == "code"] == [f"lab_methods:{name}"]
+    with allow_code():
+        spec = KINDS[kind].model_validate(values)
+    assert type(getattr(spec, field)).__name__ == name
+    assert KINDS[kind].model_validate(yaml.safe_load(dump(unchecked))) == unchecked
 
 
 # --- installed packages

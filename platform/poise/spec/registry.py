@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import cache
 from types import new_class
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, Union, get_args
 
 from pydantic import (
     ConfigDict,
@@ -35,8 +35,8 @@ __all__ = ["MethodSection", "resolve", "resolved_class", "union_of"]
 class MethodSection(SpecModel):
     """Base of the sections that stand for a method. A class of methods, such as `Objective`, is a subclass.
 
-    A method of Poise narrows `name` to the literal of its own name. A method of the user's code leaves it as it is: its
-    name is the reference by which the spec has found it.
+    A method of Poise narrows `name` to the literal of its own name. A method of the user's code leaves it as it is, or
+    writes `name: str` if it is a subclass of a method of Poise: its name is the reference by which a spec has found it.
     """
 
     name: str
@@ -71,6 +71,9 @@ def resolve(
         raise UserError(f"{name} is not a subclass of {base.__module__}.{base.__name__}")
     if missing := sorted(getattr(section_class, "__abstractmethods__", ())):
         raise UserError(f"{name} does not define {', '.join(missing)}, which {base.__name__} leaves to it")
+    annotation = section_class.model_fields["name"].annotation
+    if annotation is not str and name not in get_args(annotation):
+        raise UserError(f"{name} inherits the name of another method: write `name: str` in the class")
     return section_class
 
 
