@@ -8,6 +8,7 @@ import os
 import random
 import re
 import signal
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -22,6 +23,10 @@ import pytest
 from fork_server import ForkServer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+# Tests start some two hundred processes that import the same modules: these are compiled once, not in each of them.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 os.environ["RAY_AUTH_MODE"] = "disabled"  # before any test imports Ray, which reads it once for the process
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,73 @@ def test_a_spec_of_the_project_is_sound_and_says_what_it_costs(path, profile):
     assert spec.cost()
     assert path.read_text().startswith("# ")
     assert f"poise run jobs/{path.relative_to(JOBS)}" in path.read_text()
+
+
+WORLD = "{entities: 6, relations: 2}"
+SMALL = {
+    "workers.count": 1,
+    "common.digits": {
+        "model.width": 4,
+        "data": "{name: digits, batch_size: 50, limit: 200, validation: 20}",
+        "train.epochs": 1,
+        "train.evaluate_every.epochs": 1,
+        "train.checkpoint.every.epochs": 1,
+        "evaluate.num_examples": 20,
+    },
+    "common.tune": {
+        "data.world": WORLD,
+        "batch_size": 8,
+        "train.epochs": 1,
+        "train.evaluate_every.epochs": 1,
+        "train.checkpoint.every.epochs": 1,
+    },
+    "common.calibration": {
+        "questions.world": WORLD,
+        "samples": 4,
+        "sampler.backend": "transformers",
+    },
+    "stages.bounds": {"num_examples": 40},
+    "stages.pretrain": {
+        "data.world": WORLD,
+        "model": "{name: llama, hidden: 32, layers: 1, heads: 1}",
+        "train.steps": 20,
+        "train.schedule.warmup_steps": 2,
+        "train.evaluate_every.steps": 20,
+        "train.checkpoint.every.steps": 20,
+    },
+    "stages.selfplay": {
+        "questions.world": WORLD,
+        "prompts": 3,
+        "rollouts": 4,
+        "method.opponents": 4,
+        "sampler.backend": "transformers",
+        "train.steps": 6,
+        "train.evaluate_every.steps": 6,
+        "train.checkpoint.every.steps": 6,
+    },
+}
+"""What makes the quickstart a matter of seconds in one process; its stages and what they read of each other stay."""
+
+
+@pytest.mark.slow
+def test_the_quickstart_with_small_sizes_in_one_process(fork_server, tmp_path):
+    assignments = [f"store={tmp_path}/runs"]
+    for section, changes in SMALL.items():
+        for key, value in changes.items() if isinstance(changes, dict) else [("", changes)]:
+            assignments.append(f"{section}.{key}={value}" if key else f"{section}={value}")
+    options = [option for assignment in assignments for option in ("--set", assignment)]
+    done = fork_server.run(
+        ["-m", "poise", "run", "jobs/quickstart.yaml", "--engine", "local", *options],
+        cwd=JOBS.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"},
+    )
+    assert done.returncode == 0, done.stderr
+    for title in ("Test accuracy", "Bounds on the gap", "Cross entropy", "Self-play: exploitability", "Calibration"):
+        assert title in done.stdout
+    stages = yaml.safe_load((JOBS / "quickstart.yaml").read_text())["stages"]
+    for stage in stages:
+        assert open_run(tmp_path / "runs", f"quickstart-{stage}").manifest().status == "finished"
+    assert f"page: {tmp_path}/runs/quickstart/report.html" in done.stdout.replace("\n", "")
 
 
 def test_every_objective_has_a_job():

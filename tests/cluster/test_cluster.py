@@ -19,6 +19,7 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
+from fork_server import ForkServer
 from poise.cli import cli
 from poise.engine.ray import cluster
 from poise.errors import PoiseError, UserError
@@ -126,7 +127,7 @@ def test_a_head_that_does_not_start_says_why_and_leaves_nothing(tmp_path, monkey
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[Run]:
+def run(fork_server: ForkServer, tmp_path: Path) -> Iterator[Run]:
     """A command of somebody whose home is empty, in a folder of theirs; their cluster does not outlive the test."""
     home, bin = tmp_path / "home", Path(sys.executable).parent
     (home / "work").mkdir(parents=True)
@@ -134,9 +135,13 @@ def run(tmp_path: Path) -> Iterator[Run]:
     environment = {**kept, "HOME": str(home), "PATH": f"{bin}:{kept['PATH']}", "OMP_NUM_THREADS": "1"}
 
     def start(*command: str, **changes: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command, cwd=home / "work", env={**environment, **changes}, capture_output=True, text=True, check=False
-        )
+        options = {"cwd": home / "work", "env": {**environment, **changes}}
+        program, *arguments = command
+        if program == "poise":
+            return fork_server.run(["-m", "poise", *arguments], **options)
+        if program == sys.executable:
+            return fork_server.run(arguments, **options)
+        return subprocess.run(command, **options, capture_output=True, text=True, check=False)
 
     yield start
     start("poise", "cluster", "down")

@@ -34,7 +34,7 @@ max_tokens: 4
 train:
   steps: {{steps}}
   optimizer: {{{{name: adamw, lr: 1e-3}}}}
-  checkpoint: {{{{every: {{{{steps: 4}}}}, keep: 100}}}}
+  checkpoint: {{{{every: {{{{steps: 2}}}}, keep: 100}}}}
   evaluate_every: {{{{steps: 20}}}}
   log_every: 4
 """
@@ -52,7 +52,7 @@ def text(tmp_path: Path) -> str:
 
 
 def test_a_killed_engine_a_killed_worker_and_a_killed_driver(desk, tmp_path, text, assert_same):
-    both = {"store": str(tmp_path / "runs"), "workers": 1, "steps": 80, "text": text}
+    both = {"store": str(tmp_path / "runs"), "workers": 1, "steps": 60, "text": text}
     job = desk.start_twice(**both)
     job.until_committed(2)
     job.kill_one("_Engine")
