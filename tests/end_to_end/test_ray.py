@@ -11,8 +11,6 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -264,13 +262,11 @@ with cluster(sys.argv[1], [spec]):
 """
 
 
-def test_a_worker_that_lacks_a_module_of_the_spec_ends_the_run_in_one_line(head, desk, tmp_path):
+def test_a_worker_that_lacks_a_module_of_the_spec_ends_the_run_in_one_line(head, desk, tmp_path, fork_server):
     (tmp_path / "kind_of_mine.py").write_text(OWN_KIND)
-    (tmp_path / "driver.py").write_text(DRIVER)
     spec = desk.spec("lacking", str(tmp_path / "runs"))
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "driver.py", head.address, str(spec)]  # a script of the user, not the command line
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = fork_server.run(["-c", DRIVER, head.address, str(spec)], cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     starting, told = done.stdout.splitlines()
     assert starting == "[lacking] starting 2 workers"
