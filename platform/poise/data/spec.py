@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
 from poise.spec import CodeReference, ExactNumber, Input, SpecModel, field_error
+
+if TYPE_CHECKING:
+    from poise.data.text.records import Row
 
 __all__ = [
     "CsvQuestions",
@@ -20,6 +23,7 @@ __all__ = [
     "ParquetText",
     "QuestionsSpec",
     "Sizes",
+    "Suffix",
     "TextSpec",
     "WorldQuestions",
     "WorldSpec",
@@ -28,6 +32,9 @@ __all__ = [
     "num_validation",
 ]
 
+
+Suffix = Literal[".jsonl", ".csv", ".parquet"]
+"""The end of the names of files of rows, which tells their format."""
 
 _PARQUET = r"(.*/)?(train|test)([-._][^/]*)?\.parquet"
 _IMAGE_FILES = {
@@ -169,7 +176,26 @@ class WorldSpec(SpecModel):
         return self.entities * self.relations
 
 
-class WorldText(SpecModel):
+class _TextSource(SpecModel):
+    """What kinds ask of a text to train on before they read it."""
+
+    @property
+    def known_world(self) -> WorldSpec | None:
+        """The world whose true answers the texts are drawn from; None where the true distribution is not known."""
+        return None
+
+    @property
+    def num_known_examples(self) -> int | None:
+        """The number of training examples, where it is known before they are read."""
+        return None
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether examples are held out."""
+        return True
+
+
+class WorldText(_TextSource):
     """Questions of a generated world with answers drawn from their true distributions."""
 
     name: Literal["world"]
@@ -178,18 +204,36 @@ class WorldText(SpecModel):
     )
     world: WorldSpec = Field(WorldSpec(), description="the world")
 
+    @property
+    def known_world(self) -> WorldSpec:
+        """The world."""
+        return self.world
+
+    @property
+    def num_known_examples(self) -> int:
+        """The examples of all questions in this split."""
+        per_question = self.world.pretrain if self.split == "pretrain" else self.world.tune
+        return self.world.num_questions * per_question
+
 
 class _RowFiles(SpecModel):
+    suffix: ClassVar[Suffix]
+
     path: str = Field(min_length=1, description="file, or folder of such files, local or on s3://")
 
     def inputs(self) -> Iterator[Input]:
         """The file, or the files of the folder that have the suffix of the format."""
-        name = getattr(self, "name")  # noqa: B009 - each subclass declares `name` with a type of its own
-        is_file = self.path.endswith(f".{name}")
-        yield Input(("path",), "files", self.path, "" if is_file else rf".*\.{name}")
+        is_file = self.path.endswith(self.suffix)
+        yield Input(("path",), "files", self.path, "" if is_file else rf".*\{self.suffix}")
+
+    def read_rows(self) -> list[Row]:
+        """All rows, in the order of the files. UserError where files are missing or malformed."""
+        from poise.data.text.records import read_rows  # imports pyarrow
+
+        return read_rows(self.path, self.suffix)
 
 
-class _TextFiles(_RowFiles):
+class _TextFiles(_RowFiles, _TextSource):
     prompt: str = Field("prompt", description="field with the text before the answer")
     completion: str = Field("completion", description="field with the answer; only its tokens are learned")
     validation: int | None = Field(
@@ -200,9 +244,16 @@ class _TextFiles(_RowFiles):
         "error", description="error refuses longer examples, cut drops the tokens beyond the limit"
     )
 
+    @property
+    def has_validation(self) -> bool:
+        """Whether `validation` is not 0."""
+        return self.validation != 0
+
 
 class JsonlText(_TextFiles):
     """Prompts and completions in JSON lines."""
+
+    suffix: ClassVar[Suffix] = ".jsonl"
 
     name: Literal["jsonl"]
 
@@ -210,10 +261,12 @@ class JsonlText(_TextFiles):
 class ParquetText(_TextFiles):
     """Prompts and completions in Parquet columns."""
 
+    suffix: ClassVar[Suffix] = ".parquet"
+
     name: Literal["parquet"]
 
 
-class FunctionText(SpecModel):
+class FunctionText(_TextSource):
     """Prompts and completions from a function of the user's code."""
 
     prompt: ClassVar[str] = "prompt"
@@ -233,15 +286,40 @@ class FunctionText(SpecModel):
         "error", description="error refuses longer examples, cut drops the tokens beyond the limit"
     )
 
+    @property
+    def has_validation(self) -> bool:
+        """Whether `validation` is not 0."""
+        return self.validation != 0
+
     def inputs(self) -> Iterator[Input]:
         """The code."""
         yield Input(("function",), "code", self.function)
+
+    def read_rows(self) -> list[Row]:
+        """The rows that the function returns. UserError as `function_rows`."""
+        from poise.data.text.records import function_rows  # imports pyarrow
+
+        return function_rows(self.function, self.arguments, "data.function")
 
 
 TextSpec = Annotated[WorldText | JsonlText | ParquetText | FunctionText, Field(discriminator="name")]
 
 
-class WorldQuestions(SpecModel):
+class _QuestionSource(SpecModel):
+    """What kinds ask of questions before they read them."""
+
+    @property
+    def known_world(self) -> WorldSpec | None:
+        """The world that the questions are of; None where the true distribution of answers is not known."""
+        return None
+
+    @property
+    def num_known_questions(self) -> int | None:
+        """The number of questions, where it is known before they are read."""
+        return None
+
+
+class WorldQuestions(_QuestionSource):
     """Questions of a generated world."""
 
     name: Literal["world"]
@@ -250,8 +328,18 @@ class WorldQuestions(SpecModel):
     )
     world: WorldSpec = Field(WorldSpec(), description="the world")
 
+    @property
+    def known_world(self) -> WorldSpec:
+        """The world."""
+        return self.world
 
-class _QuestionFiles(_RowFiles):
+    @property
+    def num_known_questions(self) -> int | None:
+        """All questions of the world; how many are ambiguous is known when the world is generated."""
+        return self.world.num_questions if self.split == "evaluate" else None
+
+
+class _QuestionFiles(_RowFiles, _QuestionSource):
     question: str = Field("question", description="field with the question")
     answers: str = Field("answer", description="field with the accepted answer, or a list of accepted answers")
     limit: int | None = Field(
@@ -262,11 +350,15 @@ class _QuestionFiles(_RowFiles):
 class JsonlQuestions(_QuestionFiles):
     """Questions in JSON lines, with the answers that count as correct."""
 
+    suffix: ClassVar[Suffix] = ".jsonl"
+
     name: Literal["jsonl"]
 
 
 class CsvQuestions(_QuestionFiles):
     """Questions in CSV files whose first line names the columns, with the answers that count as correct."""
+
+    suffix: ClassVar[Suffix] = ".csv"
 
     name: Literal["csv"]
 
@@ -274,10 +366,12 @@ class CsvQuestions(_QuestionFiles):
 class ParquetQuestions(_QuestionFiles):
     """Questions in Parquet columns, with the answers that count as correct."""
 
+    suffix: ClassVar[Suffix] = ".parquet"
+
     name: Literal["parquet"]
 
 
-class FunctionQuestions(SpecModel):
+class FunctionQuestions(_QuestionSource):
     """Questions from a function of the user's code, with the answers that count as correct."""
 
     question: ClassVar[str] = "question"
@@ -296,6 +390,12 @@ class FunctionQuestions(SpecModel):
     def inputs(self) -> Iterator[Input]:
         """The code."""
         yield Input(("function",), "code", self.function)
+
+    def read_rows(self) -> list[Row]:
+        """The rows that the function returns. UserError as `function_rows`."""
+        from poise.data.text.records import function_rows  # imports pyarrow
+
+        return function_rows(self.function, self.arguments, "questions.function")
 
 
 QuestionsSpec = Annotated[

@@ -13,7 +13,7 @@ from poise.data.order import GlobalBatches, hold_out
 from poise.data.spec import FunctionText, JsonlText, ParquetText, TextSpec, WorldText, num_validation
 from poise.data.synthetic_facts import make_world
 from poise.data.text.examples import TextExample, encode_answers, encode_examples
-from poise.data.text.records import Row, function_rows, read_pair, read_rows
+from poise.data.text.records import Row, read_pair
 from poise.errors import UserError
 from poise.models.limits import NO_LIMITS, ModelLimits
 
@@ -65,9 +65,9 @@ def text_tokenizer(spec: TextSpec) -> Tokenizer:
     Raises:
         UserError: text from files, which defines no vocabulary.
     """
-    if not isinstance(spec, WorldText):
+    if spec.known_world is None:
         raise UserError("a new model has no tokenizer for text from files: name a `run` or `folder` with a model")
-    return make_world(spec.world).tokenizer()
+    return make_world(spec.known_world).tokenizer()
 
 
 def load_text(spec: TextSpec, tokenizer: Tokenizer, seed: int, limits: ModelLimits = NO_LIMITS) -> TextData:
@@ -85,11 +85,7 @@ def load_text(spec: TextSpec, tokenizer: Tokenizer, seed: int, limits: ModelLimi
         validation = _encode_world(world.texts("validation"), tokenizer)
         _check_limits([*train, *validation], limits)
         return TextData(train, validation)
-    if isinstance(spec, FunctionText):
-        rows = function_rows(spec.function, spec.arguments, "data.function")
-    else:
-        rows = read_rows(spec.path, ".jsonl" if spec.name == "jsonl" else ".parquet")
-    examples = encode_rows(rows, spec, tokenizer, limits)
+    examples = encode_rows(spec.read_rows(), spec, tokenizer, limits)
     train_rows, validation_rows = hold_out(len(examples), num_validation(spec, len(examples)), seed)
     train = [examples[row] for row in train_rows.tolist()]
     validation = [examples[row] for row in validation_rows.tolist()]

@@ -6,7 +6,7 @@ import ast
 import math
 import random
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from poise.data.spec import (
     CsvQuestions,
@@ -17,11 +17,10 @@ from poise.data.spec import (
     WorldQuestions,
 )
 from poise.data.text.examples import Question
-from poise.data.text.records import Row, function_rows, header_advice, read_rows
+from poise.data.text.records import Row, header_advice
 from poise.errors import UserError
 
 __all__ = [
-    "SUFFIXES",
     "Question",
     "QuestionFiles",
     "choose_rows",
@@ -31,9 +30,6 @@ __all__ = [
 ]
 
 QuestionFiles = JsonlQuestions | CsvQuestions | ParquetQuestions
-
-SUFFIXES: dict[str, Literal[".jsonl", ".csv", ".parquet"]] = {"jsonl": ".jsonl", "csv": ".csv", "parquet": ".parquet"}
-"""The file suffix of each format."""
 
 
 def load_questions(spec: QuestionsSpec, seed: int = 0) -> list[Question]:
@@ -49,11 +45,7 @@ def load_questions(spec: QuestionsSpec, seed: int = 0) -> list[Question]:
         from poise.data.synthetic_facts import make_world  # imports torch, which a check of files does not need
 
         return list(make_world(spec.world, seed).questions(spec.split))
-    if isinstance(spec, FunctionQuestions):
-        rows = function_rows(spec.function, spec.arguments, "questions.function")
-    else:
-        rows = read_rows(spec.path, SUFFIXES[spec.name])
-    return read_questions(choose_rows(rows, spec.limit), spec)
+    return read_questions(choose_rows(spec.read_rows(), spec.limit), spec)
 
 
 def read_questions(rows: Iterable[Row], spec: QuestionFiles | FunctionQuestions) -> list[Question]:

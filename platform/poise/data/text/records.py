@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,11 +20,10 @@ from poise.store.storage import open_storage
 from poise.user_code import current_folder_first, explain_errors, load_attribute
 
 if TYPE_CHECKING:
-    from poise.data.spec import FunctionText, JsonlText, ParquetText
+    from poise.data.spec import FunctionText, JsonlText, ParquetText, Suffix
 
-__all__ = ["Row", "Suffix", "first_rows", "function_rows", "header_advice", "read_pair", "read_rows"]
+__all__ = ["Row", "first_rows", "function_rows", "header_advice", "read_pair", "read_rows"]
 
-Suffix = Literal[".jsonl", ".csv", ".parquet"]
 
 _LONGEST_NAME = 30
 """Messages show so many characters of a field name. A longer column name is taken for data."""

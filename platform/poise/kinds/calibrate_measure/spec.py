@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from poise.calibrate.clustering import ClustererSpec, ExactMatch
-from poise.data.spec import QuestionsSpec, WorldQuestions
+from poise.data.spec import QuestionsSpec
 from poise.models.spec import DecodingSpec, LanguageModelSpec
 from poise.spec import MetricSource, RunSpec, SamplerSpec, field_error, row_sources
 
@@ -74,7 +74,7 @@ class CalibrateMeasureSpec(RunSpec):
         """Accuracy, confidence and calibration errors over the questions."""
         is_own_distribution = float(self.decoding.temperature) == float(self.decoding.top_p) == 1
         measures = _MEASURES
-        if is_own_distribution and isinstance(self.questions, WorldQuestions):
+        if is_own_distribution and self.questions.known_world is not None:
             measures = _MEASURES + _TRUE_MEASURES
         return row_sources(measures, "test") | {"coverage": MetricSource("test", None)}
 
@@ -82,9 +82,9 @@ class CalibrateMeasureSpec(RunSpec):
         """Answers and tokens, where the number of questions is known before they are read."""
         engines = f"{self.sampler.engines} {self.sampler.backend} engines of {self.sampler.cpus} CPU"
         engines += f" and {self.sampler.gpus} GPU"
-        if not isinstance(self.questions, WorldQuestions) or self.questions.split != "evaluate":
+        num_questions = self.questions.num_known_questions
+        if num_questions is None:
             return [f"{self.samples} answers to each question, of at most {self.decoding.max_tokens} tokens", engines]
-        num_questions = self.questions.world.num_questions
         answers = num_questions * self.samples
         return [
             f"{num_questions:,} questions, {answers:,} answers, at most {answers * self.decoding.max_tokens:,} tokens",

@@ -15,8 +15,9 @@ from poise.errors import UserError
 from poise.kinds.check.mistake import Mistake, absolute_path_hint
 
 if TYPE_CHECKING:
+    from poise.data.spec import Suffix
     from poise.data.text.questions import QuestionFiles
-    from poise.data.text.records import Row, Suffix
+    from poise.data.text.records import Row
 
 __all__ = ["question_mistakes", "rows_to_check", "text_mistakes"]
 
@@ -31,7 +32,7 @@ def text_mistakes(spec: JsonlText | ParquetText) -> Iterator[Mistake]:
     """What is wrong with the rows of a text to train on."""
     from poise.data.text.records import first_rows, read_pair
 
-    suffix: Suffix = ".jsonl" if isinstance(spec, JsonlText) else ".parquet"
+    suffix = spec.suffix
     files, mistake = _row_files(spec.path, suffix)
     if mistake:
         yield mistake
@@ -56,14 +57,13 @@ def text_mistakes(spec: JsonlText | ParquetText) -> Iterator[Mistake]:
 def question_mistakes(spec: QuestionFiles) -> Iterator[Mistake]:
     """What is wrong with the rows of files of questions."""
     from poise.data.text.questions import (
-        SUFFIXES,
         choose_rows,
         read_question,
         read_questions,
     )
     from poise.data.text.records import first_rows
 
-    suffix = SUFFIXES[spec.name]
+    suffix = spec.suffix
     files, mistake = _row_files(spec.path, suffix)
     if mistake:
         yield mistake

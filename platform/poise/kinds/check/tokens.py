@@ -81,12 +81,12 @@ def _prompt_too_long(spec: CalibrateMeasureSpec | AlignSelfplaySpec, context: in
 
     `context` is the longest sequence of the model. Questions that cannot be read are reported by `question_mistakes`.
     """
-    from poise.data.text.questions import SUFFIXES, choose_rows, read_questions
+    from poise.data.text.questions import choose_rows, read_questions
 
     if isinstance(spec.questions, WorldQuestions | FunctionQuestions):
         return None
     try:
-        rows = rows_to_check(spec.questions.path, SUFFIXES[spec.questions.name])
+        rows = rows_to_check(spec.questions.path, spec.questions.suffix)
         questions = read_questions(choose_rows(rows, spec.questions.limit), spec.questions)
     except UserError:
         return None
@@ -129,7 +129,7 @@ def _example_too_long(spec: FinetuneSftSpec, context: int) -> str | None:
         return None
     most = min(data.max_tokens, context)
     try:
-        rows = rows_to_check(data.path, ".jsonl" if isinstance(data, JsonlText) else ".parquet")
+        rows = rows_to_check(data.path, data.suffix)
         pairs = [read_pair(row, data) for row in rows]
     except UserError:
         return None

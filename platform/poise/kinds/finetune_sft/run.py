@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
-from poise.data.spec import WorldText
 from poise.data.text.batches import (
     IGNORE_INDEX,
     TextBatch,
@@ -66,9 +65,8 @@ def run(spec: FinetuneSftSpec, context: Context) -> None:
     model, tokenizer = open_language_model(spec.model, spec.store, derive_seed(spec.seed, "model"), new_tokenizer)
     special = reconcile(model, tokenizer)
     data = load_text(spec.data, tokenizer, spec.seed, model_limits(model))
-    reference = None
-    if isinstance(spec.data, WorldText):
-        reference = ReferenceDistribution(spec.data.world, tokenizer, special.stop)
+    world = spec.data.known_world
+    reference = None if world is None else ReferenceDistribution(world, tokenizer, special.stop)
     batches = TextBatches(data.train, spec.batch_size, spec.seed, context.rank, context.world_size, context.device)
     warnings = [*special.notes, *spec.tuning.prepare(model)]
     warn(warnings, context)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from poise.data.spec import TextSpec, WorldText
+from poise.data.spec import TextSpec
 from poise.finetune.losses import Ce, LossSpec
 from poise.models.spec import LanguageModelSpec
 from poise.models.tuning import Full, TuningSpec
@@ -46,20 +46,20 @@ class FinetuneSftSpec(RunSpec):
 
     @model_validator(mode="after")
     def _fits(self) -> FinetuneSftSpec:
-        if self.model.name is not None and not isinstance(self.data, WorldText):
+        if self.model.name is not None and self.data.known_world is None:
             raise field_error(
                 "model.name", "a new model takes its words from a world; for files name a `run` or `folder`"
             )
-        if self.extra_metrics and not isinstance(self.data, WorldText) and self.data.validation == 0:
+        if self.extra_metrics and not self.data.has_validation:
             raise field_error("extra_metrics", "are measured on held-out examples: set data.validation above 0")
         self.workers.check_shares("batch_size", self.batch_size)
         return self
 
     def metrics(self) -> dict[str, MetricSource]:
         """Losses on held-out examples and, in a world, against its true answers."""
-        if not isinstance(self.data, WorldText) and self.data.validation == 0:
+        if not self.data.has_validation:
             return row_sources(["loss"], "train")
-        world = ("answer_ce", "excess", "answer_entropy", "outside") if isinstance(self.data, WorldText) else ()
+        world = ("answer_ce", "excess", "answer_entropy", "outside") if self.data.known_world is not None else ()
         names = ("ce", "entropy", *world, *extra_names(self.extra_metrics))
         at_the_end = summary_sources(["measured"], names, "validation")
         return row_sources(["loss"], "train") | at_the_end | row_sources(names, "validation", during=True)
@@ -67,10 +67,9 @@ class FinetuneSftSpec(RunSpec):
     def cost(self) -> list[str]:
         """Steps and examples, where the data is known before it is read."""
         workers = f"{self.workers.count} workers of {self.workers.cpus} CPU and {self.workers.gpus} GPU"
-        if not isinstance(self.data, WorldText):
+        examples = self.data.num_known_examples
+        if examples is None:
             return ["steps and tokens: known when the data is read", workers]
-        world = self.data.world
-        examples = world.num_questions * (world.pretrain if self.data.split == "pretrain" else world.tune)
         plan = self.train.plan(examples // self.batch_size)
         steps = self.train.total_steps(plan.steps)
         return [
