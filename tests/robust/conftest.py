@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from poise.data.images.readers import idx
+from poise.robust.attacks import AttackResult, cw_loss
+from poise.robust.threats import ORDERS, Threat
 
 
 def _gain_linf(g: Tensor, room: Tensor, eps: float) -> Tensor:
@@ -102,6 +105,67 @@ def linear_problem() -> Callable[..., SimpleNamespace]:
         return SimpleNamespace(model=model, x=x, y=scores.argmax(1))
 
     return make
+
+
+Attack = Callable[[nn.Module, Tensor, Tensor, Threat], AttackResult]
+
+
+@pytest.fixture(scope="session")
+def assert_closed_form(
+    linear_problem: Callable[..., SimpleNamespace], slack: Callable[..., Tensor]
+) -> Callable[..., None]:
+    """An attack on a boxed linear model of ten classes is right about every example, whatever its share is robust."""
+
+    def check(attack: Attack, threat: Threat, seed: int, n: int, share: tuple[float, float]) -> None:
+        problem = linear_problem(seed=seed, classes=10, shape=(3, 8, 8), n=n)
+        robust = slack(problem.model, problem.x, problem.y, threat.norm, threat.eps) > 0
+        result = attack(problem.model, problem.x, problem.y, threat)
+        assert torch.equal(result.correct, robust)
+        assert torch.equal(problem.model(result.adversarial).argmax(1) == problem.y, robust)
+        delta = (result.adversarial - problem.x).flatten(1)
+        assert (torch.linalg.vector_norm(delta, ORDERS[threat.norm], dim=1) <= threat.eps * (1 + 1e-9)).all()
+        assert share[0] < robust.double().mean() < share[1]
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def assert_exact_between_two_classes(
+    linear_problem: Callable[..., SimpleNamespace], slack: Callable[..., Tensor]
+) -> Callable[..., None]:
+    """An attack on a boxed linear model of two classes fools no example that is robust.
+
+    It fools every other one, but for those whose margin it would have to lower by more than 1 - `tolerance` of what an
+    optimal adversary can. The radius is `share` of the one that reaches across the box.
+    """
+
+    def check(attack: Attack, norm: str, seed: int, share: float, tolerance: float) -> None:
+        d = 12
+        eps = share * {"linf": 0.5, "l2": 0.5 * math.sqrt(d), "l1": 0.5 * d}[norm]
+        problem = linear_problem(seed=seed, classes=2, shape=(d,), n=20)
+        exact = slack(problem.model, problem.x, problem.y, norm, eps)
+        gain = slack(problem.model, problem.x, problem.y, norm, 0.0) - exact
+        correct = attack(problem.model, problem.x, problem.y, Threat(norm, eps)).correct
+        assert correct[exact > 0].all()
+        assert not correct[exact < -tolerance * gain].any()
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def assert_one_step_is_exact(linear_problem: Callable[..., SimpleNamespace]) -> Callable[..., None]:
+    """A step of length eps away from the box lowers a binary margin by eps times the dual norm of its slope."""
+
+    def check(point_of: Callable[[nn.Module, Tensor, Tensor, Threat], Tensor], norm: str) -> None:
+        problem, eps = linear_problem(seed=5, classes=2, shape=(20,), n=30), 0.05
+        x = 0.3 + 0.4 * problem.x
+        point = point_of(problem.model, x, problem.y, Threat(norm, eps))
+        drop = (cw_loss(problem.model(point), problem.y) - cw_loss(problem.model(x), problem.y)).detach()
+        dual = {"linf": 1, "l2": 2, "l1": math.inf}[norm]
+        slope = torch.linalg.vector_norm(problem.model.weight[0] - problem.model.weight[1], ord=dual).detach()
+        torch.testing.assert_close(drop, (eps * slope).expand(30))
+
+    return check
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -53,54 +53,27 @@ def test_checkpoints_are_those_of_the_paper() -> None:
 @pytest.mark.parametrize(("loss", "seed", "options"), [("ce", 0, {}), ("ce", 4, {}), ("targeted", 4, {"targets": 3})])
 @pytest.mark.parametrize("norm", NORMS)
 def test_apgd_is_the_closed_form_of_a_boxed_ten_class_linear_model_example_by_example(
-    norm: str,
-    loss: str,
-    seed: int,
-    options: dict[str, Any],
-    linear_problem: Callable[..., SimpleNamespace],
-    slack: Callable[..., Tensor],
+    norm: str, loss: str, seed: int, options: dict[str, Any], assert_closed_form: Callable[..., None]
 ) -> None:
-    problem = linear_problem(seed=seed, classes=10, shape=(3, 8, 8), n=64)
-    robust = slack(problem.model, problem.x, problem.y, norm, EPS[norm]) > 0
-    result = apgd(problem.model, problem.x, problem.y, Threat(norm, EPS[norm]), loss=loss, **options)
-    assert torch.equal(result.correct, robust)
-    assert torch.equal(problem.model(result.adversarial).argmax(1) == problem.y, robust)
-    assert (_lengths(result.adversarial - problem.x, norm) <= EPS[norm] * (1 + 1e-9)).all()
-    assert 0.4 < robust.double().mean() < 0.6
+    attack = partial(apgd, loss=loss, **options)
+    assert_closed_form(attack, Threat(norm, EPS[norm]), seed, n=64, share=(0.4, 0.6))
 
 
 @pytest.mark.parametrize("norm", NORMS)
 @given(seed=st.integers(0, 10_000), share=st.floats(0.02, 0.6))
 @settings(deadline=None, max_examples=6, derandomize=True)
 def test_on_random_binary_models_it_is_exact_and_never_claims_the_impossible(
-    norm: str,
-    seed: int,
-    share: float,
-    linear_problem: Callable[..., SimpleNamespace],
-    slack: Callable[..., Tensor],
+    norm: str, seed: int, share: float, assert_exact_between_two_classes: Callable[..., None]
 ) -> None:
-    d = 12
-    eps = share * {"linf": 0.5, "l2": 0.5 * math.sqrt(d), "l1": 0.5 * d}[norm]
-    problem = linear_problem(seed=seed, classes=2, shape=(d,), n=20)
-    exact = slack(problem.model, problem.x, problem.y, norm, eps)
-    gain = slack(problem.model, problem.x, problem.y, norm, 0.0) - exact
-    correct = apgd(problem.model, problem.x, problem.y, Threat(norm, eps), loss="targeted", steps=60).correct
-    assert correct[exact > 0].all()
-    assert not correct[exact < -0.02 * gain].any()
+    attack = partial(apgd, loss="targeted", steps=60)
+    assert_exact_between_two_classes(attack, norm, seed, share, tolerance=0.02)
 
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_one_training_step_from_the_image_is_exact_away_from_the_box(
-    norm: str, linear_problem: Callable[..., SimpleNamespace]
+    norm: str, assert_one_step_is_exact: Callable[..., None]
 ) -> None:
-    """The binary margin falls by eps times the dual norm of the weight difference."""
-    problem, eps = linear_problem(seed=5, classes=2, shape=(20,), n=30), 0.05
-    x = 0.3 + 0.4 * problem.x
-    drop = cw_loss(problem.model(apgd_perturb(problem.model, x, problem.y, Threat(norm, eps), steps=1)), problem.y)
-    drop = (drop - cw_loss(problem.model(x), problem.y)).detach()
-    dual = {"linf": 1, "l2": 2, "l1": math.inf}[norm]
-    difference = torch.linalg.vector_norm(problem.model.weight[0] - problem.model.weight[1], ord=dual).detach()
-    torch.testing.assert_close(drop, (eps * difference).expand(30))
+    assert_one_step_is_exact(partial(apgd_perturb, steps=1), norm)
 
 
 class _Peak(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from poise.errors import PoiseError
-from poise.robust.attacks import apgd, attack_mode, msd, perturb, pgd
+from poise.robust.attacks import AttackResult, apgd, attack_mode, msd, perturb, pgd
 from poise.robust.noise import Noise
 from poise.robust.threats import Threat
 
@@ -24,52 +25,31 @@ ORDER = {"linf": math.inf, "l2": 2, "l1": 1}
 @pytest.mark.parametrize("seed", [0, 4])
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 0.014), ("l2", 0.16), ("l1", 0.6)])
 def test_pgd_is_the_closed_form_of_a_boxed_ten_class_linear_model_example_by_example(
-    norm: str, eps: float, seed: int, linear_problem: Callable[..., SimpleNamespace], slack: Callable[..., Tensor]
+    norm: str, eps: float, seed: int, assert_closed_form: Callable[..., None]
 ) -> None:
-    problem = linear_problem(seed=seed, classes=10, shape=(3, 8, 8), n=64)
-    robust = slack(problem.model, problem.x, problem.y, norm, eps) > 0
-    options = {"steps": 100, "step_size": eps / 20, "restarts": 3, "sparsity": 1}
-    result = pgd(problem.model, problem.x, problem.y, Threat(norm, eps), **options)
-    assert torch.equal(result.correct, robust)
-    assert 0.4 < robust.double().mean() < 0.6
-    assert torch.equal(problem.model(result.adversarial).argmax(1) == problem.y, robust)
+    attack = partial(pgd, steps=100, step_size=eps / 20, restarts=3, sparsity=1)
+    assert_closed_form(attack, Threat(norm, eps), seed, n=64, share=(0.4, 0.6))
 
 
 @pytest.mark.parametrize("norm", NORMS)
 @given(seed=st.integers(0, 10_000), share=st.floats(0.02, 0.6))
 @settings(deadline=None, max_examples=8, derandomize=True)
 def test_pgd_on_random_binary_models_is_exact_and_never_claims_the_impossible(
-    norm: str,
-    seed: int,
-    share: float,
-    linear_problem: Callable[..., SimpleNamespace],
-    slack: Callable[..., Tensor],
+    norm: str, seed: int, share: float, assert_exact_between_two_classes: Callable[..., None]
 ) -> None:
     """For two classes the loss grows with one margin, so the attack must reach it up to the length of its steps."""
-    d = 12
-    eps = share * {"linf": 0.5, "l2": 0.5 * math.sqrt(d), "l1": 0.5 * d}[norm]
-    problem = linear_problem(seed=seed, classes=2, shape=(d,), n=20)
-    exact = slack(problem.model, problem.x, problem.y, norm, eps)
-    options = {"steps": 100, "step_size": eps / 25, "sparsity": 1}
-    correct = pgd(problem.model, problem.x, problem.y, Threat(norm, eps), **options).correct
-    assert correct[exact > 0].all()
-    gain = slack(problem.model, problem.x, problem.y, norm, 0.0) - exact
-    assert not correct[exact < -0.1 * gain].any()
+
+    def attack(model: nn.Module, x: Tensor, y: Tensor, threat: Threat) -> AttackResult:
+        return pgd(model, x, y, threat, steps=100, step_size=threat.eps / 25, sparsity=1)
+
+    assert_exact_between_two_classes(attack, norm, seed, share, tolerance=0.1)
 
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_one_step_of_length_eps_from_the_image_is_exact_away_from_the_box(
-    norm: str, linear_problem: Callable[..., SimpleNamespace]
+    norm: str, assert_one_step_is_exact: Callable[..., None]
 ) -> None:
-    """The binary margin falls by eps times the dual norm of the weight difference."""
-    problem, eps = linear_problem(seed=5, classes=2, shape=(20,), n=30), 0.05
-    x = 0.3 + 0.4 * problem.x
-    point = perturb(problem.model, x, problem.y, Threat(norm, eps), steps=1, random_start=False, sparsity=1)
-    margin = lambda at: (problem.model(at).detach() * torch.tensor([1.0, -1.0])).sum(1)  # noqa: E731
-    drop = (margin(x) - margin(point)).abs()
-    dual = {"linf": 1, "l2": 2, "l1": math.inf}[norm]
-    difference = torch.linalg.vector_norm(problem.model.weight[0] - problem.model.weight[1], ord=dual).detach()
-    torch.testing.assert_close(drop, (eps * difference).expand(30))
+    assert_one_step_is_exact(partial(perturb, steps=1, random_start=False, sparsity=1), norm)
 
 
 def _snapshot(net: nn.Module) -> list[object]:

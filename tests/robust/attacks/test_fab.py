@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -76,14 +77,9 @@ def test_the_distances_on_a_boxed_linear_model_are_the_closed_form(
 
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 0.014), ("l2", 0.165), ("l1", 0.6)])
 def test_exactly_the_examples_of_negative_slack_are_fooled(
-    norm: str, eps: float, linear_problem: Callable[..., SimpleNamespace], slack: Callable[..., Tensor]
+    norm: str, eps: float, assert_closed_form: Callable[..., None]
 ) -> None:
-    problem = linear_problem(seed=0, classes=10, shape=(3, 8, 8), n=48)
-    robust = slack(problem.model, problem.x, problem.y, norm, eps) > 0
-    result = fab(problem.model, problem.x, problem.y, Threat(norm, eps), steps=30)
-    assert torch.equal(result.correct, robust)
-    assert 0.3 < robust.double().mean() < 0.7
-    assert torch.equal(problem.model(result.adversarial).argmax(1) == problem.y, robust)
+    assert_closed_form(partial(fab, steps=30), Threat(norm, eps), seed=0, n=48, share=(0.3, 0.7))
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -110,20 +106,9 @@ def test_far_from_the_box_the_distance_is_that_of_the_recursion(norm: str) -> No
 @given(seed=st.integers(0, 10_000), share=st.floats(0.02, 0.6))
 @settings(deadline=None, max_examples=8, derandomize=True)
 def test_on_random_binary_models_it_is_exact_and_never_claims_the_impossible(
-    norm: str,
-    seed: int,
-    share: float,
-    linear_problem: Callable[..., SimpleNamespace],
-    slack: Callable[..., Tensor],
+    norm: str, seed: int, share: float, assert_exact_between_two_classes: Callable[..., None]
 ) -> None:
-    d = 12
-    eps = share * {"linf": 0.5, "l2": 0.5 * math.sqrt(d), "l1": 0.5 * d}[norm]
-    problem = linear_problem(seed=seed, classes=2, shape=(d,), n=20)
-    exact = slack(problem.model, problem.x, problem.y, norm, eps)
-    correct = fab(problem.model, problem.x, problem.y, Threat(norm, eps), steps=20).correct
-    assert correct[exact > 0].all()
-    gain = slack(problem.model, problem.x, problem.y, norm, 0.0) - exact
-    assert not correct[exact < -0.01 * gain].any()
+    assert_exact_between_two_classes(partial(fab, steps=20), norm, seed, share, tolerance=0.01)
 
 
 @pytest.mark.parametrize("norm", NORMS)
