@@ -20,8 +20,9 @@ from poise.store.result import has_result, require_result
 from poise.store.runs import open_run
 
 
-def interval(values: Sequence[float]) -> str:
-    """Mean and half width, both times 100."""
+def interval(shares: Sequence[float | None]) -> str:
+    """Mean and half width, both times 100; None where no image was attacked is left out."""
+    values = [share for share in shares if share is not None]
     mean, n = statistics.mean(values), len(values)
     if n < 2:
         return f"{100 * mean:.1f}"
@@ -63,13 +64,15 @@ def main(store: str, study: str) -> None:
 
 
 def on_and_off(result: RobustManifoldResult, stages: dict[str, list[str]]) -> list[str]:
-    """Of each stage and ball, how many of the images classified rightly fall within the manifold, off it, anywhere."""
-    lines = ["| | seeds | ball | on | off | anywhere |", "|---|---|---|---|---|---|"]
+    """Of each stage and ball, the share of correctly classified images that fall on the manifold, off it, in all."""
+    lines = ["| | seeds | ball | on | off | full |", "|---|---|---|---|---|---|"]
     classifiers = {one.run: one for one in result.classifiers}
     for stage, runs in stages.items():
         found = [classifiers[run].success for run in runs]
         for norm in dict.fromkeys(name.partition("/")[2] for name in found[0]):
-            cells = [interval([one[f"{where}/{norm}"] for one in found]) for where in ("on", "off", "anywhere")]
+            cells = [
+                interval([one[f"{where}/{norm}"] for one in found]) for where in ("on_manifold", "off_manifold", "full")
+            ]
             lines.append(f"| {stage} | {len(runs)} | {norm} | {' | '.join(cells)} |")
     return lines
 

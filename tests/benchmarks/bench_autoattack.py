@@ -27,11 +27,12 @@ from torch import Tensor, nn
 
 from poise.robust.attacks.autoattack import autoattack
 from poise.robust.attacks.fab import fab
+from poise.robust.spec import Norm
 from poise.robust.threats import Threat
 
 BATCH, MOVE = 500, 1e-6
-LINEAR = {"linf": 0.014, "l2": 0.16, "l1": 1.5}
-MNIST = {"linf": 0.3, "l2": 1.0, "l1": 3.0}
+LINEAR: dict[Norm, float] = {"linf": 0.014, "l2": 0.16, "l1": 1.5}
+MNIST: dict[Norm, float] = {"linf": 0.3, "l2": 1.0, "l1": 3.0}
 TESTS = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("POISE_SHARED_DATA", TESTS.parents[1] / "shared" / "data"))
 ORACLES = runpy.run_path(str(TESTS / "robust" / "conftest.py"))
@@ -68,8 +69,8 @@ def cases() -> Iterator[Case]:
 def ours(case: Case) -> tuple[Tensor, float]:
     """(which examples stand, seconds)."""
     began = time.process_time()
-    standing = autoattack(case.model, case.x, case.y, case.threat, batch_size=BATCH).correct
-    return standing, time.process_time() - began
+    correct = autoattack(case.model, case.x, case.y, case.threat, batch_size=BATCH).correct
+    return correct, time.process_time() - began
 
 
 def theirs(case: Case, attacks: tuple[str, ...] = ()) -> tuple[Tensor, float]:

@@ -53,8 +53,13 @@ class Runner:
             python = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
         command = [*python, "-m", "poise", "run", str(spec), "--engine", engine]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self.process = subprocess.Popen(command, env=environment, start_new_session=True, **quiet)
+        self.process = subprocess.Popen(
+            command,
+            env=environment,
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         self.run: Run = open_run(str(folder), engine)
         while len(self.commits(0)) < 3:
             assert self.process.poll() is None, f"{engine} has ended"

@@ -11,7 +11,7 @@ import tempfile
 import time
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from poise.data.images.batches import Batches, load
 from poise.data.spec import DataSpec
@@ -24,7 +24,7 @@ from poise.store.runs import open_run
 from poise.train.context import Context
 from poise.train.loop import fit
 from poise.train.spec import Checkpointing, Interval, Sgd, TrainSpec
-from poise.train.task import StepOutput, Task
+from poise.train.task import StepContext, StepOutput, Task, TaskState
 
 WARM, STEPS, ROUNDS = 5, 105, 15
 DATA = load(DataSpec(name="digits", batch_size=128), seed=0)
@@ -78,9 +78,10 @@ def ours(attack_steps: int) -> float:
     """The loop, with its rows, timers and seeds; commits are timed by the engine benchmark."""
     model, stream = network(), Stream()
 
-    def step(model, batch, state, turn):
-        with turn.timers("attack"):
-            loss = loss_of(model, *batch, attack_steps, turn.generator)
+    def step(model: nn.Module, batch: tuple[Tensor, Tensor], state: TaskState, step_context: StepContext) -> StepOutput:
+        x, y = batch
+        with step_context.timers("attack"):
+            loss = loss_of(model, x, y, attack_steps, step_context.generator)
         return StepOutput(loss, {}, state)
 
     end = Interval(steps=STEPS)

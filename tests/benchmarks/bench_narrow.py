@@ -44,9 +44,8 @@ def compare(images: int, channels: int, side: int, filters: int, kernel: int, st
         return torch.autograd.grad(y, x, upstream, retain_graph=True)[0]
 
     taken = {"oneDNN": milliseconds(gradient)}
-    torch.backends.mkldnn.enabled = False
-    taken["PyTorch's own"] = milliseconds(gradient)
-    torch.backends.mkldnn.enabled = True
+    with torch.backends.mkldnn.flags(enabled=False):
+        taken["PyTorch's own"] = milliseconds(gradient)
     for way in (by_columns, by_phases):
         taken[way.__name__] = milliseconds(partial(way(layer), upstream, x.shape))
     used = "oneDNN" if not is_narrow(layer) else "by_phases" if uses_phases(layer) else "by_columns"

@@ -60,7 +60,8 @@ class Usual:
             x, y = next(self.data)
         points = [self.attack(x, y, THREATS[norm]) for norm in self.norms]
         self.optimizer.zero_grad()
-        loss = sum(nn.functional.cross_entropy(self.model(point), y) for point in points) / len(points)
+        losses = [nn.functional.cross_entropy(self.model(point), y) for point in points]
+        loss = torch.stack(losses).mean()
         loss.backward()
         self.optimizer.step()
 
@@ -69,7 +70,8 @@ class Usual:
         for _ in range(STEPS):
             delta = delta.detach().requires_grad_()
             nn.functional.cross_entropy(self.model(x + delta), y).backward()
-            step = threat.steepest(delta.grad, 2.5 * threat.eps / STEPS, at=(x + delta).detach(), sparsity=20)
+            assert delta.grad is not None
+            step = threat.steepest_step(delta.grad, 2.5 * threat.eps / STEPS, at=(x + delta).detach(), sparsity=20)
             delta = threat.project(x, (delta + step).detach())
         return (x + delta).detach()
 

@@ -58,7 +58,8 @@ def main() -> None:
 def _write_questions(path: Path, model: Path) -> list[int]:
     """The first questions of SimpleQA that have 60 tokens, and how many tokens each has."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    lengths, lines = [], []
+    lengths: list[int] = []
+    lines: list[str] = []
     with (DATA / "qa" / "simple_qa_test_set.csv").open(newline="") as rows:
         for row in csv.DictReader(rows):
             length = len(tokenizer(row["problem"]).input_ids)

@@ -51,9 +51,9 @@ def results(run: Run) -> dict[str, bytes]:
 
 def result(run: Run) -> dict[str, bytes]:
     """All but the verdicts, which hold how long they took; of these, the names."""
-    found = {name: data for name, data in results(run).items() if "/verdicts/" not in name}
+    found = {name: data for name, data in results(run).items() if "/chunks/" not in name}
     found["result.json"] = found["result.json"].replace(run.name.encode(), b"")
-    return {**found, "verdicts": "".join(run.files("artifacts/verdicts/")).encode()}
+    return {**found, "chunks": "".join(run.files("artifacts/chunks/")).encode()}
 
 
 def test_two_ranks_that_are_killed_and_one_that_goes_on_are_one_that_was_left_alone(tmp_path, monkeypatch, fork_server):
@@ -65,7 +65,7 @@ def test_two_ranks_that_are_killed_and_one_that_goes_on_are_one_that_was_left_al
     with (tmp_path / "log").open("wb") as log:
         ranks = fork_server.start_ranks(["-m", "poise", "run", "spec.yaml", "--engine", "local"], log, log)
     run, deadline = open_run(store, "killed"), time.monotonic() + 120
-    while len(run.files("artifacts/verdicts/square-linf/")) < 3 and time.monotonic() < deadline:
+    while len(run.files("artifacts/chunks/square-linf/")) < 3 and time.monotonic() < deadline:
         assert [rank.poll() for rank in ranks] == [None, None], (tmp_path / "log").read_text()
         time.sleep(0.005)
     for rank in ranks:

@@ -24,7 +24,7 @@ from poise import kinds
 from poise.engine.launch import launch
 from poise.engine.lifecycle import claim, spec_hash
 from poise.engine.ray.tune import _TrialCallback
-from poise.engine.sweep import Tally, history, outcome, run_sweep
+from poise.engine.sweep import Tally, history, run_sweep, trial_result
 from poise.errors import PoiseError, UserError
 from poise.kinds.sweep.spec import SweepSpec
 from poise.observe.progress import Display
@@ -221,7 +221,7 @@ def test_trials_are_judged_on_validation_under_the_attacks_of_the_evaluation(two
     """What the test says of a trial plays no part: the two orders differ here, or the metric is that of the trial."""
     spec = drawn(two_drawn, metric="validation.best.robust/union")
     for trial, run in zip(spec.trials(), trials_of(spec), strict=True):
-        found = outcome(spec, trial)
+        found = trial_result(spec, trial)
         assert found.metric == summary(run)["validation"]["best"]["robust/union"]
         assert (found.num_examples, found.num_tested) == (40, 40)
     assert spec.source.examples == "validation"
@@ -235,7 +235,7 @@ def test_what_a_trial_trained_on_is_never_taken_for_what_it_held_out(sweep_of):
     rows.add(10, 1.0, "train", {"robust/union": 0.99})
     run.write("metrics/rows-00000010.parquet", rows.to_parquet())
     assert history(spec, run) == []
-    assert outcome(spec, trial).metric is None
+    assert trial_result(spec, trial).metric is None
 
 
 def test_a_trial_stopped_by_another_judgement_goes_on(sweep_of):
@@ -250,7 +250,7 @@ def test_a_trial_stopped_by_another_judgement_goes_on(sweep_of):
     callback.on_trial_complete(0, (), place)
     callback.record_all_ends()
     assert run.manifest().status == "stopped"
-    kept = outcome(spec, first)
+    kept = trial_result(spec, first)
     assert (kept.status, kept.metric, kept.step) == ("stopped", 0.25, 5), "a stopped trial keeps what it has reported"
     left = {name: is_left(sweep_of(base={**BASE, "train": {"epochs": 4}}, **changes)) for name, changes in {
         "same": {"scheduler": {"name": "asha"}},
@@ -352,7 +352,7 @@ def test_what_the_process_of_a_trial_says_reaches_the_terminal_and_the_result(sw
     callback.record_all_ends()
     assert "waiting: s-0001 needs 2 GPU\n" in stream.getvalue()
     assert "[s-0001] failed: workers.gpus is 1 and torch sees no GPU here\n" in stream.getvalue()
-    assert tally.outcome(spec.trials()[1]).error == "workers.gpus is 1 and torch sees no GPU here"
+    assert tally.result(spec.trials()[1]).error == "workers.gpus is 1 and torch sees no GPU here"
 
 
 def wait_until(condition: Callable[[], Any], process: ForkedProcess, log: Path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from poise.observe.rows import Rows, read_rows
-from poise.report.curves import Curve, colour, curve, label, names, ordered, phase_seconds
+from poise.report.curves import Curve, color_of, curve, label, names, ordered, phase_seconds
 
 
 def test_thinning_keeps_means_and_the_ends() -> None:
@@ -42,7 +42,7 @@ def test_series_are_found_by_split_and_name() -> None:
     assert phase_seconds(table) == {"data": 3.0, "attack": 0.0}
 
 
-def test_measures_have_one_order_and_distinct_colours() -> None:
+def test_measures_have_one_order_and_distinct_colors() -> None:
     assert ordered(["union", "zebra", "l1", "clean", "apple", "linf", "l1"]) == [
         "clean",
         "linf",
@@ -52,6 +52,6 @@ def test_measures_have_one_order_and_distinct_colours() -> None:
         "zebra",
     ]
     measures = ["clean", "linf", "l2", "l1", "average", "union", "apple", "zebra"]
-    assert len({colour(measure, measures) for measure in measures}) == len(measures)
+    assert len({color_of(measure, measures) for measure in measures}) == len(measures)
     assert label("robust/linf") == "\u2113\u221e"
     assert label("on_manifold") == "on_manifold"

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from poise.observe.rows import Rows, read_rows, schema
 from poise.report import figures
-from poise.report.curves import COLOURS, curve
+from poise.report.curves import COLORS, curve
 from poise.report.record import RunRecord
 from poise.stats import wilson
 
@@ -36,9 +36,9 @@ def test_the_curves_are_the_rows(make_record: Callable[..., RunRecord]) -> None:
         assert figure is not None
         for threat in ("linf", "l2", "l1"):
             series = curve(rows, split, prefix + threat)
-            np.testing.assert_array_equal(_line(figure, COLOURS[threat])[:, 0], series.epochs)
-            np.testing.assert_array_equal(_line(figure, COLOURS[threat])[:, 1], series.values)
-    dotted = _line(figure, COLOURS["linf"], "--")
+            np.testing.assert_array_equal(_line(figure, COLORS[threat])[:, 0], series.epochs)
+            np.testing.assert_array_equal(_line(figure, COLORS[threat])[:, 1], series.values)
+    dotted = _line(figure, COLORS["linf"], "--")
     np.testing.assert_array_equal(dotted[:, 1], curve(rows, "train", "robust/linf").values)
 
 
@@ -122,7 +122,7 @@ def test_svg_is_deterministic_labelled_and_follows_the_page(make_record: Callabl
     assert root.get("aria-label") == 'weights "of" <threats>'
     assert root.get("role") == "img"
     assert not set(re.findall(r'id="([^"]*)"', svg)) & set(re.findall(r'id="([^"]*)"', draw("b")))
-    assert f"var(--c-{COLOURS['linf'][1:]}, {COLOURS['linf']})" in svg
+    assert f"var(--c-{COLORS['linf'][1:]}, {COLORS['linf']})" in svg
     assert "http" not in svg
     assert set(re.findall(r'href="#([^"]*)"|url\(#([^)]*)\)', svg))
     for pair in re.findall(r'href="#([^"]*)"|url\(#([^)]*)\)', svg):

@@ -104,11 +104,11 @@ RESULTS: list[RunResult] = [
         stages=[
             StageSummary(
                 name="fgsm-linf", threat="linf", attack="FGSM, eps 1/20", attacked=81, fooled=36,
-                standing=0.5, union=0.5, gradients=81, queries=81,
+                still_correct=0.5, union=0.5, gradients=81, queries=81,
             )
         ],
         weights_sha256="0" * 64,
-        rechecked=RecheckResult(run="e", stages={"fgsm-linf": RecheckCounts(kept=36, fools=36, feasible=35)}),
+        rechecked=RecheckResult(run="e", stages={"fgsm-linf": RecheckCounts(stored=36, fools=36, feasible=35)}),
     ),
     RobustVaeResult(
         run="r", seed=7, objective="ELBO", step=10, best_step=None, parameters=9, measured={"elbo": -3.5, "kl": NAN}
@@ -121,9 +121,10 @@ RESULTS: list[RunResult] = [
         classifiers=[
             ClassifierResult(
                 run="net", selected="best", step=60, objective="at", num_examples=60, attacks={"linf": ATTACK},
-                dimensions={"anywhere": 64, "on": 12, "off": 52}, explained=0.75, distance=None, clean=0.9,
-                accuracy={"on/linf": 0.8}, success={"on/linf": None},
-                departure={"on/linf": SubspaceResult(residual=None, share=0.125, clipped=0.0)},
+                dimensions={"full": 64, "on_manifold": 12, "off_manifold": 52}, explained=0.75,
+                distance=None, clean=0.9,
+                accuracy={"on_manifold/linf": 0.8}, success={"on_manifold/linf": None},
+                residual={"on_manifold/linf": SubspaceResult(residual=None, share=0.125, clipped=0.0)},
                 latent=LatentResult(reconstruction=0.5, accuracy=None, success=None),
             )
         ],
@@ -249,7 +250,7 @@ def test_a_result_cannot_be_changed_nor_made_of_fields_that_it_does_not_have() -
     with pytest.raises(ValueError, match="frozen"):
         TRAINED.step = 3
     with pytest.raises(ValueError, match="Extra inputs"):
-        RobustVaeResult(run="r", seed=0, step=1, best_step=1, parameters=1, measured={}, colour=1)
+        RobustVaeResult(run="r", seed=0, step=1, best_step=1, parameters=1, measured={}, color=1)
 
 
 @pytest.mark.parametrize(

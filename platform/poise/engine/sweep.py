@@ -41,9 +41,9 @@ __all__ = [
     "is_concluded",
     "judgement",
     "keep_reports",
-    "outcome",
     "run_sweep",
     "run_trials_in_turn",
+    "trial_result",
 ]
 
 STOPPED_EARLY = "stopped early"
@@ -77,7 +77,7 @@ class Tally:
 
     def count(self, trial: Trial) -> None:
         """Count a trial that has ended, and show its status with its metric or its error."""
-        result = self.outcome(trial)
+        result = self.result(trial)
         self.ended += 1
         self.display.remove(result.run)
         values = ", ".join(f"{path} = {value}" for path, value in result.values.items())
@@ -85,9 +85,9 @@ class Tally:
         self.display.note(f"[{result.run}] {result.status}: {result.error or metric + values}")
         self._show()
 
-    def outcome(self, trial: Trial) -> TrialResult:
+    def result(self, trial: Trial) -> TrialResult:
         """The result of a trial so far."""
-        return outcome(self.spec, trial, self.errors.get(trial.spec.name))
+        return trial_result(self.spec, trial, self.errors.get(trial.spec.name))
 
     def _show(self) -> None:
         count = self.spec.num_trials
@@ -131,7 +131,7 @@ def run_sweep(spec: SweepSpec, display: Display, sink: Sink, execute: Execute) -
         tally = Tally(spec, display, len(trials) - len(remaining))
         execute(spec, remaining, tally, sink)
         if is_main:
-            results = [tally.outcome(trial) for trial in trials]
+            results = [tally.result(trial) for trial in trials]
             failed = sum(result.status == "failed" for result in results)
             if failed:
                 note = f"{failed} of {len(results)} trials failed; the same command tries them again"
@@ -172,15 +172,15 @@ def keep_reports(run: Run, spec: SweepSpec, points: Iterable[Point]) -> None:
     run.write(_REPORTS, json.dumps(reports).encode())
 
 
-def outcome(spec: SweepSpec, trial: Trial, error: str | None = None) -> TrialResult:
+def trial_result(spec: SweepSpec, trial: Trial, error: str | None = None) -> TrialResult:
     """The result of a trial, read from the store. It has failed if there is an `error`, or if its run has not ended."""
     run = located(trial.spec)
     source = spec.source
     manifest = run.manifest()
     status = manifest.status if manifest and manifest.status != "running" and error is None else "failed"
     points = history(spec, run, reported=status == "stopped")
-    pick = max if spec.mode == "max" else min
-    best = pick(points, key=lambda point: point.value, default=None)
+    select = max if spec.mode == "max" else min
+    best = select(points, key=lambda point: point.value, default=None)
     result = read_any_result(run)
     metric = best.value if best else None
     if best is None and result and source.rows is None:
@@ -240,8 +240,8 @@ def _write(run: Run, spec: SweepSpec, results: Sequence[TrialResult]) -> None:
         if ended:
             raise PoiseError(f"no trial has a finite {spec.metric!r}; {ended[0]} came to its end without one")
         raise PoiseError(f"all {len(results)} trials have failed; {results[0].run}: {results[0].error}")
-    pick = max if spec.mode == "max" else min
-    best = pick(candidates, key=lambda result: result.metric or 0.0)
+    select = max if spec.mode == "max" else min
+    best = select(candidates, key=lambda result: result.metric or 0.0)
     columns: dict[str, list[Any]] = {}
     for key in ("run", "status", "metric", "step", "error"):
         columns[key] = [getattr(result, key) for result in results]

@@ -47,13 +47,13 @@ class Column:
 
     Attributes:
         label: its heading.
-        colour: CSS colour of the line in a figure that shows the same measure.
+        color: CSS colour of the line in a figure that shows the same measure.
         in_terminal: whether a terminal shows the column; the page shows all columns.
         prose: it holds sentences, which are wrapped and never truncated.
     """
 
     label: str
-    colour: str = ""
+    color: str = ""
     in_terminal: bool = True
     prose: bool = False
 

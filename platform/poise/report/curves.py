@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-__all__ = ["Curve", "colour", "curve", "label", "names", "ordered", "phase_seconds"]
+__all__ = ["Curve", "color_of", "curve", "label", "names", "ordered", "phase_seconds"]
 
 LABELS = {
     "clean": "clean",
@@ -24,7 +24,7 @@ LABELS = {
 """Labels of known measures, in the order in which every table and figure shows them."""
 
 INK = "#1a1c22"
-COLOURS = {
+COLORS = {
     "clean": INK,
     "linf": "#0072b2",
     "l2": "#e69f00",
@@ -99,11 +99,11 @@ def label(measure: str) -> str:
     return LABELS.get(short, short)
 
 
-def colour(measure: str, among: Sequence[str] = ()) -> str:
+def color_of(measure: str, among: Sequence[str] = ()) -> str:
     """The colour of a measure. An unknown one gets a spare colour by its index among the unknown ones of `among`."""
-    if measure in COLOURS:
-        return COLOURS[measure]
-    unknown = [other for other in among if other not in COLOURS] or [measure]
+    if measure in COLORS:
+        return COLORS[measure]
+    unknown = [other for other in among if other not in COLORS] or [measure]
     return SPARE[unknown.index(measure) % len(SPARE)]
 
 

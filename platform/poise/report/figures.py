@@ -22,12 +22,12 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
 from poise.observe.names import PHASES
-from poise.report.curves import COLOURS, INK, SPARE, colour, curve, label, names, ordered, phase_seconds
+from poise.report.curves import COLORS, INK, SPARE, color_of, curve, label, names, ordered, phase_seconds
 from poise.stats import wilson
 
 __all__ = [
     "accuracy_curves",
-    "css_colour",
+    "css_color",
     "final_bars",
     "learning_rate",
     "legend",
@@ -48,9 +48,9 @@ HALF = 5.0
 MUTED = "#6b7280"
 GRID = "#e2e5ea"
 _PHASE_PALETTE = ("#56b4e9", "#e69f00", "#d55e00", "#0072b2", "#009e73", "#cc79a7")
-PHASE_COLOURS = dict(zip(PHASES, _PHASE_PALETTE, strict=True))
+PHASE_COLORS = dict(zip(PHASES, _PHASE_PALETTE, strict=True))
 
-VARIABLES = {hex_colour: f"c-{hex_colour[1:]}" for hex_colour in (*COLOURS.values(), *SPARE)}
+VARIABLES = {hex_color: f"c-{hex_color[1:]}" for hex_color in (*COLORS.values(), *SPARE)}
 VARIABLES |= {INK: "ink", MUTED: "muted", GRID: "grid"}
 """The name of the CSS variable of each colour."""
 
@@ -90,9 +90,9 @@ def new_figure(width: float, height: float, xlabel: str, ylabel: str) -> tuple[F
     return figure, axes
 
 
-def css_colour(hex_colour: str) -> str:
+def css_color(hex_color: str) -> str:
     """A colour of a figure as the value of a CSS property: its variable, with the colour itself as fallback."""
-    return f"var(--{VARIABLES[hex_colour]}, {hex_colour})"
+    return f"var(--{VARIABLES[hex_color]}, {hex_color})"
 
 
 def legend(axes: Axes, handles: Sequence[Line2D] | None = None) -> None:
@@ -136,7 +136,7 @@ def loss_curves(rows: pa.Table) -> Figure | None:
     figure, axes = new_figure(HALF, 2.9, "epoch", "loss (nats)")
     threats = _several(names(rows, "train", "loss/"))
     for threat in threats:
-        plot(axes, rows, "train", f"loss/{threat}", color=colour(threat, threats), lw=1.1, label=label(threat))
+        plot(axes, rows, "train", f"loss/{threat}", color=color_of(threat, threats), lw=1.1, label=label(threat))
     plot(axes, rows, "train", "loss", color=INK, label="training objective")
     plot(axes, rows, "validation", "loss", color=INK, ls=(0, (3, 2)), lw=1.3, label="validation")
     if not axes.lines:
@@ -157,7 +157,7 @@ def accuracy_curves(rows: pa.Table, best_step: int | None = None) -> Figure | No
         accuracies = _accuracies(rows, split)
         width = 1.9 if split == "validation" else 1.2
         for measure, name in accuracies.items():
-            plot(axes, rows, split, name, color=colour(measure, list(accuracies)), ls=style, lw=width)
+            plot(axes, rows, split, name, color=color_of(measure, list(accuracies)), ls=style, lw=width)
             measures.setdefault(measure, []).append(split)
     if not measures:
         return None
@@ -204,7 +204,7 @@ def _mark_best(axes: Axes, rows: pa.Table, best_step: int | None) -> None:
 def _accuracy_legend(axes: Axes, measures: Mapping[str, Sequence[str]]) -> None:
     """One entry per measure and one per split; `measures` has the splits of each measure."""
     order = ordered(measures)
-    handles = [Line2D([], [], color=colour(measure, order), lw=1.9, label=label(measure)) for measure in order]
+    handles = [Line2D([], [], color=color_of(measure, order), lw=1.9, label=label(measure)) for measure in order]
     splits = {split for measure_splits in measures.values() for split in measure_splits}
     if "validation" in splits:
         handles.append(Line2D([], [], color=MUTED, lw=1.9, label="validation"))
@@ -221,7 +221,7 @@ def weight_curves(rows: pa.Table) -> Figure | None:
         return None
     figure, axes = new_figure(HALF, 2.9, "epoch", "weight in the objective")
     for threat in threats:
-        plot(axes, rows, "train", f"weight/{threat}", color=colour(threat, threats), label=label(threat))
+        plot(axes, rows, "train", f"weight/{threat}", color=color_of(threat, threats), label=label(threat))
     axes.set_ylim(bottom=0)
     legend(axes)
     return figure
@@ -268,7 +268,7 @@ def phase_bars(runs: Sequence[tuple[str, pa.Table]]) -> Figure | None:
     axes.set_yticks(range(count), [_shorten(name) for name in run_names], color=INK)
     axes.set_ylim(count - 0.45, -0.55)
     axes.set_xlim(0, 1.01 * longest)
-    legend(axes, [_swatch(_phase_colour(phase), phase.replace("_", " and ")) for phase in phases])
+    legend(axes, [_swatch(_phase_color(phase), phase.replace("_", " and ")) for phase in phases])
     return figure
 
 
@@ -284,14 +284,14 @@ def _phase_bar(axes: Axes, row: int, seconds: Mapping[str, float], phases: Seque
     left = 0.0
     for phase in phases:
         width = seconds.get(phase, 0.0)
-        bar = axes.barh(row, width, left=left, height=0.62, color=_phase_colour(phase))
+        bar = axes.barh(row, width, left=left, height=0.62, color=_phase_color(phase))
         if width > 0.05 * longest:
             axes.bar_label(bar, [f"{width / total:.0%}"], label_type="center", color="#ffffff", fontsize=8.5)
         left += width
 
 
-def _phase_colour(phase: str) -> str:
-    return PHASE_COLOURS.get(phase, SPARE[-1])
+def _phase_color(phase: str) -> str:
+    return PHASE_COLORS.get(phase, SPARE[-1])
 
 
 def _shorten(name: str, limit: int = 28) -> str:
@@ -316,7 +316,7 @@ def final_bars(runs: Sequence[tuple[str, Mapping[str, float], int]]) -> Figure |
             value = accuracy.get(measure, accuracy.get(f"robust/{measure}", math.nan))
             if math.isfinite(value):
                 x = place + (index - (len(runs) - 1) / 2) * width  # the bars of a measure are centred at its place
-                _interval_bar(axes, x, value, count, width, colour(measure, measures), _opacity(index, len(runs)))
+                _interval_bar(axes, x, value, count, width, color_of(measure, measures), _opacity(index, len(runs)))
     axes.set_xticks(range(len(measures)), [label(measure) for measure in measures], color=INK)
     axes.set_xlim(-0.55, len(measures) - 0.45)
     axes.set_ylim(0, 1.07)  # room for the numbers above bars near 100%
@@ -371,4 +371,4 @@ def to_svg(figure: Figure, name: str, description: str) -> str:
     box = re.search(r'viewBox="[^"]*"', svg)
     head = f'<svg {box[0] if box else ""} role="img" aria-label="{html.escape(description)}">'
     svg = re.sub(r"<svg[^>]*>", lambda _: head, svg, count=1)
-    return re.sub("|".join(VARIABLES), lambda match: css_colour(match[0]), svg).strip()
+    return re.sub("|".join(VARIABLES), lambda match: css_color(match[0]), svg).strip()

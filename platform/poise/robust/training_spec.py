@@ -60,9 +60,9 @@ class Mea(_AverageSpec):
         default="mea", description="Moreau envelope: training is pulled to an anchor, which moves towards the weights"
     )
     every: Interval = Field(default=Interval(epochs=1), description="interval between two moves of the anchor")
-    pull: Annotated[ExactNumber, Field(ge=0, le=1_000_000)] = Field(
+    proximal_weight: Annotated[ExactNumber, Field(ge=0, le=1_000_000)] = Field(
         default=ExactNumber("5e-4"),
-        description="p of the penalty: p/2 times the squared distance to the anchor; 0: none",
+        description="p of the proximal term: p/2 times the squared distance to the anchor; 0: none",
     )
     rule: Literal["swa", "const", "ema"] = Field(
         default="swa", description="size of the t-th move of the anchor: 1/t, `rate`, or as an EMA with `decay`"
@@ -86,7 +86,7 @@ class Mea(_AverageSpec):
         anchor = WeightAverage(
             self.rule, start, every, decay=float(self.decay), warm_up=self.warm_up, rate=float(self.rate)
         )
-        return MoreauEnvelope(float(self.pull), anchor)
+        return MoreauEnvelope(float(self.proximal_weight), anchor)
 
 
 Averaging = Annotated[Swa | Ema | Mea, Field(discriminator="name")]

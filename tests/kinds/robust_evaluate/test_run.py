@@ -162,7 +162,7 @@ def test_the_summary_is_what_the_matrix_says(finished):
     stages = {stage["name"]: stage for stage in summary["stages"]}
     assert stages["pgd-linf"]["attack"] == "PGD, eps 1/20, loss cw, steps 5, restarts 2, random start"
     assert stages["pgd-linf"]["attacked"] == sum(map(bool, found["fgsm-linf"]))
-    assert stages["pgd-linf"]["standing"] == summary["accuracy"]["best"]["robust/linf"]
+    assert stages["pgd-linf"]["still_correct"] == summary["accuracy"]["best"]["robust/linf"]
     assert stages["pgd-linf"]["union"] == summary["accuracy"]["best"]["robust/union"]
     assert stages["fgsm-linf"]["gradients"] == stages["fgsm-linf"]["attacked"]
     assert stages["clean"]["queries"] == 90
@@ -258,7 +258,7 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(store, finished, tmp_path,
     with (tmp_path / "log").open("wb") as log:
         process = fork_server.start(arguments, log, log)
     run, deadline = open_run(store, "killed"), time.monotonic() + 60
-    while len(run.files("artifacts/verdicts/")) < 7 and time.monotonic() < deadline and process.poll() is None:
+    while len(run.files("artifacts/chunks/")) < 7 and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.001)
     process.kill()
     process.wait()
@@ -267,7 +267,7 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(store, finished, tmp_path,
     finish(spec)
     assert before.items() <= results(run).items()  # the seconds of a verdict are in its bytes: it was not made twice
     assert result(run) == result(finished)
-    assert run.files("artifacts/verdicts/") == finished.files("artifacts/verdicts/")
+    assert run.files("artifacts/chunks/") == finished.files("artifacts/chunks/")
 
 
 class Ranks:
@@ -305,7 +305,7 @@ def test_two_ranks_find_what_one_finds(store, finished):
 
 def test_a_verdict_that_is_damaged_is_named(store, finished):
     run = open_run(store, "torn")
-    run.write("artifacts/verdicts/clean/00001.parquet", finished.read("artifacts/verdicts/clean/00001.parquet")[:200])
+    run.write("artifacts/chunks/clean/00001.parquet", finished.read("artifacts/chunks/clean/00001.parquet")[:200])
     with pytest.raises(IntegrityError, match=r"clean/00001.parquet is damaged .* remove that one file"):
         attacked(store, "torn")
 
@@ -354,7 +354,7 @@ def test_a_plain_state_dict_is_evaluated_as_the_run_that_it_comes_from(store, fi
 
 def test_verdicts_on_other_weights_are_not_taken(store, finished, tmp_path):
     run = open_run(store, "mixed")
-    for name in finished.files("artifacts/verdicts/clean/"):
+    for name in finished.files("artifacts/chunks/clean/"):
         run.write(name, finished.read(name))
     file = exported(store, tmp_path, lambda state: {name: 2 * value for name, value in state.items()})
     data = {"name": "digits", "limit": 600, "validation": 50}
@@ -552,7 +552,7 @@ def test_kept_points_are_judged_again(store, finished):
     for stage in ("fgsm-linf", "pgd-l2", "pgd-linf"):
         fooled = [example for example, value in enumerate(found[stage]) if value is False]
         assert [row["example"] for row in rows if row["stage"] == stage] == fooled
-        assert summary["rechecked"]["stages"][stage] == dict.fromkeys(("kept", "fools", "feasible"), len(fooled))
+        assert summary["rechecked"]["stages"][stage] == dict.fromkeys(("stored", "fools", "feasible"), len(fooled))
     assert all(row["excess"] <= 0 and row["outside"] == 0 and row["cw_loss"] > 0 for row in rows)
     assert summary["warnings"] == []
 
@@ -574,7 +574,7 @@ def test_drift_of_what_was_kept_is_seen(store, finished):
     run.write(name, data)
     with pytest.raises(IntegrityError, match="SHA-256"):
         attacked(store, "not-vouched-for", model=None, num_examples=None, attacks=[], recheck={"run": "far"})
-    chunk_result = name.replace("adversarial", "verdicts").replace("safetensors", "parquet")
+    chunk_result = name.replace("adversarial", "chunks").replace("safetensors", "parquet")
     table = pq.read_table(io.BytesIO(run.read(chunk_result)))
     told_of_it = json.loads(table.schema.metadata[b"poise"]) | {"sha256": hashlib.sha256(data).hexdigest()}
     sink = io.BytesIO()
@@ -586,7 +586,7 @@ def test_drift_of_what_was_kept_is_seen(store, finished):
     assert rows[1]["outside"] == pytest.approx(0.5)
     assert rows[2]["excess"] == pytest.approx(0.15, abs=1e-4)
     count = len(rows)
-    assert told(again)["rechecked"]["stages"]["far"] == {"kept": count, "fools": count - 1, "feasible": 1}
+    assert told(again)["rechecked"]["stages"]["far"] == {"stored": count, "fools": count - 1, "feasible": 1}
     assert len(told(again)["warnings"]) == 2
 
 

@@ -173,28 +173,30 @@ def test_an_autoencoder_measures_what_it_says(store: str, assert_measured: Calla
 
 def test_the_numbers_are_those_of_the_matrix_of_verdicts(finished: Run) -> None:
     (net,) = summary(finished)["classifiers"]
-    matrix = pq.read_table(io.BytesIO(finished.read("artifacts/verdicts-net.parquet"))).to_pydict()
+    matrix = pq.read_table(io.BytesIO(finished.read("artifacts/evaluation-net.parquet"))).to_pydict()
     assert matrix.pop("example") == list(range(60))
     clean, reconstruction, latent = (sum(matrix[name]) / 60 for name in ("clean", "reconstruction", "latent"))
     assert net["clean"] == pytest.approx(clean)
     assert net["latent"] == pytest.approx(
         {"reconstruction": reconstruction, "accuracy": latent, "success": 1 - latent / reconstruction}
     )
-    assert set(net["accuracy"]) == {f"{where}/{norm}" for where in ("anywhere", "on", "off") for norm in ("linf", "l2")}
+    assert set(net["accuracy"]) == {
+        f"{where}/{norm}" for where in ("full", "on_manifold", "off_manifold") for norm in ("linf", "l2")
+    }
     for name, accuracy in net["accuracy"].items():
         assert accuracy == pytest.approx(sum(matrix[name]) / 60)
         assert net["success"][name] == pytest.approx(1 - accuracy / clean)
-    assert net["dimensions"] == {"anywhere": 64, "on": 12, "off": 52}
+    assert net["dimensions"] == {"full": 64, "on_manifold": 12, "off_manifold": 52}
     assert 0.5 < net["explained"] < 1
 
 
-def test_clean_and_anywhere_are_what_the_run_itself_has_measured(store: str, finished: Run) -> None:
+def test_clean_and_the_full_ball_are_what_the_run_itself_has_measured(store: str, finished: Run) -> None:
     (net,) = summary(finished)["classifiers"]
     told = summary(open_run(store, "net"))["accuracy"]["best"]
     assert net["clean"] == told["clean"]
     two = 2 / 60 + 1e-9  # images; random starts have other noise
-    assert net["accuracy"]["anywhere/linf"] == pytest.approx(told["robust/linf"], abs=two)
-    assert net["accuracy"]["anywhere/l2"] == pytest.approx(told["robust/l2"], abs=two)
+    assert net["accuracy"]["full/linf"] == pytest.approx(told["robust/linf"], abs=two)
+    assert net["accuracy"]["full/l2"] == pytest.approx(told["robust/l2"], abs=two)
 
 
 def test_on_the_manifold_is_the_eigenspace_of_the_training_images_of_each_class(store: str, finished: Run) -> None:
@@ -205,11 +207,11 @@ def test_on_the_manifold_is_the_eigenspace_of_the_training_images_of_each_class(
     assert net["explained"] == basis.explained
     x, y = to_float(test.images), test.labels
     assert net["distance"] == pytest.approx(basis.to(x).distance(x, y).mean().item())
-    options = {"steps": 4, "noise": Noise.of(derive_seed(0, "evaluate"), "off/l2", range(60))}
+    options = {"steps": 4, "noise": Noise.of(derive_seed(0, "evaluate"), "off_manifold/l2", range(60))}
     off = pgd(trained.model, x, y, EigenspaceThreat("l2", 1.0, basis=basis.to(x), labels=y, off=True), **options)
-    assert net["accuracy"]["off/l2"] == pytest.approx(off.correct.double().mean().item(), abs=1 / 60)
-    for where in ("on", "off"):
-        assert 0 <= net["departure"][f"{where}/l2"]["share"] < net["departure"]["anywhere/l2"]["share"] < 1
+    assert net["accuracy"]["off_manifold/l2"] == pytest.approx(off.correct.double().mean().item(), abs=1 / 60)
+    for where in ("on_manifold", "off_manifold"):
+        assert 0 <= net["residual"][f"{where}/l2"]["share"] < net["residual"]["full/l2"]["share"] < 1
 
 
 def test_without_an_autoencoder_and_with_one_shared_eigenspace(store: str) -> None:
@@ -234,7 +236,7 @@ def test_both_are_shown_on_a_page_and_in_a_terminal(store: str, finished: Run) -
     terminal = Console(file=io.StringIO(), width=120)
     for table in comparison(records, report_sections()):
         terminal.print(table)
-    assert all(word in terminal.file.getvalue() for word in ("anywhere", "reconstructions", "ELBO"))
+    assert all(word in terminal.file.getvalue() for word in ("full ball", "reconstructions", "ELBO"))
 
 
 def test_at_eps_zero_nothing_falls_and_codes_are_reconstructions(store: str) -> None:
@@ -278,7 +280,7 @@ def test_two_ranks_find_what_one_finds(store: str, finished: Run) -> None:
     (one,), (two,) = summary(finished)["classifiers"], summary(run)["classifiers"]
     assert two["accuracy"] == pytest.approx(one["accuracy"], abs=1.01 / 60)
     assert two["distance"] == pytest.approx(one["distance"], rel=1e-5)
-    assert two["departure"]["on/l2"] == pytest.approx(one["departure"]["on/l2"], rel=0.02)
+    assert two["residual"]["on_manifold/l2"] == pytest.approx(one["residual"]["on_manifold/l2"], rel=0.02)
     assert two["latent"]["reconstruction"] == one["latent"]["reconstruction"]
 
 

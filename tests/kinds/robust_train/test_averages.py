@@ -97,15 +97,17 @@ def test_the_estimate_counts_the_average_and_the_perturbation(tmp_path: Path) ->
 def test_what_is_switched_off_is_the_method_itself(tmp_path: Path) -> None:
     """gamma 0 is the method without AWP, an anchor that does not pull is SWA: the same bits."""
     plain, _ = finished(tmp_path / "plain", train={"steps": 6}, averaging={"name": "swa", "every": {"steps": 2}})
-    anchor = {"name": "mea", "pull": 0, "every": {"steps": 2}}
+    anchor = {"name": "mea", "proximal_weight": 0, "every": {"steps": 2}}
     off, _ = finished(tmp_path / "off", train={"steps": 6}, averaging=anchor, awp={"gamma": 0})
     one, other = (load(run.read("artifacts/averaged.safetensors")) for run in (plain, off))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
     one, other = weights(plain, 6, tmp_path / "a"), weights(off, 6, tmp_path / "b")
     assert all(torch.equal(value, other[name]) for name, value in one.items())
-    pulled, _ = finished(tmp_path / "on", train={"steps": 6}, averaging={**anchor, "pull": 1}, awp={"gamma": 0.01})
+    pulled, _ = finished(
+        tmp_path / "on", train={"steps": 6}, averaging={**anchor, "proximal_weight": 1}, awp={"gamma": 0.01}
+    )
     assert any(not torch.equal(v, one[name]) for name, v in weights(pulled, 6, tmp_path / "c").items())
-    assert values(pulled, "pull")[6] > 0
+    assert values(pulled, "proximal_term")[6] > 0
 
 
 @pytest.fixture
@@ -193,7 +195,7 @@ def test_two_ranks_take_the_steps_of_one(tmp_path: Path, fork_server: ForkServer
         "model": {"name": "cnn", "width": 4},
         "threats": threats,
         "train": {"steps": 6, "optimizer": {"name": "sgd", "lr": 0.1}, "log_every": 1},
-        "averaging": {"name": "mea", "pull": 0.5, "every": {"steps": 2}},
+        "averaging": {"name": "mea", "proximal_weight": 0.5, "every": {"steps": 2}},
         "awp": {"gamma": 0.05},
         "monitors": {"overfitting": {"num_examples": 20, "gap": 1, "max_drop": 1}, "robust_gap": True},
     }
@@ -206,5 +208,5 @@ def test_two_ranks_take_the_steps_of_one(tmp_path: Path, fork_server: ForkServer
     one, two = (load(run.read("artifacts/averaged.safetensors")) for run in (alone, both))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
-    for name in ("loss", "pull", "sum_lr"):
+    for name in ("loss", "proximal_term", "sum_lr"):
         assert values(both, name) == pytest.approx(values(alone, name), rel=1e-4)

@@ -24,7 +24,7 @@ LINF, L2, L1 = {"eps": 0.1, "steps": 1}, {"eps": 0.5, "steps": 1}, {"eps": 2, "s
 ONE, TWO, THREE = {"linf": LINF}, {"linf": LINF, "l1": L1}, {"linf": LINF, "l2": L2, "l1": L1}
 EVERY_STEP = {"every": {"steps": 1}}
 SWA, EMA, AWP = {"name": "swa", **EVERY_STEP}, {"name": "ema", "start": {"steps": 1}}, {"awp": {"gamma": 0.05}}
-MEA = {"name": "mea", "pull": 0.5, "every": {"steps": 2}}
+MEA = {"name": "mea", "proximal_weight": 0.5, "every": {"steps": 2}}
 
 CASES: dict[str, dict[str, Any]] = {
     "at-swa": {"objective": "at", "threats": ONE, "averaging": SWA},

@@ -144,7 +144,7 @@ def test_a_union_attacks_under_each_threat_what_stands_under_those_before(
     assert attack.met == [[1, 2, 3, 4, 5, 6, 7, 8], [1, 3, 4, 6, 7, 8], [1, 4, 6, 7, 8]]
     assert result.names == ("a", "b", "c")
     stand = [{1, 3, 4, 6, 7, 8}, {1, 4, 6, 7, 8}, {1, 4, 6, 7}]
-    assert [{i + 1 for i in column.nonzero().flatten().tolist()} for column in result.standing.T] == stand
+    assert [{i + 1 for i in column.nonzero().flatten().tolist()} for column in result.robust.T] == stand
     assert result.correct.tolist() == [i + 1 in stand[-1] for i in range(9)]
     assert torch.equal(result.adversarial, x.index_fill(0, torch.tensor([2, 3, 5, 8]) - 1, 0.0))
     with pytest.raises(ValueError, match="at least one"):
@@ -283,8 +283,8 @@ def test_beside_pyautoattack_on_a_robust_network(norm: str, mnist: SimpleNamespa
     for each in ours:
         _feasible(x, each.adversarial, threat)
     theirs = [_peer(mnist.model, x, y, threat, seed) for seed in seeds]
-    standing = lambda found: sum(int(each.sum()) for each in found) / len(found)  # noqa: E731
-    assert standing([each.correct for each in ours]) <= standing(theirs) + 1
+    num_robust = lambda found: sum(int(each.sum()) for each in found) / len(found)  # noqa: E731
+    assert num_robust([each.correct for each in ours]) <= num_robust(theirs) + 1
     assert int((~ours[0].correct).sum()) > 2
 
 

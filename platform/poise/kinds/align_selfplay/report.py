@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from poise.kinds.align_selfplay.result import AlignSelfplayResult
 from poise.report.blocks import Cell, Column, RenderedFigure, Row, Section, Table, draw, number, percent, warning_tables
-from poise.report.curves import COLOURS, INK, SPARE, curve, names
+from poise.report.curves import COLORS, INK, SPARE, curve, names
 from poise.report.figures import HALF, STYLE, WIDE, legend, new_figure
 from poise.report.record import RunRecord
 
@@ -65,7 +65,7 @@ def _figures(records: Sequence[RunRecord]) -> Iterator[RenderedFigure | None]:
 @matplotlib.rc_context(STYLE)
 def _exploitability(records: Sequence[RunRecord]) -> Figure | None:
     figure, axes = new_figure(WIDE, 3.4, "iteration", "exploitability")
-    palette = (*COLOURS.values(), *SPARE)
+    palette = (*COLORS.values(), *SPARE)
     for index, record in enumerate(records):
         series = curve(record.rows, "validation", "exploitability").downsample()
         if len(series):

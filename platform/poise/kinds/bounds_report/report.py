@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from poise.kinds.bounds_report.result import BoundsReportResult, NetworkResult
 from poise.report.blocks import Cell, Column, RenderedFigure, Row, Section, Table, draw, number, percent
-from poise.report.curves import COLOURS, SPARE
+from poise.report.curves import COLORS, SPARE
 from poise.report.figures import STYLE, WIDE, legend, new_figure
 from poise.report.record import RunRecord, with_result
 
@@ -100,7 +100,7 @@ def _norms(networks: Sequence[NetworkResult]) -> Figure | None:
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    palette = (*COLOURS.values(), *SPARE)
+    palette = (*COLORS.values(), *SPARE)
     lines = []
     for index, network in enumerate(networks):
         color = palette[index % len(palette)]

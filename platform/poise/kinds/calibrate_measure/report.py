@@ -10,14 +10,14 @@ from matplotlib.figure import Figure
 
 from poise.kinds.calibrate_measure.result import CalibrateMeasureResult, ListedQuestion
 from poise.report.blocks import Cell, Column, RenderedFigure, Row, Section, Table, draw, number, percent, warning_tables
-from poise.report.curves import COLOURS
+from poise.report.curves import COLORS
 from poise.report.figures import HALF, MUTED, STYLE, WIDE, legend, new_figure
 from poise.report.record import RunRecord, with_result
 from poise.stats import wilson
 
 __all__ = ["SECTION", "confidences", "reliability_diagram"]
 
-ESTIMATES = {"sem1": ("Sem1", COLOURS["linf"]), "sem2": ("Sem2", COLOURS["union"])}
+ESTIMATES = {"sem1": ("Sem1", COLORS["linf"]), "sem2": ("Sem2", COLORS["union"])}
 FEW = 30
 """A bin of fewer questions is drawn faintly: its accuracy is uncertain."""
 

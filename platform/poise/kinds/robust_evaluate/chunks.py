@@ -1,6 +1,6 @@
 """Results of attacks, committed a chunk of examples at a time: a restarted run reads them and attacks only the rest.
 
-A chunk is `artifacts/verdicts/STAGE/00000.parquet` of the run (see `poise.store.chunks`), with a row per example.
+A chunk is `artifacts/chunks/STAGE/00000.parquet` of the run (see `poise.store.chunks`), with a row per example.
 Adversarial examples are stored, where the spec asks for them, in `artifacts/adversarial/STAGE/00000.safetensors`,
 written before the chunk that has their SHA-256.
 """
@@ -31,7 +31,7 @@ from poise.train.context import Context
 
 __all__ = ["AdversarialExamples", "ChunkEvaluator", "ChunkResult", "QueryCounter", "read_adversarial_examples"]
 
-_CHUNKS = "artifacts/verdicts/"
+_CHUNKS = "artifacts/chunks/"
 _ADVERSARIAL = "artifacts/adversarial/"
 _SCHEMA = pa.schema({"example": pa.int64(), "correct": pa.bool_()})
 

@@ -144,7 +144,7 @@ def _write_results(spec: RobustEvaluateSpec, rows: list[dict[str, Any]], warning
     for stage in dict.fromkeys(row["stage"] for row in rows):
         stage_rows = [row for row in rows if row["stage"] == stage]
         counts[stage] = RecheckCounts(
-            kept=len(stage_rows),
+            stored=len(stage_rows),
             fools=sum(row["fools"] for row in stage_rows),
             feasible=sum(row["feasible"] for row in stage_rows),
         )

@@ -11,8 +11,8 @@ from matplotlib.ticker import PercentFormatter
 
 from poise.kinds.robust_evaluate.result import RecheckResult, RobustEvaluateResult, StageSummary
 from poise.report.blocks import Cell, Column, RenderedFigure, Row, Section, Table, draw, number, percent, warning_tables
-from poise.report.curves import colour, curve, label, ordered
-from poise.report.figures import STYLE, WIDE, css_colour, legend, new_figure
+from poise.report.curves import color_of, curve, label, ordered
+from poise.report.figures import STYLE, WIDE, css_color, legend, new_figure
 from poise.report.record import RunRecord, with_result
 
 __all__ = ["SECTION", "falling"]
@@ -51,7 +51,7 @@ def _accuracies(results: Sequence[_Evaluated]) -> Table:
         "classified correctly as it is and withstands every stage of that threat; under \u201cunion\u201d, if it "
         "withstands all stages.",
         heading="run",
-        columns=[Column(label(measure), css_colour(colour(measure, measures))) for measure in measures],
+        columns=[Column(label(measure), css_color(color_of(measure, measures))) for measure in measures],
         rows=rows,
     )
 
@@ -61,7 +61,7 @@ _STAGE_COLUMNS = (
     Column("attack", in_terminal=False, prose=True),
     Column("attacked"),
     Column("fooled"),
-    Column("standing"),
+    Column("still correct"),
     Column("union"),
     Column("gradients", in_terminal=False),
     Column("queries", in_terminal=False),
@@ -73,7 +73,7 @@ def _stages(results: Sequence[_Evaluated]) -> Table:
     return Table(
         title="Stages",
         caption="Each stage attacks the images that are still classified correctly under its threat, starting from the "
-        "original image. Standing: percent of all images that are still correct under the threat afterwards; union: "
+        "original image. Still correct: percent of all images that are so under the threat afterwards; union: "
         "under all stages up to this one. Gradients and queries: per attacked image; seconds: of all workers together.",
         heading="stage",
         columns=_STAGE_COLUMNS,
@@ -89,7 +89,7 @@ def _stage_row(record: RunRecord, stage: StageSummary) -> Row:
         Cell(stage.attack),
         Cell(f"{stage.attacked:,}"),
         Cell(f"{stage.fooled:,}"),
-        percent(stage.standing),
+        percent(stage.still_correct),
         percent(stage.union),
         number(stage.gradients / attacked, form=",.1f"),
         number(stage.queries / attacked, form=",.1f"),
@@ -103,14 +103,14 @@ def _recheck(rechecked: Sequence[tuple[RunRecord, RecheckResult]]) -> Table:
     rows = []
     for record, result in rechecked:
         for stage, counts in result.stages.items():
-            cells = [Cell(f"{count:,}") for count in (counts.kept, counts.fools, counts.feasible)]
+            cells = [Cell(f"{count:,}") for count in (counts.stored, counts.fools, counts.feasible)]
             rows.append(Row(stage, f"{record.name}, of {result.run}", cells))
     return Table(
         title="Kept adversarial examples, checked again",
         caption="Kept adversarial examples, checked again: how many still fool the model, and how many lie in their "
         "ball and in the box [0, 1].",
         heading="stage",
-        columns=[Column("kept"), Column("fool the model"), Column("feasible")],
+        columns=[Column("stored"), Column("fool the model"), Column("feasible")],
         rows=rows,
     )
 
@@ -134,16 +134,16 @@ def falling(stages: Sequence[StageSummary]) -> Figure | None:
     threats = ordered(stage.threat for stage in stages[1:])
     places = range(len(stages))
     for threat in threats:
-        accuracy = stages[0].standing
+        accuracy = stages[0].still_correct
         values = []
         for stage in stages:
             if stage.threat == threat:
-                accuracy = stage.standing
+                accuracy = stage.still_correct
             values.append(accuracy)
-        tone = colour(threat, threats)
-        axes.plot(places, values, drawstyle="steps-mid", marker="o", markersize=4, color=tone, label=label(threat))
+        color = color_of(threat, threats)
+        axes.plot(places, values, drawstyle="steps-mid", marker="o", markersize=4, color=color, label=label(threat))
     union = [stage.union for stage in stages]
-    axes.plot(places, union, drawstyle="steps-mid", color=colour("union"), ls=(0, (3, 2)), label="union")
+    axes.plot(places, union, drawstyle="steps-mid", color=color_of("union"), ls=(0, (3, 2)), label="union")
     axes.set_xticks(places, [stage.name for stage in stages], rotation=20 if len(stages) > 6 else 0)
     axes.set_ylim(0, 1.03)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))

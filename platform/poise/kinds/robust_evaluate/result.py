@@ -28,7 +28,7 @@ class StageSummary(ResultModel):
     attack: str = Field(description="the attack and its options in words")
     attacked: int
     fooled: int
-    standing: float = Field(description="share of all examples that withstand its threat so far")
+    still_correct: float = Field(description="share of all examples that withstand its threat so far")
     union: float = Field(description="share of all examples that withstand everything so far")
     gradients: int = Field(description="images of which a gradient was taken")
     queries: int = Field(description="images that went through the model")
@@ -37,7 +37,7 @@ class StageSummary(ResultModel):
 class RecheckCounts(ResultModel):
     """Stored adversarial examples of one stage; how many of them fool the model, and how many lie in their ball."""
 
-    kept: int
+    stored: int
     fools: int
     feasible: int
 

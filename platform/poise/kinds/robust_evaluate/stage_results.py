@@ -110,7 +110,7 @@ class StageResult:
             attack=self.stage.words,
             attacked=int(self.attacked.sum()),
             fooled=int((self.attacked & ~self.after).sum()),
-            standing=_share(self.after),
+            still_correct=_share(self.after),
             union=union,
             gradients=sum(chunk_result.gradients for chunk_result in self.chunk_results),
             queries=sum(chunk_result.queries for chunk_result in self.chunk_results),

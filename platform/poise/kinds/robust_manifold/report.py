@@ -1,4 +1,4 @@
-"""Tables of attacks on the data manifold: success on it, off it and anywhere."""
+"""Tables of attacks on the data manifold: success on it, off it and in the full ball."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from poise.report.record import RunRecord, with_result
 
 __all__ = ["SECTION"]
 
-_WHERE = ("on", "off", "anywhere")
+_WHERE = {"on_manifold": "on", "off_manifold": "off", "full": "full ball"}
+"""The label of each set of perturbations."""
 _DASH = "\u2013"
 
 
@@ -29,14 +30,14 @@ def _success(attacked: Sequence[tuple[RunRecord, ClassifierResult]]) -> Table:
     return Table(
         title="Success of attacks on and off the data manifold, percent",
         caption="Success: share, in percent, of the correctly classified images that an attack in the ball fools. "
-        "On: within the eigenspace of the image's class; off: orthogonal to it; anywhere: in the whole ball. Left: "
+        "On: within the eigenspace of the image's class; off: orthogonal to it; full ball: without restriction. Left: "
         "the part of the length of the perturbations that lies outside of their subspace, because pixels are clipped "
-        "to the box; for anywhere, the part that lies off the manifold.",
+        "to the box; for the full ball, the part that lies off the manifold.",
         heading="network, ball",
         columns=[
             Column("clean"),
-            *map(Column, _WHERE),
-            *(Column(f"{where} left", in_terminal=False) for where in _WHERE),
+            *map(Column, _WHERE.values()),
+            *(Column(f"{name} left", in_terminal=False) for name in _WHERE.values()),
         ],
         rows=[_row(record, network, norm) for record, network in attacked for norm in network.attacks],
     )
@@ -44,10 +45,11 @@ def _success(attacked: Sequence[tuple[RunRecord, ClassifierResult]]) -> Table:
 
 def _row(record: RunRecord, network: ClassifierResult, norm: str) -> Row:
     dimensions = network.dimensions
-    note = f"{network.attacks[norm].words}; {dimensions['on']} of {dimensions['anywhere']} dimensions, in {record.name}"
+    on_manifold = f"{dimensions['on_manifold']} of {dimensions['full']} dimensions"
+    note = f"{network.attacks[norm].words}; {on_manifold}, in {record.name}"
     cells = [percent(network.clean, network.num_examples)]
     cells += [_share(network.success[f"{where}/{norm}"]) for where in _WHERE]
-    cells += [_share(network.departure[f"{where}/{norm}"].share) for where in _WHERE]
+    cells += [_share(network.residual[f"{where}/{norm}"].share) for where in _WHERE]
     return Row(f"{network.run}, {label(norm)}", note, cells)
 
 

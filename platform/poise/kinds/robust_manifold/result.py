@@ -1,4 +1,4 @@
-"""The result of attacking classifiers on the data manifold, off it, and anywhere."""
+"""The result of attacking classifiers on the data manifold, off it, and in the full ball."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class LatentResult(ResultModel):
 class ClassifierResult(ResultModel):
     """One attacked network.
 
-    Keys of `accuracy`, `success` and `departure` are "<where>/<norm>", where: anywhere, on, off.
+    Keys of `accuracy`, `success` and `residual` are "<where>/<norm>", where: full, on_manifold, off_manifold.
     """
 
     run: str
@@ -53,7 +53,7 @@ class ClassifierResult(ResultModel):
     clean: float
     accuracy: dict[str, float]
     success: dict[str, float | None]
-    departure: dict[str, SubspaceResult]
+    residual: dict[str, SubspaceResult]
     latent: LatentResult | None
 
 

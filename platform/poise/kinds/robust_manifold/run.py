@@ -1,6 +1,6 @@
 """`kind: robust.manifold`: are trained classifiers fooled by perturbations on the data manifold, or by those off it?
 
-checkpoint -> attacks in the same balls: anywhere, within the eigenspace of each class, orthogonal to it
+checkpoint -> attacks in the same balls: in the full ball, within the eigenspace of each class, orthogonal to it
            -> attacks on the codes of a conditional autoencoder -> accuracy, success, residual outside the subspace
 """
 
@@ -51,7 +51,7 @@ from poise.train.context import Context
 
 __all__ = ["run"]
 
-_WHERE = ("anywhere", "on", "off")
+_WHERE = ("full", "on_manifold", "off_manifold")
 
 
 def run(spec: RobustManifoldSpec, context: Context) -> None:
@@ -112,21 +112,21 @@ def _measure(
         objective=trained.spec.objective.name,
         num_examples=evaluator.total,
         attacks=describe_threats(threats),
-        dimensions={"anywhere": pixels, "on": basis.rank, "off": pixels - basis.rank},
+        dimensions={"full": pixels, "on_manifold": basis.rank, "off_manifold": pixels - basis.rank},
         explained=basis.explained,
         distance=evaluator.mean(basis.to(evaluator.x).distance(evaluator.x, evaluator.y)),
         clean=evaluation.accuracy("clean"),
         accuracy={name: evaluation.accuracy(name) for name in attack_names},
         success={name: _success(evaluation, name) for name in attack_names},
-        departure={name: attack.residual(evaluator) for name, attack in attacks.items()},
+        residual={name: attack.residual(evaluator) for name, attack in attacks.items()},
         latent=None if latent_evaluation is None else _latent_result(latent_evaluation),
     )
 
 
 class _SubspaceAttack:
-    """The attack in one ball: `where` is "anywhere", "on" (within the eigenspace) or "off" (orthogonal to it).
+    """The attack in one ball: `where` is "full", "on_manifold" (in the eigenspace) or "off_manifold" (orthogonal).
 
-    It records how far its adversarial examples leave their subspace; for "anywhere", how far they leave the eigenspace.
+    It records how far its adversarial examples leave their subspace; for "full", how far they leave the eigenspace.
     """
 
     def __init__(self, where: str, norm: Norm, spec: ThreatSpec, basis: Eigenbasis) -> None:
@@ -138,8 +138,10 @@ class _SubspaceAttack:
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> AttackResult:
         eps = float(self._spec.eps)
-        subspace = EigenspaceThreat(self._norm, eps, basis=self._basis.to(x), labels=y, off=self._where == "off")
-        threat = Threat(self._norm, eps) if self._where == "anywhere" else subspace
+        subspace = EigenspaceThreat(
+            self._norm, eps, basis=self._basis.to(x), labels=y, off=self._where == "off_manifold"
+        )
+        threat = Threat(self._norm, eps) if self._where == "full" else subspace
         attack = EVAL_ATTACKS[self._spec.attack]
         result = attack(model, x, y, threat, noise=noise, **self._spec.options())
         self._residuals.append(subspace_residual(x, result.adversarial, subspace))
@@ -231,7 +233,7 @@ def _write_matrix(name: str, evaluation: Evaluation, latent_evaluation: Evaluati
         latent_columns = columns_of(latent_evaluation)
         columns["reconstruction"] = latent_columns["clean"]
         columns["latent"] = latent_columns["latent"]
-    context.run.write(f"artifacts/verdicts-{name}.parquet", matrix_to_parquet(columns))
+    context.run.write(f"artifacts/evaluation-{name}.parquet", matrix_to_parquet(columns))
 
 
 def _write_result(spec: RobustManifoldSpec, classifiers: list[ClassifierResult], context: Context) -> None:

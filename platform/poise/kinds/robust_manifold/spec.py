@@ -36,7 +36,7 @@ class LatentSpec(SpecModel):
 
 
 class RobustManifoldSpec(RunSpec):
-    """Accuracy of trained classifiers under attacks on the data manifold, off it, and anywhere in the same balls."""
+    """Accuracy of trained classifiers under attacks on the data manifold, off it, and in the full balls."""
 
     kind: Literal["robust.manifold"]
     runs: list[RunName] = Field(
@@ -60,7 +60,9 @@ class RobustManifoldSpec(RunSpec):
         lines = [f"{len(self.runs)} runs: an exact principal component analysis of the training images of each"]
         if self.threats:
             gradients = 3 * sum(threat.steps * threat.restarts for _, threat in self.threats.items())
-            lines.append(f"at most {self.num_examples * gradients:,} image gradients for each: anywhere, on and off")
+            lines.append(
+                f"at most {self.num_examples * gradients:,} image gradients for each: the full ball, on and off"
+            )
         if self.latent:
             lines.append(f"at most {self.num_examples * self.latent.steps * self.latent.restarts:,} gradients of codes")
         return lines

@@ -7,7 +7,7 @@ import pyarrow as pa
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from poise.report.curves import INK, colour, curve, label, names
+from poise.report.curves import INK, color_of, curve, label, names
 from poise.report.figures import HALF, MUTED, STYLE, legend, new_figure, plot
 
 __all__ = ["gap_curves", "overfitting_curves", "step_sizes"]
@@ -28,7 +28,7 @@ def gap_curves(rows: pa.Table) -> Figure | None:
         return None
     figure, axes = new_figure(HALF, 2.9, "epoch", "training minus held-out accuracy (%)")
     for measure in measures:
-        plot(axes, rows, "validation", f"gap/{measure}", color=colour(measure, measures), label=label(measure))
+        plot(axes, rows, "validation", f"gap/{measure}", color=color_of(measure, measures), label=label(measure))
     axes.axhline(0, color=MUTED, lw=0.8)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None, symbol=""))
     legend(axes, axes.get_lines()[:-1])
@@ -39,8 +39,8 @@ def gap_curves(rows: pa.Table) -> Figure | None:
 def overfitting_curves(rows: pa.Table) -> Figure | None:
     """The measures of the probe of a fixed training batch over epochs, alarms as vertical lines; None without it."""
     figure, axes = new_figure(HALF, 2.9, "epoch", "accuracy, cosine")
-    for name, (text, line_colour) in _PROBE_LINES.items():
-        plot(axes, rows, "train", f"overfitting/{name}", color=line_colour, label=text)
+    for name, (text, line_color) in _PROBE_LINES.items():
+        plot(axes, rows, "train", f"overfitting/{name}", color=line_color, label=text)
     if not axes.lines:
         return None
     legend(axes)

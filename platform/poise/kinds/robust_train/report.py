@@ -20,7 +20,7 @@ from poise.report.blocks import (
     number,
     percent,
 )
-from poise.report.curves import colour, label, ordered
+from poise.report.curves import color_of, label, ordered
 from poise.report.record import RunRecord, with_result
 
 __all__ = ["SECTION"]
@@ -38,7 +38,7 @@ def _tables(records: Sequence[RunRecord]) -> Iterator[Table]:
         "\u201cunion\u201d counts an image only if it withstands every attack. Bold: highest of the "
         "selected checkpoints.",
         heading="run",
-        columns=[Column(label(measure), figures.css_colour(colour(measure, measures))) for measure in measures],
+        columns=[Column(label(measure), figures.css_color(color_of(measure, measures))) for measure in measures],
         rows=[row for record in records for row in _rows(record, measures, best)],
     )
     yield from _overfitting(results, measures)

@@ -91,7 +91,7 @@ class RobustStep:
         next_state = state | add_prefix("objective", output.state)
         if proximal_term is None:
             return StepOutput(output.loss, output.metrics, next_state)
-        metrics = output.metrics | {"pull": proximal_term.detach()}
+        metrics = output.metrics | {"proximal_term": proximal_term.detach()}
         return StepOutput(output.loss + proximal_term, metrics, next_state)
 
     def after(self, state: TaskState, step: int) -> TaskState:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from poise.kinds.sweep.result import SweepResult, TrialResult
 from poise.report.blocks import Cell, Column, RenderedFigure, Row, Section, Table, draw, number, percent
-from poise.report.curves import COLOURS, SPARE, label, ordered
+from poise.report.curves import COLORS, SPARE, label, ordered
 from poise.report.figures import STYLE, WIDE, legend, new_figure
 from poise.report.record import RunRecord, with_result
 from poise.spec import ExactNumber
@@ -20,7 +20,7 @@ from poise.spec import ExactNumber
 __all__ = ["SECTION"]
 
 _IN_TERMINAL = 10
-_PALETTE = [COLOURS["linf"], COLOURS["l2"], COLOURS["l1"], COLOURS["union"], *SPARE]
+_PALETTE = [COLORS["linf"], COLORS["l2"], COLORS["l1"], COLORS["union"], *SPARE]
 
 
 def _tables(records: Sequence[RunRecord]) -> Iterator[Table]:

@@ -136,18 +136,18 @@ class UnionResult:
     Attributes:
         names: of the threats, in the order in which they were tried.
         adversarial: like x, the first point that fooled the model, or the image itself.
-        standing: bool (N, threats); column t is True where the model withstood threats 0..t. An example that is fooled
+        robust: bool (N, threats); column t is True where the model withstood threats 0..t. An example that is fooled
             is not attacked again, so that a later False says nothing about that threat alone.
     """
 
     names: tuple[str, ...]
     adversarial: Tensor
-    standing: Tensor
+    robust: Tensor
 
     @property
     def correct(self) -> Tensor:
         """bool (N,): the examples that withstood the union of all threats."""
-        return self.standing[:, -1]
+        return self.robust[:, -1]
 
 
 def union_attack(
