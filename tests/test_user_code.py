@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -394,13 +392,8 @@ def test_the_code_of_a_run_that_is_read_is_named_with_it():
     ]
 
 
-def test_torchrun_trains_a_network_of_the_users_code_on_two_ranks(tmp_path):
+def test_two_ranks_train_a_network_of_the_users_code(fork_server):
     Path("spec.yaml").write_text(yaml.safe_dump({**TRAIN, "name": "two"}))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "poise"]
-    command += ["run", "spec.yaml", "--engine", "local", "--allow-code"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100, check=False
-    )
+    done = fork_server.run_ranks(["-m", "poise", "run", "spec.yaml", "--engine", "local", "--allow-code"])
     assert done.returncode == 0, done.stderr
     assert open_run("runs", "two").manifest().status == "finished"

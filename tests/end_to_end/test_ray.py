@@ -152,9 +152,28 @@ def test_a_finished_run_is_left_as_it_is(uninterrupted, tmp_path, poise):
     assert open_run(store, "whole").manifest() == before
 
 
-def test_a_spec_is_sent_as_a_job_followed_listed_and_stopped(head, desk, tmp_path, poise):
+MODULE = """\
+import torch
+from torch import nn
+
+def make():
+    from helper_of_mine import WIDTH
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 10))
+"""
+
+
+def test_a_spec_is_sent_as_a_job_followed_listed_and_stopped(head, desk, fork_server, tmp_path, poise):
+    """With modules of the user: the run that a job starts joins the cluster too, and has nothing to send."""
     store = str(tmp_path / "runs")
-    done = poise("submit", str(desk.spec("sent", store, workers=1, steps=20)), "--address", head.dashboard)
+    (tmp_path / "module_of_mine.py").write_text(MODULE)
+    (tmp_path / "helper_of_mine.py").write_text("WIDTH = 16\n")
+    spec = desk.spec("sent", store, workers=1, steps=20)
+    spec.write_text(spec.read_text().replace("{name: cnn, width: 8}", '{function: "module_of_mine:make"}'))
+    environ = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    done = fork_server.run(
+        ["-m", "poise", "submit", str(spec), "--allow-code", "--address", head.dashboard], cwd=tmp_path, env=environ
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "poise-sent: SUCCEEDED" in done.stdout
     sent = open_run(store, "sent")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +34,7 @@ def spec_of(store: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_a_module_that_only_this_machine_has_is_sent_to_the_workers(head, tmp_path):
+def test_a_module_that_only_this_machine_has_is_sent_to_the_workers(head, fork_server, tmp_path):
     """It lies on the Python path of this command, which the workers do not have, and imports another beside it."""
     code, elsewhere = tmp_path / "code", tmp_path / "elsewhere"
     code.mkdir()
@@ -46,29 +44,18 @@ def test_a_module_that_only_this_machine_has_is_sent_to_the_workers(head, tmp_pa
     store = str(tmp_path / "runs")
     (elsewhere / "spec.yaml").write_text(yaml.safe_dump(spec_of(store)))
     path = os.pathsep.join([str(code), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "poise", "run", "spec.yaml", "--allow-code", "--address", head.address]
+    arguments = ["-m", "poise", "run", "spec.yaml", "--allow-code", "--address", head.address]
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, check=False)
+    done = fork_server.run(arguments, cwd=elsewhere, env=environment)
     assert done.returncode == 0, done.stderr
     summary = json.loads(open_run(store, "judged").read("result.json"))
     assert summary["num_examples"] == 20
     assert {path.name for path in Path(elsewhere).iterdir()} == {"spec.yaml"}
 
 
-def test_a_job_has_the_module_that_was_submitted_with_it(head, tmp_path):
-    """The run that a job starts joins the cluster too, and has nothing to send."""
-    (tmp_path / "module_of_mine.py").write_text(MODULE)
-    (tmp_path / "helper_of_mine.py").write_text(HELPER)
-    store = str(tmp_path / "runs")
-    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec_of(store)))
-    command = [sys.executable, "-m", "poise", "submit", "spec.yaml", "--allow-code", "--address", head.dashboard]
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert open_run(store, "judged").summary().status == "finished"
-
-
-def test_an_objective_of_the_users_is_sent_to_workers_and_to_the_trials_of_a_sweep(head, mylab, tmp_path_factory):
+def test_an_objective_of_the_users_is_sent_to_workers_and_to_the_trials_of_a_sweep(
+    head, mylab, fork_server, tmp_path_factory
+):
     """The example of docs/extend.md: its class is validated here, and unpickled in every process of the cluster."""
     quick = {"data": {"name": "digits", "limit": 200, "validation": 40, "batch_size": 20}, "train": {"steps": 4}}
     example = yaml.safe_load((mylab / "own-objective.yaml").read_text()) | quick | {"evaluate": {"num_examples": 20}}
@@ -80,9 +67,9 @@ def test_an_objective_of_the_users_is_sent_to_workers_and_to_the_trials_of_a_swe
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     (elsewhere / "spec.yaml").write_text(yaml.safe_dump(pipeline, sort_keys=False))
     path = os.pathsep.join([str(mylab), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "poise", "run", "spec.yaml", "--allow-code", "--address", head.address]
+    arguments = ["-m", "poise", "run", "spec.yaml", "--allow-code", "--address", head.address]
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, check=False)
+    done = fork_server.run(arguments, cwd=elsewhere, env=environment)
     assert done.returncode == 0, done.stderr
     for name in ("line-group", "line-swept-0000", "line-swept-0001"):
         assert json.loads(open_run(store, name).read("result.json"))["objective"] == "mylab.focal:Focal"

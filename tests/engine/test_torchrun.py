@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -127,17 +125,17 @@ def test_what_the_processes_can_share_is_the_same_experiment(spec_of):
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-def test_stages_and_trials_of_two_processes_follow_each_other(tmp_path):
+def test_stages_and_trials_of_two_processes_follow_each_other(tmp_path, fork_server):
     """Each run has a process group of its own, and none waits for addresses of the run before."""
     stage = {**CLASSIFIER, "model": {"name": "cnn", "width": 4}, "evaluate": {"num_examples": 20}}
     stage["data"] = {"name": "digits", "batch_size": 50, "limit": 200, "validation": 20}
     sweep = {**SWEEP, "base": stage, "space": {"train.optimizer.lr": {"grid": [0.1, 0.05]}}}
     tree = {"kind": "pipeline", "name": "two", "store": str(tmp_path / "runs"), "stages": {"a": stage, "b": sweep}}
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(tree))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     command = [*launch, "poise", "run", str(tmp_path / "spec.yaml"), "--engine", "local"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    done = fork_server.run(command, env=environment)
     assert done.returncode == 0, done.stderr
     runs = {name: open_run(tmp_path / "runs", name) for name in ("two-a", "two-b-0000", "two-b-0001", "two-b")}
     assert {run.manifest().status for run in runs.values()} == {"finished"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import textwrap
 
@@ -144,10 +143,10 @@ KILLED = """
 """
 
 
-def test_killed_after_half_of_the_shards_and_gone_on_with(run, tmp_path):
+def test_killed_after_half_of_the_shards_and_gone_on_with(run, tmp_path, fork_server):
     code = textwrap.dedent(KILLED.format(tests=os.path.dirname(__file__), store=str(tmp_path)))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    done = fork_server.run(["-c", code], env=environment)
     assert done.returncode == -signal.SIGKILL, done.stderr
     before, sampler = done.stdout.split(), Counting()
     drawn = sample_all(Context(run), sampler, requests(), DECODING, 2)

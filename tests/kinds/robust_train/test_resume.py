@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load, load_file
 
+from fork_server import ForkServer
 from poise import kinds
 from poise.kinds.robust_train.spec import RobustTrainSpec
 from poise.observe.rows import read_rows
@@ -94,12 +93,12 @@ for values in json.loads(sys.argv[2]):
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def killed(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store in which the run of every case has died of SIGKILL."""
     store = tmp_path_factory.mktemp("killed")
-    command = [sys.executable, "-c", KILLED, str(store), json.dumps([values_of(name) for name in CASES])]
+    arguments = ["-c", KILLED, str(store), json.dumps([values_of(name) for name in CASES])]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3] / "platform")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = fork_server.run(arguments, env=environment)
     assert done.stdout.splitlines() == [f"{name} {-signal.SIGKILL}" for name in CASES], done.stderr
     return store
 
