@@ -457,7 +457,7 @@ def private_cluster():
     from poise.engine.ray.worker_group import cluster
 
     spec = SweepSpec.model_validate(SweepSpec.expand({**SWEEP, "space": RATES, "workers": {"count": 2}})[0])
-    with cluster(None, [spec.base], dashboard=True) as private:
+    with cluster(None, [spec.base]) as private:
         yield private
         family = processes_of_ray()
     alive = [each for each in family if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
@@ -510,9 +510,6 @@ def test_asha_stops_a_bad_trial_of_two_workers_and_the_best_survives(sweep_of, p
     deadline = time.monotonic() + 20
     while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
         assert time.monotonic() < deadline, "a trial that was stopped still holds CPUs"
-        time.sleep(0.2)
-    while any("PlacementGroupCleaner" in process.name() for process in processes_of_ray()):
-        assert time.monotonic() < deadline, "a process of Ray has outlived the trial that was stopped"
         time.sleep(0.2)
 
 

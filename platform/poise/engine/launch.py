@@ -112,13 +112,12 @@ def _open_engine(engine: Engine, address: str | None, specs: Sequence[RunSpec], 
     if find_spec("ray") is None:
         raise UserError("ray is not installed here; use --engine local, or pip install 'poise[ray]'")
     prepare_ray(address)
-    from poise.engine.ray.tune import is_single_process, run_trials_with_tune
+    from poise.engine.ray.tune import run_trials_with_tune
     from poise.engine.ray.worker_group import check_resources, cluster, run_worker_group
 
-    has_groups_of_trials = any(isinstance(spec, SweepSpec) and not is_single_process(spec.base) for spec in specs)
     references = [code.reference for spec in specs for code in named_code(spec)]
     code = own_code(references, lenient=True)
-    with cluster(address, bases, code, dashboard=has_groups_of_trials) as private:
+    with cluster(address, bases, code) as private:
         for base in bases:
             check_resources(base, display, private=private)
         yield _runner(partial(run_worker_group, private=private), run_trials_with_tune)

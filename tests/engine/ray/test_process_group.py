@@ -6,7 +6,12 @@ import pickle
 import subprocess
 import sys
 
-from poise.engine.ray.worker_args import WorkerArgs
+import pytest
+from ray.train import ScalingConfig
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+from poise.engine.ray.process_group import PrivateTrainer, ProcessGroup
+from poise.engine.ray.worker_args import WorkerArgs, run_worker
 from poise.kinds import KINDS
 
 CONTROLLER = """\
@@ -35,3 +40,13 @@ def test_rays_controller_does_without_torch():
     code = CONTROLLER.format(args=pickle.dumps(args).hex())
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("trainer_class", [PrivateTrainer, DataParallelTrainer])
+def test_placement_groups_are_cleaned_up_only_where_the_cluster_outlives_its_driver(trainer_class):
+    trainer = trainer_class(
+        run_worker, backend_config=ProcessGroup("gloo"), scaling_config=ScalingConfig(num_workers=2)
+    )
+    callbacks = [type(callback).__name__ for callback in trainer._create_default_callbacks()]
+    assert ("PlacementGroupCleanerCallback" in callbacks) == (trainer_class is DataParallelTrainer)
+    assert "BackendSetupCallback" in callbacks

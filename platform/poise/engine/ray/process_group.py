@@ -17,16 +17,30 @@ from typing import Any
 import ray
 import ray.train
 from ray.train.backend import Backend, BackendConfig
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from poise.engine.network import Rank, join_process_group, listen, use_interface
 from poise.train.preemption import PROCESS
 
-__all__ = ["ProcessGroup"]
+__all__ = ["PrivateTrainer", "ProcessGroup"]
 
 _TIMEOUT = timedelta(minutes=30)
 _LEAVE_WITHIN_S = 30.0
 _rendezvous: list[socket.socket] = []
 """In the process of rank 0, between choosing a port and joining the group: the socket that reserves the port."""
+
+
+class PrivateTrainer(DataParallelTrainer):  # type: ignore[misc]
+    """Ray's trainer for a cluster that ends with this process: without the actor that removes placement groups.
+
+    That actor asks a cluster that it finds on this machine whether the run is alive. With several, that may be another
+    one, which does not know the run. The method is a private one of Ray; under another name it is not called, and the
+    actor is started.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks: list[Any] = super()._create_default_callbacks()
+        return [each for each in callbacks if type(each).__name__ != "PlacementGroupCleanerCallback"]
 
 
 @dataclass

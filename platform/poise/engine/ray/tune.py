@@ -33,7 +33,7 @@ from poise.store.lease import Lease
 from poise.store.runs import Run
 from poise.store.storage import scratch_folder
 
-__all__ = ["is_single_process", "run_trials_with_tune"]
+__all__ = ["run_trials_with_tune"]
 
 _SHOWN_EVERY_S = 1.0
 _FREE_WITHIN_S = 60.0
@@ -92,7 +92,7 @@ def _trial_args(spec: SweepSpec, trial: Trial, *, remaining: bool) -> _TrialArgs
     return _TrialArgs(spec, trial.spec, absolute_store(trial.spec), os.getcwd(), remaining)
 
 
-def is_single_process(spec: RunSpec) -> bool:
+def _is_single_process(spec: RunSpec) -> bool:
     """Whether a trial runs in the process that Tune starts for it: it has one worker and no vLLM engines."""
     sampler = getattr(spec, "sampler", None)
     return spec.workers.count == 1 and getattr(sampler, "backend", None) != "vllm"
@@ -100,7 +100,7 @@ def is_single_process(spec: RunSpec) -> bool:
 
 def _resources(spec: RunSpec) -> dict[str, float]:
     """The resources that Tune reserves for a trial. A worker group reserves its own, so its trial takes one byte."""
-    if is_single_process(spec):
+    if _is_single_process(spec):
         return {"cpu": spec.workers.cpus, "gpu": spec.workers.gpus}
     return {"cpu": 0, "memory": 1}
 
@@ -290,7 +290,7 @@ def _start(spec: RunSpec, reporter: _Reporter) -> None:
     """Run a trial to its end, in this process or on a worker group."""
     from poise.engine.ray.metrics import RaySink
 
-    if is_single_process(spec):
+    if _is_single_process(spec):
         from poise.engine.local import run_local
 
         run_local(spec, reporter, RaySink())

@@ -41,7 +41,7 @@ from poise.engine.lifecycle import (
 from poise.engine.network import cluster_address, refusal
 from poise.engine.ray.auth import MISSING, private_folder, refuses_token
 from poise.engine.ray.coordinator import CoordinatorState, start_coordinator
-from poise.engine.ray.process_group import ProcessGroup
+from poise.engine.ray.process_group import PrivateTrainer, ProcessGroup
 from poise.engine.ray.worker_args import WorkerArgs, run_worker
 from poise.errors import PoiseError, PreemptedError, UserError
 from poise.observe.export import export
@@ -62,16 +62,11 @@ _HOST_AND_PORT = re.compile(r"[^/\s]+:\d+")
 
 
 @contextmanager
-def cluster(
-    address: str | None, specs: Sequence[RunSpec], code: Sequence[str] = (), *, dashboard: bool = False
-) -> Iterator[bool]:
+def cluster(address: str | None, specs: Sequence[RunSpec], code: Sequence[str] = ()) -> Iterator[bool]:
     """Join the cluster at `address` (or RAY_ADDRESS), or start one on this machine for as long as the block runs.
 
-    `code` names modules of the user, which are sent to a cluster that is joined. `dashboard`: start Ray's dashboard
-    too, where a cluster is started. Ray has a process beside each worker group that asks the dashboard whether the
-    group is to be removed; without it, those of trials that were stopped early stay until the cluster ends.
-
-    Yields whether the cluster is private: started here, and ended with the block.
+    `code` names modules of the user, which are sent to a cluster that is joined. Yields whether the cluster is private:
+    started here, and ended with the block.
     """
     verbose = os.environ.get(env.RAY_LOGS) == "1"
     join_address = cluster_address(address)
@@ -86,7 +81,7 @@ def cluster(
             ray.init(
                 address=join_address or "local",
                 num_cpus=cpus,
-                include_dashboard=dashboard if private else None,
+                include_dashboard=False if private else None,  # nobody opens the dashboard of a single command
                 log_to_driver=verbose,
                 logging_level="INFO" if verbose else "ERROR",
                 runtime_env=runtime_env,
@@ -132,6 +127,7 @@ def _end(processes: Sequence[psutil.Process]) -> None:
     for process in remaining:
         with suppress(psutil.Error):
             process.kill()
+    psutil.wait_procs(remaining, timeout=1)
 
 
 def _is_alive(process: psutil.Process) -> bool:
@@ -214,10 +210,10 @@ def run_worker_group(
         pickled_spec = cloudpickle.dumps(spec)
         args = WorkerArgs(pickled_spec, absolute_store(spec), lease.token, os.getcwd(), coordinator)
         with _watch(coordinator, spec, display, sink, on_group or _ignore_group), PROCESS.deferred():
-            _fit(_trainer(spec, args, str(scratch)), coordinator)
+            _fit(_trainer(spec, args, str(scratch), private), coordinator)
 
 
-def _trainer(spec: RunSpec, args: WorkerArgs, scratch: str) -> DataParallelTrainer:
+def _trainer(spec: RunSpec, args: WorkerArgs, scratch: str, private: bool) -> DataParallelTrainer:
     """Ray's trainer for the worker group of `spec`; Ray's own files are written into `scratch`.
 
     TorchTrainer is a DataParallelTrainer that imports torch, which takes seconds, in Ray's controller.
@@ -227,7 +223,8 @@ def _trainer(spec: RunSpec, args: WorkerArgs, scratch: str) -> DataParallelTrain
     resources = {"CPU": workers.cpus}
     if workers.gpus:
         resources["GPU"] = workers.gpus
-    return DataParallelTrainer(
+    trainer_class = PrivateTrainer if private else DataParallelTrainer
+    return trainer_class(
         run_worker,
         train_loop_config={"args": args},
         backend_config=ProcessGroup("nccl" if workers.gpus else "gloo"),
