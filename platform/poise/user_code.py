@@ -6,12 +6,13 @@ somebody else. Without the permission nothing of it is imported: its files and n
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import sys
 import sysconfig
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -22,10 +23,12 @@ from poise import env
 from poise.errors import PoiseError, UserError
 
 __all__ = [
+    "MethodOutputError",
     "allow_code",
     "current_folder_first",
     "describe_error",
     "explain_errors",
+    "explain_method",
     "explain_user_frames",
     "is_code_allowed",
     "load_attribute",
@@ -35,6 +38,10 @@ __all__ = [
 _SCRIPT_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\w+)')
 _PACKAGES = ("site-packages", "dist-packages")
 _LIBRARIES = (Path(poise.__file__).parent, Path(sysconfig.get_paths()["stdlib"]))
+
+
+class MethodOutputError(UserError):
+    """A method returned, or passed on, what it must not; see `method_output`. `explain_method` adds the place."""
 
 
 @contextmanager
@@ -103,11 +110,54 @@ def explain_user_frames() -> Iterator[None]:
     except PoiseError:
         raise
     except Exception as error:
-        files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
-        is_communication = any(file.parent.name == "distributed" and "torch" in file.parts for file in files)
-        if is_communication or not any(map(_is_user_file, files)):
+        files = _files(error)
+        if _is_communication(files) or not any(map(_is_user_file, files)):
             raise
         raise UserError(f"code of yours raised {describe_error(error, source=True)}") from error
+
+
+@contextmanager
+def explain_method(section: Any, method: str) -> Iterator[None]:
+    """Turn an exception of a method of a class outside of Poise into a UserError with its file and line.
+
+    The exception may also be one of the call, such as a parameter that the method does not have, or a
+    MethodOutputError; its place is where the method begins. Errors of methods of Poise, and of the communication
+    between workers, are left as they are.
+
+    Args:
+        section: the object whose method is called in the block; its `name` begins the message.
+        method: the name of the method.
+    """
+    try:
+        yield
+    except MethodOutputError as error:
+        place = _place(error, source=True)
+        raise UserError(f"{error} ({place})" if place else f"{error}{_beginning(section, method)}") from error
+    except PoiseError:
+        raise
+    except Exception as error:
+        if type(section).__module__.partition(".")[0] == "poise" or _is_communication(_files(error)):
+            raise
+        place = "" if any(map(_is_user_file, _files(error))) else _beginning(section, method)
+        raise UserError(f"{section.name}.{method} raised {describe_error(error, source=True)}{place}") from error
+
+
+def _files(error: BaseException) -> list[Path]:
+    """The file of each frame that an error has passed, outermost first."""
+    return [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+
+
+def _is_communication(files: Sequence[Path]) -> bool:
+    """Whether an error with frames in these files comes from the communication between workers."""
+    return any(file.parent.name == "distributed" and "torch" in file.parts for file in files)
+
+
+def _beginning(section: Any, method: str) -> str:
+    """File and line in which the class defines the method, as ` (mymodel.py:12)`; "" where they are not known."""
+    code = getattr(inspect.getattr_static(type(section), method, None), "__code__", None)
+    if code is None or not _is_user_file(Path(code.co_filename)):
+        return ""
+    return f" ({_shown(Path(code.co_filename))}:{code.co_firstlineno})"
 
 
 @contextmanager
@@ -147,11 +197,15 @@ def _place(error: BaseException, source: bool) -> str | None:
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         file = Path(frame.filename)
         if _is_user_file(file):
-            working_directory = Path.cwd()
-            path = file.relative_to(working_directory) if file.is_relative_to(working_directory) else file
-            place = f"{path}:{frame.lineno}"
+            place = f"{_shown(file)}:{frame.lineno}"
             return f"{place} in {frame.name}: {frame.line}" if source else place
     return None
+
+
+def _shown(file: Path) -> Path:
+    """A file as messages show it: relative to the working directory, if it is below that."""
+    working_directory = Path.cwd()
+    return file.relative_to(working_directory) if file.is_relative_to(working_directory) else file
 
 
 def _one_line(message: str) -> str:

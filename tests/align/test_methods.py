@@ -13,15 +13,19 @@ import pytest
 import torch
 
 from poise.align.games import exploitability, mpo, nash_equilibrium, nash_rs, regularised_nash
-from poise.align.selfplay import METHODS, KLTerm, Mpo, NashRs, SelfPlayMethod
-from poise.align.selfplay.policy_loss import (
-    KLRegularizer,
+from poise.align.selfplay import (
+    METHODS,
+    KLTerm,
+    Mpo,
+    NashRs,
+    PolicyBatch,
     PolicyLoss,
-    collate,
-    response_logits,
-    selfplay_loss,
+    SelfPlayMethod,
     token_logprobs,
 )
+from poise.align.selfplay.checks import compute_advantage, compute_policy_loss
+from poise.align.selfplay.policy_loss import KLRegularizer, collate, response_logits, selfplay_loss
+from poise.errors import UserError
 
 W = np.array([[0.5, 0.9, 0.3], [0.1, 0.5, 0.8], [0.7, 0.2, 0.5]])
 REF, MAGNET = np.array([0.5, 0.3, 0.2]), np.array([0.6, 0.3, 0.1])
@@ -273,3 +277,89 @@ def test_a_loss_over_pairs_of_rollouts_has_the_same_form(make_toy, self_play):
     for _ in range(150):
         play.iterate(OnlineIpo(tau=0.5), None, inner_steps=2)
     assert play.toy.policy() == pytest.approx(regularised_nash(W, REF, 0.5), abs=0.004)
+
+
+# --- methods of the user's code
+
+
+class Wins(SelfPlayMethod):
+    """The win rate; `CHANGE` spoils what it returns."""
+
+    def advantage(self, preference):
+        return CHANGE.get("advantage", lambda p: p.mean(2))(preference)
+
+    def regularizers(self):
+        return CHANGE.get("regularizers", {})
+
+
+class WithLoss(Wins):
+    def loss(self, batch):
+        loss = -batch.advantage.flatten() * token_logprobs(batch.logits, batch.responses).sum(1)  # (N,)
+        return CHANGE.get("loss", lambda loss: PolicyLoss(loss, {}))(loss)
+
+
+CHANGE = {}
+
+
+def batch_of(toy, advantage):
+    logits = response_logits(toy, toy.batch)
+    return PolicyBatch(toy.batch, advantage, logits, logits.detach(), logits.detach())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda p: p.mean(1), r"returned a tensor of shape \(2, 4\): it must return a tensor \(P, G\) = \(2, 3\) for"),
+        (lambda p: p, r"returned a tensor of shape \(2, 3, 4\)"),
+        (lambda p: p.mean(2).tolist(), "returned a list"),
+        (lambda p: p.mean(2).requires_grad_(), "with a gradient: detach"),
+    ],
+)
+def test_a_wrong_advantage_is_named_with_its_line(monkeypatch, spoil, message):
+    preference = torch.rand(2, 3, 4)
+    assert torch.equal(compute_advantage(Wins(), preference), preference.mean(2))
+    monkeypatch.setitem(CHANGE, "advantage", spoil)
+    with pytest.raises(UserError, match="Wins.advantage .*" + message) as caught:
+        compute_advantage(Wins(), preference)
+    assert "test_methods.py:" in str(caught.value)
+
+
+def test_a_method_with_a_loss_of_its_own_may_have_an_advantage_of_pairs(monkeypatch):
+    monkeypatch.setitem(CHANGE, "advantage", lambda p: p)
+    assert compute_advantage(WithLoss(), torch.rand(2, 3, 3)).shape == (2, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda loss: loss, r"WithLoss.loss returned a tensor of shape \(3,\): it must return a PolicyLoss"),
+        (
+            lambda loss: PolicyLoss(loss.mean(), {}),
+            r"PolicyLoss.loss is a tensor of shape \(\): .* \(3,\), one value per",
+        ),
+        (lambda loss: PolicyLoss(loss.detach(), {}), "PolicyLoss.loss has no gradient"),
+        (lambda loss: PolicyLoss(loss, {"x": loss.mean()}), r"PolicyLoss.metrics\['x'\] has a gradient"),
+        (lambda loss: PolicyLoss(loss, {"x": 1.0}), r"PolicyLoss.metrics\['x'\] is a float"),
+    ],
+)
+def test_a_wrong_loss_is_named_with_its_line(monkeypatch, make_toy, spoil, message):
+    batch = batch_of(make_toy(policy=REF), torch.ones(1, 3))
+    assert compute_policy_loss(WithLoss(), batch).loss.shape == (3,)
+    monkeypatch.setitem(CHANGE, "loss", spoil)
+    with pytest.raises(UserError, match=message) as caught:
+        compute_policy_loss(WithLoss(), batch)
+    assert "test_methods.py:" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        ({"kl": KLTerm("ema", 0.1)}, r"'kl' is KLTerm\(anchor='ema', coefficient=0.1\): .* 'reference' or 'previous'"),
+        ({"kl": 0.1}, "'kl' is 0.1: it must be a KLTerm"),
+        ({"kl": KLTerm("reference", -1.0)}, "Wins.loss raised ValueError: anchor 'kl' has the coefficient -1.0"),
+    ],
+)
+def test_wrong_kl_terms_are_named(monkeypatch, make_toy, terms, message):
+    monkeypatch.setitem(CHANGE, "regularizers", terms)
+    with pytest.raises(UserError, match=message):
+        compute_policy_loss(Wins(), batch_of(make_toy(policy=REF), torch.ones(1, 3)))

@@ -6,7 +6,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from poise.finetune.losses import IGNORE_INDEX, LOSSES, Ce, Gem, cross_entropy, entropy, fused_linear_gem, gem_loss
+from poise.errors import UserError
+from poise.finetune.losses import (
+    IGNORE_INDEX,
+    LOSSES,
+    Ce,
+    FinetuneLoss,
+    Gem,
+    cross_entropy,
+    entropy,
+    fused_linear_gem,
+    gem_loss,
+)
+from poise.finetune.losses.base import compute_loss
 
 VARIANTS = ["linear", "logsigmoid"]
 
@@ -210,3 +222,50 @@ def test_the_options_of_a_loss_are_those_of_its_function(variant):
     assert gem.loss(logits, labels, normalizer=3) == gem_loss(logits, labels, 0.3, variant, normalizer=3)
     assert Ce().loss(logits, labels, normalizer=3) == cross_entropy(logits, labels, normalizer=3)
     assert (Ce().describe(), gem.describe()) == ("ce", f"gem ({variant}, beta 3/10)")
+
+
+# --- losses of the user's code
+
+
+class Mine(FinetuneLoss):
+    """The cross entropy, as `CHANGE` spoils it, and a metric."""
+
+    def loss(self, logits, labels, *, normalizer=None):
+        loss = cross_entropy(logits, labels, normalizer=normalizer)
+        return CHANGE["loss"](loss, logits) if CHANGE else loss
+
+    def metrics(self, logits, labels, *, normalizer=None):
+        return {"largest": logits.amax()}
+
+
+CHANGE = {}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda loss, logits: logits.mean((1, 2)), r"Mine.loss: what it returned is a tensor of shape \(2,\): it must"),
+        (lambda loss, logits: loss.detach(), "Mine.loss: what it returned has no gradient"),
+        (lambda loss, logits: loss.item(), "Mine.loss: what it returned is a float"),
+    ],
+)
+def test_a_wrong_loss_is_named_with_its_line(monkeypatch, spoil, message):
+    logits = torch.randn(2, 3, 5, requires_grad=True)
+    labels = torch.ones(2, 3, dtype=torch.int64)
+    value, metrics = compute_loss(Mine(), logits, labels, 6.0)
+    assert torch.equal(value, cross_entropy(logits, labels, normalizer=6.0))
+    assert metrics == {"largest": logits.amax()}
+    assert not metrics["largest"].requires_grad
+    monkeypatch.setitem(CHANGE, "loss", spoil)
+    with pytest.raises(UserError, match=message) as caught:
+        compute_loss(Mine(), logits, labels, 6.0)
+    assert "test_losses.py:" in str(caught.value)
+
+
+def test_a_loss_without_a_normalizer_is_named_with_its_line():
+    class Short(FinetuneLoss):
+        def loss(self, logits, labels):
+            return logits.sum()
+
+    with pytest.raises(UserError, match=r"Short.loss raised TypeError: .*'normalizer' \(.*test_losses.py:\d+\)"):
+        compute_loss(Short(), torch.randn(1, 2, 3, requires_grad=True), torch.ones(1, 2, dtype=torch.int64), 2.0)

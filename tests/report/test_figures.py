@@ -127,3 +127,18 @@ def test_svg_is_deterministic_labelled_and_follows_the_page(make_record: Callabl
     assert set(re.findall(r'href="#([^"]*)"|url\(#([^)]*)\)', svg))
     for pair in re.findall(r'href="#([^"]*)"|url\(#([^)]*)\)', svg):
         assert f'id="{"".join(pair)}"' in svg
+
+
+def test_every_metric_of_training_that_no_other_figure_draws_has_axes_of_its_own() -> None:
+    rows = Rows()
+    for step in (1, 2):
+        known = {"loss": 1.0, "loss/linf": 1.0, "lr": 0.1, "sum_lr": 0.1, "robust/linf": 0.5, "weight/linf": 1.0}
+        rows.add(step, step / 2, "train", {**known, "running/adversarial": 3.0 * step, "gap": 0.1})
+        rows.add(step, step / 2, "validation", {"clean": 0.9})
+    table = read_rows([rows.to_parquet()])
+    figure = figures.further_curves(table, ("robust/*", "weight/*"))
+    assert figure is not None
+    assert [axes.get_title() for axes in figure.axes] == ["gap", "running/adversarial"]
+    np.testing.assert_array_equal(figure.axes[1].lines[0].get_xydata(), [[0.5, 3.0], [1.0, 6.0]])
+    assert figures.further_curves(table, ("*",)) is None
+    assert figures.further_curves(EMPTY, ()) is None

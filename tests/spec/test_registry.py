@@ -15,10 +15,13 @@ import yaml
 from click.testing import CliRunner, Result
 
 from poise import plugins
+from poise.align.selfplay import METHODS, SelfPlayMethod
 from poise.cli import cli
 from poise.engine.lifecycle import spec_hash
+from poise.errors import UserError
 from poise.kinds import KINDS
 from poise.spec import RunSpec, dump, json_schema
+from poise.spec.registry import resolve
 from poise.user_code import allow_code
 
 MODULE = """\
@@ -222,6 +225,11 @@ class Sum(FinetuneLoss):
 
 class Head(Full):
     name: str
+
+
+class Opponents(Wins):
+    def num_opponents(self):
+        return 2
 """
 """A class of the user's for every section of a spec that stands for a method, but the objective."""
 
@@ -252,6 +260,25 @@ def test_every_section_that_stands_for_a_method_takes_a_class_of_the_users(kind,
         spec = KINDS[kind].model_validate(values)
     assert type(getattr(spec, field)).__name__ == name
     assert KINDS[kind].model_validate(yaml.safe_load(dump(unchecked))) == unchecked
+
+
+def test_a_method_that_has_to_be_a_property_is_named():
+    Path("lab_methods.py").write_text(SECTIONS)
+    with allow_code(), pytest.raises(UserError, match=r"Opponents.num_opponents is a method and has to be a property"):
+        resolve("lab_methods:Opponents", METHODS, SelfPlayMethod, "poise.selfplay")
+
+
+def test_a_sweep_may_choose_by_the_metrics_that_a_method_declares():
+    loss = "    def loss(self, points"
+    declaration = "    @property\n    def training_metrics(self):\n        return ('running/adversarial',)\n\n"
+    Path("lab_methods.py").write_text(MODULE.replace(loss, declaration + loss, 1))
+    base = {key: value for key, value in TRAIN.items() if key != "name"}
+    sweep = {"kind": "sweep", "name": "s", "base": base, "mode": "min", "space": {"seed": {"grid": [0, 1]}}}
+    for options in ((), ("--allow-code",)):
+        result = poise("check", {**sweep, "metric": "running/adversarial"}, *options)
+        assert result.exit_code == 0, result.exception
+    unknown = poise("check", {**sweep, "metric": "running/adverse"}, "--allow-code")
+    assert "measures no 'running/adverse'; did you mean 'running/adversarial'?" in str(unknown.exception)
 
 
 # --- installed packages

@@ -3,7 +3,6 @@
 A convolution on H x W maps is a sparse (C_out Ho Wo) x (C_in H W) matrix with shared weights, and the theorems are
 about the norms of that matrix. They are computed without the matrix: rows are summed by convolving the squared (or
 absolute) kernel with ones, and the spectral norm is enclosed from both sides, up to rounding. Everything is float64.
-Source: papers/bounds.md, section 1.
 """
 
 from __future__ import annotations
@@ -157,7 +156,7 @@ def lanczos(layer: Affine) -> LanczosNorm:
 
     Both bases are fully reorthogonalised. After k steps U'A(V, v) is a k x (k + 1) bidiagonal matrix, whose norm is a
     lower bound. The iteration ends after 100 steps, or, at the earliest after 60, when the estimate has changed by less
-    than 1e-8 twice in a row for every start (papers/bounds.md, 1.3).
+    than 1e-8 twice in a row for every start.
 
     From a start that is uniform on the sphere of dimension n, the estimate of the largest eigenvalue of A'A is too
     small by a relative error e with probability at most 1.648 sqrt(n) exp(-sqrt(e) (2k - 1)), for any spectrum
@@ -207,8 +206,7 @@ def fft_bound(layer: Affine) -> float:
 
     On a grid of (H + 2p) x (W + 2p) no patch wraps around. So the outputs of the layer are some of the outputs of the
     circular convolution, at inputs that are zero in the padding; a stride drops more outputs. At each frequency the
-    circular convolution is a C_out x C_in matrix. On the H x W grid without padding it would not be a bound
-    (papers/bounds.md, 1.3).
+    circular convolution is a C_out x C_in matrix. On the H x W grid without padding it would not be a bound.
     """
     grid = tuple(side + 2 * pad for side, pad in zip(layer.inside[1:], layer.padding, strict=True))
     kernel = layer.weight.new_zeros(*layer.weight.shape[:2], *grid)  # (C_out, C_in / groups, H + 2p, W + 2p)

@@ -31,14 +31,14 @@ def frobenius_product(network: Network) -> float:
 
 
 def pac_bayes_complexity(network: Network) -> float:
-    """log10 of Phi = sum_i F_i^2 (prod_{j != i} s_j)^2 (papers/bounds.md, 3 and 1.6)."""
+    """log10 of Phi = sum_i F_i^2 (prod_{j != i} s_j)^2 (arXiv 2310.06182)."""
     log_frobenius = _log10_all(layer.frobenius for layer in network.layers)
     log_others = _log10_product_of_others(network)
     return log10_sum(2 * (norm + others) for norm, others in zip(log_frobenius, log_others, strict=True))
 
 
 def covering_complexity(network: Network) -> float:
-    """log10 of R = (sum_i (a_i prod_{j != i} s_j)^(2/3))^(3/2), a_i the entrywise l1 norm (papers/bounds.md, 4)."""
+    """log10 of R = (sum_i (a_i prod_{j != i} s_j)^(2/3))^(3/2), a_i the entrywise l1 norm (arXiv 2406.05372)."""
     log_l1 = _log10_all(layer.l1 for layer in network.layers)
     log_others = _log10_product_of_others(network)
     log_sum = log10_sum(2 / 3 * (norm + others) for norm, others in zip(log_l1, log_others, strict=True))

@@ -31,8 +31,7 @@ def margin_percentile(margins: Tensor, percent: float, of: Margins = "correct") 
 
     `of`: "all" takes all examples, as in the papers' experiments (NaN as soon as more than `percent` of them are
     misclassified), "correct" only those that are classified correctly. A bound holds at any margin that does not depend
-    on the data, see `on_grid`. It limits the risk minus the share of examples whose margin is smaller
-    (papers/bounds.md, 1.8).
+    on the data, see `on_grid`. It limits the risk minus the share of examples whose margin is smaller.
     """
     values = margins[margins > 0] if of == "correct" else margins
     if not len(values):
@@ -45,7 +44,7 @@ def on_grid(margin: float) -> tuple[float, float]:
     """The largest power of 2 that is at most `margin`, and its share of the failure probability delta.
 
     A margin that is chosen after training needs a union over all margins that could have been chosen. The k-th power of
-    2, counted from 1 outwards, has the share 1 / (k (k + 1)), and all shares sum to 1 (papers/bounds.md, 1.9).
+    2, counted from 1 outwards, has the share 1 / (k (k + 1)), and all shares sum to 1.
     """
     exponent = math.floor(math.log2(margin))
     k = 2 * exponent if exponent > 0 else 1 - 2 * exponent
@@ -57,8 +56,7 @@ def data_radius(x: Tensor, threat: Threat, radius: Radius = "box", *, shift: Ten
 
     `paper`: max{1, D^(1/2 - 1/p)} (max ||x - shift||_p + eps), as printed. `l2`: max ||x - shift||_2 + max{1, ...} eps.
     `box`: per image, the smaller of `l2` and the distance to the farthest corner of [x - eps, x + eps] in [0, 1]. Each
-    is an upper bound, and each is at most the one before; with eps 0 the last two are exact. Source: papers/bounds.md,
-    1.7.
+    is an upper bound, and each is at most the one before; with eps 0 the last two are exact.
     """
     shift = torch.as_tensor(shift, dtype=torch.float64, device=x.device)
     flat = (x.double() - shift).flatten(1)  # (N, D)

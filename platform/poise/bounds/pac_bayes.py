@@ -1,4 +1,4 @@
-"""The PAC-Bayes bound by spectral norms for networks under attack (arXiv 2310.06182; papers/bounds.md, 3)."""
+"""The PAC-Bayes bound by spectral norms for networks under attack (arXiv 2310.06182)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """The path of data through the nodes of a traced network: its affine layers, and the maps between them.
 
-An unknown operation raises. Nothing is skipped but the biases, which the theorems do not have (papers/bounds.md, 1.1
-and 1.4 to 1.6).
+An unknown operation raises. Nothing is skipped but the biases, which the theorems do not have.
 """
 
 from __future__ import annotations

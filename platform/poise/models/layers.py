@@ -11,14 +11,14 @@ __all__ = ["ACTIVATIONS", "Activation", "Normalize", "conv3x3", "pooled_linear"]
 
 Activation = Callable[[], nn.Module]
 
-# Softplus with beta 1, as in the softplus PreAct-ResNet-18 of the E-AT and RAMP networks (papers/adversarial.md, 3).
+# Softplus with beta 1, as in the softplus PreAct-ResNet-18 of the E-AT and RAMP networks.
 ACTIVATIONS: dict[str, Activation] = {"relu": nn.ReLU, "silu": nn.SiLU, "softplus": nn.Softplus}
 
 
 class Normalize(nn.Module):
     """`(x - mean) / std` per channel, for x (N, C, H, W) in [0, 1].
 
-    Normalization is a layer of the model, so that attacks and threats are in pixel units (papers/adversarial.md, 1).
+    Normalization is a layer of the model, so that attacks and threats are in pixel units.
     """
 
     mean: Tensor

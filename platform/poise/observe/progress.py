@@ -28,7 +28,8 @@ LINE_EVERY_S = 5.0
 DRAWN_PER_S = 2.0
 
 _HEADLINES = ("loss", "accuracy", "clean", "robust/union", "ce", "excess")
-"""The metrics in a plain line. The panel and the page have all metrics."""
+"""The metrics in a plain line. The panel has all but the accuracies of training batches under attack; the page draws
+all metrics of training."""
 
 _BLOCK = "\u2501"
 _SQUARE = "\u25a0"

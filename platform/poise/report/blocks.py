@@ -107,6 +107,7 @@ class Section:
         rendered_figures: figures that compare the given runs.
         details: figures of one run; its anchor begins their names.
         unit: what the speed of a run counts, per second.
+        drawn: training metrics that `details` draws, as patterns; the page draws all others by itself.
     """
 
     title: str
@@ -115,6 +116,7 @@ class Section:
     rendered_figures: Callable[[Sequence[RunRecord]], Iterable[RenderedFigure | None]] = _no_figures
     details: Callable[[str, RunRecord], Iterable[RenderedFigure | None]] = _no_details
     unit: str = "images"
+    drawn: Sequence[str] = ()
 
 
 def warning_tables(records: Sequence[RunRecord]) -> Iterator[Table]:

@@ -11,6 +11,7 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import matplotlib
@@ -29,6 +30,7 @@ __all__ = [
     "accuracy_curves",
     "css_color",
     "final_bars",
+    "further_curves",
     "learning_rate",
     "legend",
     "loss_curves",
@@ -224,6 +226,28 @@ def weight_curves(rows: pa.Table) -> Figure | None:
         plot(axes, rows, "train", f"weight/{threat}", color=color_of(threat, threats), label=label(threat))
     axes.set_ylim(bottom=0)
     legend(axes)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def further_curves(rows: pa.Table, drawn: Sequence[str]) -> Figure | None:
+    """Every metric of training that no other figure draws over epochs, in axes of its own; None without any.
+
+    `drawn`: the names, as patterns, of those that the figures of the kind draw.
+    """
+    patterns = ("loss", "loss/*", "lr", "sum_lr", *drawn)
+    further = [name for name in names(rows, "train", "") if not any(fnmatchcase(name, each) for each in patterns)]
+    if not further:
+        return None
+    columns = min(3, len(further))
+    lines = math.ceil(len(further) / columns)
+    width = HALF if columns == 1 else WIDE
+    figure = Figure(figsize=(width, 2.2 * lines), layout="constrained")
+    for index, name in enumerate(further):
+        axes = figure.add_subplot(lines, columns, index + 1, xlabel="epoch")
+        axes.margins(x=0.01)
+        axes.set_title(name, fontsize=9)
+        plot(axes, rows, "train", name, color=INK)
     return figure
 
 

@@ -118,14 +118,22 @@ def _commit(record: RunRecord) -> str:
 
 def _figures(anchor: str, record: RunRecord, sections: Sections) -> Iterator[RenderedFigure | None]:
     """The figures of the kind of the run, then those of every training."""
+    drawn: Sequence[str] = ()
     if record.kind in sections:
         yield from sections[record.kind].details(anchor, record)
+        drawn = sections[record.kind].drawn
     rows = record.rows
     yield draw(
         f"{anchor}-loss",
         "Loss",
         figures.loss_curves(rows),
         "Mean over the steps of each log interval and over all workers.",
+    )
+    yield draw(
+        f"{anchor}-further",
+        "Further training metrics",
+        figures.further_curves(rows, drawn),
+        "Mean over the steps of each log interval and over all workers, each on its own scale.",
     )
     yield draw(f"{anchor}-lr", "Learning rate", figures.learning_rate(rows), "As the schedule set it.")
     yield draw(

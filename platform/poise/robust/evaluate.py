@@ -1,7 +1,7 @@
 """Robust accuracy per attack and for the union of attacks, from one boolean matrix.
 
 Union accuracy is the share of examples that withstand every attack: a logical AND per example. It is at most the
-smallest accuracy, and at least one minus the sum of the errors (papers/adversarial.md, section 8).
+smallest accuracy, and at least one minus the sum of the errors.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class Threat:
 
         linf and l1: the nearest point of ball and box. For l1 that is a joint projection: projecting onto the ball and
         clipping to the box afterwards would waste budget. l2: onto the ball, then the box, which only shrinks
-        coordinates and therefore stays in the ball. Source: papers/adversarial.md, sections 1 and 2.
+        coordinates and therefore stays in the ball.
         """
         if self.norm == "l1":
             room = torch.where(delta > 0, 1 - x, x)  # to the side of the box that delta points to
@@ -84,7 +84,7 @@ class Threat:
         """The random start that follows from `uniform`, (N, d + 1) numbers in [0, 1): d for direction, one for radius.
 
         A direction of independent normal (l2) or Laplace (l1) values, scaled to length eps * u^(1/d), is uniform in the
-        ball. Source: papers/adversarial.md, section 1.
+        ball.
         """
         uniform = uniform.to(x.device)
         rounding = torch.finfo(uniform.dtype).eps
@@ -111,8 +111,7 @@ class Threat:
         linf: size * sign(g). l2: size * g / ||g||. l1: the k = `sparsity` coordinates of largest |g| move by size / k
         each (k = 1 is the steepest step; a larger k spreads it over more coordinates). With `at` = x + delta, a
         coordinate moves at most to the side of the box, and the length that it could not use passes to the next largest
-        |g|: no length is wasted on pixels that are blocked, wholly or nearly. `sparsity` may be counts (N,). Source:
-        papers/adversarial.md, section 2.
+        |g|: no length is wasted on pixels that are blocked, wholly or nearly. `sparsity` may be counts (N,).
         """
         length = _column(size, grad) if isinstance(size, Tensor) else size
         if self.norm == "linf":

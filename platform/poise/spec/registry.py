@@ -7,6 +7,7 @@ such a spec can be checked, and is refused before it is run.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from functools import cache
 from types import new_class
@@ -20,6 +21,7 @@ from pydantic import (
     SerializationInfo,
     SerializerFunctionWrapHandler,
     ValidatorFunctionWrapHandler,
+    model_validator,
 )
 from pydantic_core import PydanticKnownError, SchemaValidator, core_schema
 
@@ -37,9 +39,17 @@ class MethodSection(SpecModel):
 
     A method of Poise narrows `name` to the literal of its own name. A method of the user's code leaves it as it is, or
     writes `name: str` if it is a subclass of a method of Poise: its name is the reference by which a spec has found it.
+    Where an object is made without a name, as in a notebook, it is that of the class.
     """
 
-    name: str
+    name: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _class_name(cls, values: Any) -> Any:
+        if cls.model_fields["name"].annotation is str and isinstance(values, dict):
+            return {"name": cls.__name__, **values}
+        return values
 
     def inputs(self) -> Iterator[Input]:
         """The code, where the method is code of the user."""
@@ -71,6 +81,9 @@ def resolve(
         raise UserError(f"{name} is not a subclass of {base.__module__}.{base.__name__}")
     if missing := sorted(getattr(section_class, "__abstractmethods__", ())):
         raise UserError(f"{name} does not define {', '.join(missing)}, which {base.__name__} leaves to it")
+    for attribute, member in inspect.getmembers_static(base):
+        if isinstance(member, property) and inspect.isfunction(inspect.getattr_static(section_class, attribute)):
+            raise UserError(f"{name}.{attribute} is a method and has to be a property: write @property above it")
     annotation = section_class.model_fields["name"].annotation
     if annotation is not str and name not in get_args(annotation):
         raise UserError(f"{name} inherits the name of another method: write `name: str` in the class")
@@ -172,6 +185,8 @@ def _unchecked_class(base: type[MethodSection]) -> type[MethodSection]:
         "__doc__": "A method of the user's code with its options as they are written.",
         "model_config": ConfigDict(extra="allow"),
     }
+    if hasattr(base, "training_metrics"):  # which of them there are is known when the code may run
+        body["training_metrics"] = property(lambda self: ("*",))
     for name in base.__abstractmethods__:
         body[name] = property(refuse) if isinstance(getattr(base, name), property) else refuse
     return new_class(f"Unchecked{base.__name__}", (base,), exec_body=lambda namespace: namespace.update(body))

@@ -151,7 +151,7 @@ class _Loop:
                 scaled.backward()  # type: ignore[no-untyped-call]
             self.window.add("loss", loss.detach())
             for name, value in metrics.items():
-                self.window.add(name, value)
+                self.window.add(name, value.to(loss.device))
         with self.timers("optim"):
             self._optimizer_step()
 

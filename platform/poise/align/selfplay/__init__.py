@@ -8,9 +8,20 @@ from typing import TYPE_CHECKING
 from poise.align.selfplay.base import KLTerm, PolicyBatch, SelfPlayMethod
 from poise.align.selfplay.mpo import Mpo
 from poise.align.selfplay.nash_rs import NashRs
+from poise.align.selfplay.policy_loss import PolicyLoss, token_logprobs
 from poise.spec.registry import union_of
 
-__all__ = ["METHODS", "KLTerm", "MethodSpec", "Mpo", "NashRs", "PolicyBatch", "SelfPlayMethod"]
+__all__ = [
+    "METHODS",
+    "KLTerm",
+    "MethodSpec",
+    "Mpo",
+    "NashRs",
+    "PolicyBatch",
+    "PolicyLoss",
+    "SelfPlayMethod",
+    "token_logprobs",
+]
 
 METHODS: Mapping[str, type[SelfPlayMethod]] = {
     "mpo": Mpo,

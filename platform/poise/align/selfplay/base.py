@@ -8,7 +8,7 @@ which the rollouts of the iteration were drawn, and `reference`, the initial pol
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from poise.align.selfplay.policy_loss import KLRegularizer, PolicyLoss, Responses, selfplay_loss
 from poise.spec.registry import MethodSection
+from poise.user_code import MethodOutputError, explain_method
 
 __all__ = ["KLTerm", "PolicyBatch", "SelfPlayMethod", "check_preference"]
 
@@ -50,7 +51,7 @@ class PolicyBatch:
 class SelfPlayMethod(MethodSection, ABC):
     """Base of the methods: a section `method` of a spec, whose fields are the options of the method.
 
-    A method has to define `name` and `advantage`; everything else has a default. A rollout is compared with
+    A method has to define `advantage`; everything else has a default. A rollout is compared with
     `num_opponents` and `num_proposals` other responses; if both are 0, with all rollouts of its question, itself
     included (K = G; the preference to itself is 1/2).
     """
@@ -67,6 +68,11 @@ class SelfPlayMethod(MethodSection, ABC):
         """How many responses of the initial policy are drawn per question before the first iteration, as opponents."""
         return 0
 
+    @property
+    def training_metrics(self) -> Sequence[str]:
+        """The names of further metrics that `loss` reports, by which a sweep may choose. By default none."""
+        return ()
+
     @abstractmethod
     def advantage(self, preference: Tensor) -> Tensor:
         """The advantage of each rollout: (P, G) from (P, G, K).
@@ -80,12 +86,19 @@ class SelfPlayMethod(MethodSection, ABC):
         return {}
 
     def loss(self, batch: PolicyBatch) -> PolicyLoss:
-        """The loss of each response: by default the policy gradient of the advantage and the KL terms."""
+        """The loss of each response: by default the policy gradient of the advantage and the KL terms.
+
+        Raises:
+            UserError: `regularizers` returned something else than KL terms to the reference or the previous policy.
+        """
         anchor_logits = {"reference": batch.reference, "previous": batch.previous}
-        anchors = {
-            name: KLRegularizer(term.coefficient, anchor_logits[term.anchor])
-            for name, term in self.regularizers().items()
-        }
+        anchors = {}
+        with explain_method(self, "regularizers"):
+            for name, term in self.regularizers().items():
+                if not isinstance(term, KLTerm) or term.anchor not in anchor_logits:
+                    expected = "it must be a KLTerm with the anchor 'reference' or 'previous'"
+                    raise MethodOutputError(f"{self.name}.regularizers: {name!r} is {term!r}: {expected}")
+                anchors[name] = KLRegularizer(term.coefficient, anchor_logits[term.anchor])
         return selfplay_loss(batch.logits, batch.previous, anchors, batch.responses, batch.advantage.flatten())
 
     def replaces_reference(self, iteration: int) -> bool:

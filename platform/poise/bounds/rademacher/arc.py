@@ -47,7 +47,7 @@ def arc_bound(product: float, *, parameters: int, depth: int, radius: float, sam
 
     `product`: log10 of prod M, of Frobenius norms as in the paper or, tighter and by the same proof, of spectral norms.
     `parameters`: P, sum of h_j h_{j-1} as in the paper or, with shared weights, the number of parameters in the
-    kernels. Source: arXiv 2211.14966 with explicit constants (papers/bounds.md, 2).
+    kernels. Source: arXiv 2211.14966 with explicit constants.
     """
     check_samples(radius, samples)
     entropy = parameters * math.log(3 * depth)
@@ -57,7 +57,7 @@ def arc_bound(product: float, *, parameters: int, depth: int, radius: float, sam
 def arc_gap(complexity: float, *, margin: float, samples: int, delta: float) -> float:
     """log10 of the bound on the gap of the robust ramp loss at `margin`, with probability 1 - delta:
 
-    2 (2 / margin) R + 3 sqrt(ln(2 / delta) / (2 N)) for log10 R = `complexity` (papers/bounds.md, 2).
+    2 (2 / margin) R + 3 sqrt(ln(2 / delta) / (2 N)) for log10 R = `complexity` (arXiv 2211.14966).
     """
     leading = math.log10(4 / margin) + complexity
     return log10_sum([leading, deviation(3, 2, delta, 2 * samples)])

@@ -42,7 +42,7 @@ def covering_bound(
         radius * lipschitz * R / sqrt(N) [+ sqrt(ln(1 / delta) / N)].
 
     `complexity`: log10 R, see `covering_complexity`; `lipschitz`: of the loss in the logits, 2 / margin for the ramp.
-    Source: arXiv 2406.05372, Theorem 1 (papers/bounds.md, 4). Its constants are not known: use it to compare networks,
+    Source: arXiv 2406.05372, Theorem 1. Its constants are not known: use it to compare networks,
     not as a bound on a gap.
     """
     check_samples(radius, samples)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from poise.finetune.losses.base import IGNORE_INDEX, FinetuneLoss
+from poise.finetune.losses.base import IGNORE_INDEX, FinetuneLoss, num_tokens, supervised
 from poise.finetune.losses.ce import Ce, cross_entropy, entropy
 from poise.finetune.losses.gem import Gem, Variant, fused_linear_gem, gem_loss
 from poise.spec.registry import union_of
@@ -28,6 +28,8 @@ __all__ = [
     "entropy",
     "fused_linear_gem",
     "gem_loss",
+    "num_tokens",
+    "supervised",
 ]
 
 LOSSES: Mapping[str, type[FinetuneLoss]] = {

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from poise.method_output import require_loss, require_metrics
 from poise.spec.registry import MethodSection
+from poise.user_code import explain_method
 
-__all__ = ["IGNORE_INDEX", "FinetuneLoss", "at_least_fp32", "num_tokens", "supervised"]
+__all__ = ["IGNORE_INDEX", "FinetuneLoss", "at_least_fp32", "compute_loss", "num_tokens", "supervised"]
 
 IGNORE_INDEX = -100
 """The label of a token that is not supervised."""
@@ -27,11 +30,42 @@ class FinetuneLoss(MethodSection, ABC):
             labels: (...), aligned with the position that predicts them; IGNORE_INDEX where a token is not supervised.
                 Where no token is, the loss is a zero with a gradient.
             normalizer: in training, the supervised tokens of the whole optimizer step, so that micro-batches add up.
+                A loss that ignores it is wrong without an error as soon as there are several batches or workers.
         """
+
+    @property
+    def training_metrics(self) -> Sequence[str]:
+        """The names of the metrics that `metrics` reports, by which a sweep may choose. By default none."""
+        return ()
+
+    def metrics(self, logits: Tensor, labels: Tensor, *, normalizer: float | None = None) -> dict[str, Tensor]:
+        """Scalar tensors to report for each step beside the loss, by name; by default none.
+
+        The arguments are those of `loss`; it is called without gradient. A metric is a sum over supervised tokens
+        divided by `normalizer`, so that micro-batches add up.
+        """
+        return {}
 
     def describe(self) -> str:
         """The loss and its options for tables; by default its name."""
         return self.name
+
+
+def compute_loss(
+    loss: FinetuneLoss, logits: Tensor, labels: Tensor, normalizer: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a micro-batch, and the further metrics of its class: the calls in training, with a check.
+
+    Raises:
+        UserError: the loss is not a scalar with a gradient, or the metrics are not scalars.
+    """
+    with explain_method(loss, "loss"):
+        value = loss.loss(logits, labels, normalizer=normalizer)
+        require_loss(f"{loss.name}.loss: what it returned", value, ())
+    with explain_method(loss, "metrics"), torch.no_grad():
+        metrics = loss.metrics(logits, labels, normalizer=normalizer)
+        require_metrics(f"{loss.name}.metrics", metrics)
+    return value, metrics
 
 
 def supervised(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from poise.align.oracles import Oracle
 from poise.align.selfplay import PolicyBatch
+from poise.align.selfplay.checks import compute_advantage, compute_policy_loss
 from poise.align.selfplay.policy_loss import Responses, collate, response_logits, token_logprobs
 from poise.data.order import rank_slice
 from poise.errors import PoiseError, UserError
@@ -173,7 +174,7 @@ class SelfPlay:
             others = [*texts[number:], *question.proposals]
             other_texts.append(others or texts)  # a method without opponents and proposals compares rollouts
         preference = self._preference(questions, rollout_texts, other_texts)  # (Q, rollouts, others)
-        advantage = self._method.advantage(preference)  # (Q, rollouts)
+        advantage = compute_advantage(self._method, preference)  # (Q, rollouts)
         rollouts = [sample for row in samples for sample in row[:number]]
         prompts = [question.tokens for question in questions for _ in range(number)]
         responses = collate(prompts, [sample.tokens for sample in rollouts], device)
@@ -225,7 +226,7 @@ class SelfPlay:
         reference_weights = {name.removeprefix(REFERENCE): weight for name, weight in state.items()}
         reference = self._logits_of(reference_weights, responses)
         batch = PolicyBatch(responses, rollouts.advantage, logits, previous, reference)
-        output = self._method.loss(batch)
+        output = compute_policy_loss(self._method, batch)
         return StepOutput(output.loss.mean(), metrics | output.metrics, state)
 
     @torch.no_grad()

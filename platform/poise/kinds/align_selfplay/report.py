@@ -97,4 +97,4 @@ def _divergences(record: RunRecord) -> Figure | None:
     return figure
 
 
-SECTION = Section("Self-play", AlignSelfplayResult, _tables, _figures, _details, unit="responses")
+SECTION = Section("Self-play", AlignSelfplayResult, _tables, _figures, _details, unit="responses", drawn=("kl/*",))

@@ -60,11 +60,12 @@ class AlignSelfplaySpec(RunSpec):
                 raise field_error(path, f"{steps} steps are no whole iterations of method.inner_steps {inner}")
 
     def metrics(self) -> dict[str, MetricSource]:
-        """The policy in its game, from the probability of every listed answer."""
+        """The policy in its game, from the probability of every listed answer, and what is measured in training."""
+        training = ["loss", "preference", "truncated", "gap", *self.method.training_metrics]
         names = ["exploitability", "distance", "outside"]
         names += [] if self.method.equilibrium_tau is None else ["distance_regularised"]
         at_the_end = summary_sources(["final"], names, "validation")
-        return row_sources(["loss"], "train") | at_the_end | row_sources(names, "validation", during=True)
+        return row_sources(training, "train") | at_the_end | row_sources(names, "validation", during=True)
 
     @property
     def iterations(self) -> int:

@@ -103,4 +103,6 @@ def curves(rows: pa.Table, train: str, validation: str, scale: float, floor: flo
     return figure
 
 
-SECTION = Section("Language models", FinetuneSftResult, tables=_tables, details=_details, unit="examples")
+SECTION = Section(
+    "Language models", FinetuneSftResult, tables=_tables, details=_details, unit="examples", drawn=("ce", "entropy")
+)

@@ -23,6 +23,7 @@ from poise.data.text.batches import (
 )
 from poise.errors import UserError
 from poise.finetune.losses import FinetuneLoss, cross_entropy, entropy
+from poise.finetune.losses.base import compute_loss
 from poise.kinds.common.export import (
     export_model,
     next_token_probabilities,
@@ -157,13 +158,13 @@ def _step(loss: FinetuneLoss) -> Callable[[nn.Module, _Batch, TaskState, StepCon
         text = batch.text
         normalizer = batch.normalizer
         logits = model(input_ids=text.ids, attention_mask=text.mask, use_cache=False).logits  # (B, T, V)
-        value = loss.loss(logits, text.labels, normalizer=normalizer)
+        value, further_metrics = compute_loss(loss, logits, text.labels, normalizer)
         with torch.no_grad():
             metrics = {
                 "ce": cross_entropy(logits, text.labels, normalizer=normalizer),
                 "entropy": entropy(logits, text.labels, normalizer=normalizer),
             }
-        return StepOutput(value, metrics, state)
+        return StepOutput(value, metrics | further_metrics, state)
 
     return step
 

@@ -56,13 +56,14 @@ class FinetuneSftSpec(RunSpec):
         return self
 
     def metrics(self) -> dict[str, MetricSource]:
-        """Losses on held-out examples and, in a world, against its true answers."""
+        """Losses in training, on held-out examples and, in a world, against its true answers."""
+        training = row_sources(["loss", *self.loss.training_metrics], "train")
         if not self.data.has_validation:
-            return row_sources(["loss"], "train")
+            return training
         world = ("answer_ce", "excess", "answer_entropy", "outside") if self.data.known_world is not None else ()
         names = ("ce", "entropy", *world, *extra_names(self.extra_metrics))
         at_the_end = summary_sources(["measured"], names, "validation")
-        return row_sources(["loss"], "train") | at_the_end | row_sources(names, "validation", during=True)
+        return training | at_the_end | row_sources(names, "validation", during=True)
 
     def cost(self) -> list[str]:
         """Steps and examples, where the data is known before it is read."""

@@ -34,7 +34,7 @@ from poise.train.context import Context
 __all__ = ["recheck"]
 
 _TOLERANCE = 1e-5
-"""Share of eps by which rounding may lengthen a perturbation; papers/adversarial.md, section 9."""
+"""Share of eps by which rounding may lengthen a perturbation."""
 
 
 def recheck(spec: RobustEvaluateSpec, name: str, context: Context) -> None:

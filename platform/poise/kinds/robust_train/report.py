@@ -159,4 +159,11 @@ def _details(anchor: str, record: RunRecord) -> Iterator[RenderedFigure | None]:
     )
 
 
-SECTION = Section("Robustness", RobustTrainResult, _tables, _figures, _details)
+SECTION = Section(
+    "Robustness",
+    RobustTrainResult,
+    _tables,
+    _figures,
+    _details,
+    drawn=("clean", "accuracy", "robust/*", "weight/*", "overfitting/*"),
+)

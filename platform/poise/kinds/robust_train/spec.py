@@ -62,11 +62,11 @@ class RobustTrainSpec(RunSpec):
         return self
 
     def metrics(self) -> dict[str, MetricSource]:
-        """Accuracies on the validation split during training, and those of the checkpoints at the end."""
+        """The loss in training, accuracies on the validation split, and those of the checkpoints at the end."""
         training_measures = _accuracies(self.threats)
         test_measures = _accuracies(self.evaluate.threats or self.threats)
         weights = ["best", "final", *(["averaged"] if self.averaging else [])]
-        loss = row_sources(["loss"], "train")
+        loss = row_sources(["loss", *self.objective.training_metrics], "train")
         at_the_end = summary_sources([f"accuracy.{name}" for name in weights], test_measures, "test", "evaluation")
         extra = extra_names(self.evaluate.extra_metrics)
         at_the_end |= summary_sources([f"extra_metrics.{name}" for name in weights], extra, "test")

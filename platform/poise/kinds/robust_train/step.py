@@ -19,6 +19,7 @@ from poise.kinds.robust_train.spec import RobustTrainSpec
 from poise.robust.attacks import TRAINING_ATTACKS
 from poise.robust.manifold import Eigenbasis, EigenspaceThreat
 from poise.robust.objectives import BoundAttack, ObjectiveContext
+from poise.robust.objectives.checks import compute_loss, craft_points, first_state
 from poise.robust.spec import Norm, Threats
 from poise.robust.threats import StackedThreats, Threat
 from poise.robust.training.averaging import Average
@@ -62,7 +63,7 @@ class RobustStep:
 
     def initial(self) -> TaskState:
         """The state before the first step, on the model's device except for that of the objective."""
-        state = add_prefix("objective", self._spec.objective.initial_state(self._spec.threats.keys()))
+        state = add_prefix("objective", first_state(self._spec.objective, self._spec.threats.keys()))
         if self._average is not None:
             state |= add_prefix("average", self._average.initial(self._model))
         if self._after_step is not None:
@@ -86,8 +87,8 @@ class RobustStep:
             output = self._awp.loss(objective, points, context)
         else:
             with step_context.timers("attack"):
-                points = objective.craft(context)
-            output = objective.loss(points, context)
+                points = craft_points(objective, context)
+            output = compute_loss(objective, points, context)
         next_state = state | add_prefix("objective", output.state)
         if proximal_term is None:
             return StepOutput(output.loss, output.metrics, next_state)

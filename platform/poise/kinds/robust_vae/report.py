@@ -58,4 +58,4 @@ def _elbo(rows: pa.Table) -> Figure | None:
     return figure
 
 
-SECTION = Section("Autoencoders", RobustVaeResult, tables=_tables, details=_details)
+SECTION = Section("Autoencoders", RobustVaeResult, tables=_tables, details=_details, drawn=("elbo",))

@@ -1,7 +1,6 @@
 """Auto-PGD: projected gradient ascent that chooses its own step sizes, per example, under linf, l2 and l1.
 
-Sources: Croce and Hein, "Reliable evaluation ..." (2020) for linf and l2, "Mind the box" (2021) for l1;
-papers/adversarial.md, sections 2 and 8.
+Sources: Croce and Hein, "Reliable evaluation ..." (2020) for linf and l2, "Mind the box" (2021) for l1.
 """
 
 from __future__ import annotations

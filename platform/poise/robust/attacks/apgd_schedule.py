@@ -1,7 +1,6 @@
 """The state of a run of APGD, and the rules for its step sizes.
 
-Sources: Croce and Hein, "Reliable evaluation ..." (2020) for linf and l2, "Mind the box" (2021) for l1;
-papers/adversarial.md, sections 2 and 8.
+Sources: Croce and Hein, "Reliable evaluation ..." (2020) for linf and l2, "Mind the box" (2021) for l1.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """AutoAttack: four attacks without parameters to tune, each on the examples that withstood the attacks before it.
 
-Source: Croce and Hein, 2020 and (l1) 2021; papers/adversarial.md, section 8.
+Source: Croce and Hein, 2020 and (l1) 2021.
 """
 
 from __future__ import annotations

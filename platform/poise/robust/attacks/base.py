@@ -1,6 +1,6 @@
 """The guarantees of every attack here, and the functions that attacks share.
 
-Guarantees (papers/adversarial.md, section 1):
+Guarantees:
 - Losses are summed over the batch; a mean would only shrink gradients towards underflow.
 - Gradients are taken for the input alone, and parameters are frozen meanwhile, so that no weight gradient is computed
   or accumulated.

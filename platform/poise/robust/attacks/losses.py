@@ -1,7 +1,4 @@
-"""The losses that attacks maximise: from logits (N, K) and labels (N,) to a loss per example (N,), float32 or better.
-
-Sources: papers/adversarial.md, sections 6, 8 and 9.
-"""
+"""The losses that attacks maximise: from logits (N, K) and labels (N,) to a loss per example (N,), at least float32."""
 
 from __future__ import annotations
 
@@ -109,8 +106,7 @@ def kl_from(reference: Tensor) -> Loss:
 def divergence(reference: Tensor, logits: Tensor) -> Tensor:
     """KL(p || q) per example, p and q being the softmax of logits (N, K).
 
-    Both enter as logarithms: with p itself, its gradient is NaN where p underflows to zero (papers/adversarial.md,
-    section 6).
+    Both enter as logarithms: with p itself, its gradient is NaN where p underflows to zero.
     """
     log_p = functional.log_softmax(wide(reference), dim=1)  # (N, K)
     log_q = functional.log_softmax(wide(logits), dim=1)

@@ -1,7 +1,7 @@
 """MSD, multi steepest descent: one perturbation whose every step is the best of one step in each of several norms.
 
-Source: Maini, Wong and Kolter, "Adversarial robustness against the union of multiple perturbation models" (2020);
-papers/adversarial.md, section 3. Every point lies in at least one of the balls, and need not lie in all of them.
+Source: Maini, Wong and Kolter, "Adversarial robustness against the union of multiple perturbation models" (2020).
+Every point lies in at least one of the balls, and need not lie in all of them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Reasons to distrust a robust accuracy: inputs that are not images, and models that mask their gradients.
 
-The warnings are those that the authors of AutoAttack give (Croce and Hein, 2020; papers/adversarial.md, section 8).
+The warnings are those that the authors of AutoAttack give (Croce and Hein, 2020).
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def eigenbasis(x: Tensor, y: Tensor, rank: int, *, shared: bool = False) -> Eige
     Raises:
         ValueError: the images of a class span fewer than `rank` directions, so that the rest would be arbitrary.
 
-    Source: papers/bounds.md, section 5.
+    Source: arXiv 2210.00430.
     """
     if shared:
         sets = {"the training set": x}

@@ -21,7 +21,7 @@ __all__ = ["DecodedClassifier", "Latent", "elbo_parts"]
 class Latent(Threat):
     """The ball of radius eps around the first `width` coordinates of a code; there is no box. linf or l2.
 
-    Source: papers/bounds.md, section 5 (its GA-PGD, with the ball that the published code intended).
+    Source: arXiv 2210.00430 (its GA-PGD, with the ball that the published code intended).
     """
 
     width: int = field(kw_only=True)

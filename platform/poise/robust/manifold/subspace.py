@@ -2,8 +2,8 @@
 
 For an orthonormal basis B (r, d) a perturbation delta = B^T c has ||delta||_2 = ||c||_2. Steepest ascent in the
 coefficients c is, in pixels, ascent along the projected gradient B^T B g. So an eigenspace is a threat like any other,
-only a smaller one, and every attack and objective that takes a `Threat` can search it. Source: papers/bounds.md,
-section 5, whose published code has the same ascent for l2 and an approximate constraint for linf.
+only a smaller one, and every attack and objective that takes a `Threat` can search it. Source: arXiv
+2210.00430, whose published code has the same ascent for l2 and an approximate constraint for linf.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from poise.robust.objectives.base import (
 )
 from poise.robust.objectives.eat import Eat, eat_probabilities
 from poise.robust.objectives.fgsm_rs import FgsmRs
+from poise.robust.objectives.forward import losses_at, make_output
 from poise.robust.objectives.gradalign import GradAlign
 from poise.robust.objectives.mart import Mart
 from poise.robust.objectives.max import Max
@@ -45,6 +46,8 @@ __all__ = [
     "State",
     "adt_weights",
     "eat_probabilities",
+    "losses_at",
+    "make_output",
 ]
 
 OBJECTIVES: Mapping[str, type[Objective]] = {

@@ -1,4 +1,4 @@
-"""ADT: adversarial training with adaptive weights on the threats. papers/adversarial.md, section 3."""
+"""ADT: adversarial training with adaptive weights on the threats (arXiv 2210.00557)."""
 
 from __future__ import annotations
 

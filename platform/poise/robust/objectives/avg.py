@@ -1,4 +1,4 @@
-"""AVG: adversarial training on the mean of the threats. papers/adversarial.md, section 3."""
+"""AVG: adversarial training on the mean of the threats."""
 
 from __future__ import annotations
 

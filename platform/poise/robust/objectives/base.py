@@ -186,12 +186,23 @@ class Objective(MethodSection, ABC):
         return 1
 
     @property
+    def training_metrics(self) -> Sequence[str]:
+        """The names of further metrics that `loss` reports, by which a sweep may choose. By default none.
+
+        Those of each norm, see `ObjectiveOutput`, are not among them.
+        """
+        return ()
+
+    @property
     def copies_of_model(self) -> int:
         """How many copies of the model the state of `after_step` holds, for the size of a checkpoint."""
         return 0
 
     def initial_state(self, norms: Sequence[str]) -> State:
-        """The state before the first batch, for threats in these norms. By default empty."""
+        """The state before the first batch, for threats in these norms. By default empty.
+
+        Keys that `loss` adds to the state are committed and resumed too.
+        """
         return {}
 
     def after_step(self, model: nn.Module, steps_per_epoch: int) -> AfterStep | None:

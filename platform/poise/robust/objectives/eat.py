@@ -32,7 +32,7 @@ class Eat(Objective):
     l_p for one p per batch, with probability proportional to e_p (E-AT, Croce and Hein, 2022). e_p is the share of
     wrongly classified examples among all that were trained on under p so far, over all ranks and never reset. The
     probabilities are uniform until every threat has been drawn. The paper takes linf and l1, whose hull nearly contains
-    l2, and APGD of ten steps from the image itself (papers/adversarial.md, sections 2 and 3).
+    l2, and APGD of ten steps from the image itself.
     """
 
     name: Literal["eat"] = Field(

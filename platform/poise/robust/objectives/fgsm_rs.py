@@ -1,4 +1,4 @@
-"""FGSM-RS: fast adversarial training, one step from a random start. papers/adversarial.md, section 6."""
+"""FGSM-RS: fast adversarial training, one step from a random start (Wong et al., 2020)."""
 
 from __future__ import annotations
 

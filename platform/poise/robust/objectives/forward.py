@@ -1,7 +1,7 @@
 """Training forwards at the points of a batch, and the output that follows from their losses.
 
 Notation, here and in the objectives: theta are the parameters, p a threat, P the number of threats, l_p(theta) the mean
-cross entropy of a batch at its adversarial examples for p. Sources: papers/adversarial.md, section 3.
+cross entropy of a batch at its adversarial examples for p.
 
 Each threat has a training forward of its own, in the mode that the model is in (train, in training), so that BN
 normalises each threat by its own statistics.
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from poise.errors import PoiseError
 from poise.robust.attacks import cross_entropy
 from poise.robust.objectives.base import ObjectiveContext, ObjectiveOutput, Points, State
+from poise.user_code import MethodOutputError
 
 __all__ = [
     "losses_at",
@@ -85,8 +86,10 @@ def make_output(
         weights: (P,), the coefficients of the norms in `loss`.
 
     Raises:
+        MethodOutputError: an argument has another shape.
         PoiseError: a loss is not finite; the message names the example and the step.
     """
+    _require_shapes(losses, correct, norms, weights)
     losses = losses.detach()
     _require_finite(losses, norms, context.step)
     metrics = {"robust/union": correct.all(0).float().mean()}
@@ -95,6 +98,19 @@ def make_output(
         metrics[f"robust/{norm}"] = correct[index].float().mean()
         metrics[f"weight/{norm}"] = weights.detach()[index]
     return ObjectiveOutput(loss, metrics, context.state if state is None else state)
+
+
+def _require_shapes(losses: Tensor, correct: Tensor, norms: Sequence[str], weights: Tensor) -> None:
+    if losses.ndim != 2 or len(losses) != len(norms) or correct.shape != losses.shape:
+        shapes = f"losses {tuple(losses.shape)} and correct {tuple(correct.shape)}"
+        raise MethodOutputError(
+            f"make_output: {shapes}; both must be (P, N), for the P = {len(norms)} norms that are given"
+        )
+    if weights.shape != (len(norms),):
+        shape = tuple(weights.shape)
+        raise MethodOutputError(
+            f"make_output: weights {shape}; it must be (P,), one for each of the P = {len(norms)} norms"
+        )
 
 
 def _require_finite(losses: Tensor, norms: Sequence[str], step: int) -> None:

@@ -1,7 +1,8 @@
-"""GradAlign: fast adversarial training with aligned input gradients. papers/adversarial.md, section 6."""
+"""GradAlign: fast adversarial training with aligned input gradients (Andriushchenko and Flammarion, 2020)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -54,6 +55,11 @@ class GradAlign(Objective):
     def losses_per_batch(self, threats: Threats) -> int:
         """One at the adversarial examples and two for the angle."""
         return 3
+
+    @property
+    def training_metrics(self) -> Sequence[str]:
+        """The mean cosine between the input gradients at the image and at the random point."""
+        return ("gradient_cosine",)
 
     def craft(self, context: ObjectiveContext) -> Points:
         """FGSM's points for the only threat, or those of its attack."""

@@ -1,4 +1,4 @@
-"""MART: adversarial training that weighs misclassified examples more. papers/adversarial.md, section 6."""
+"""MART: adversarial training that weighs misclassified examples more (Wang et al., 2020)."""
 
 from __future__ import annotations
 

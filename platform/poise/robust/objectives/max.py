@@ -1,4 +1,4 @@
-"""MAX: adversarial training on the worst threat of each example. papers/adversarial.md, section 3."""
+"""MAX: adversarial training on the worst threat of each example."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class GradientProjection:
 
     Both epochs of a pair start from the same weights theta_old. At the end of a natural epoch the model goes back to
     theta_old. At the end of an adversarial one it goes to `fused` of the weights of the two epochs, and so do its
-    running statistics (RAMP, Jiang and Singh, 2024; papers/adversarial.md, section 3). The optimizer's momentum runs
+    running statistics (RAMP, Jiang and Singh, 2024). The optimizer's momentum runs
     on through both.
     """
 

@@ -1,7 +1,8 @@
-"""RAMP: the worse of two threats, and predictions that agree under both. papers/adversarial.md, section 3."""
+"""RAMP: the worse of two threats, and predictions that agree under both (Jiang and Singh, 2024)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -61,6 +62,11 @@ class Ramp(Objective):
         """As by default; half of it where natural epochs alternate with adversarial ones."""
         gradients = super().gradients_per_batch(threats)
         return gradients if self.projection is None else round(gradients / 2)
+
+    @property
+    def training_metrics(self) -> Sequence[str]:
+        """With a projection, the clean loss of natural epochs."""
+        return () if self.projection is None else ("loss/clean",)
 
     @property
     def copies_of_model(self) -> int:

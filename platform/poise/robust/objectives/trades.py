@@ -1,4 +1,4 @@
-"""TRADES: the clean loss plus the largest divergence from the clean prediction. papers/adversarial.md, section 6."""
+"""TRADES: the clean loss plus the largest divergence from the clean prediction (Zhang et al., 2019)."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@ An average u follows the trainable parameters w. At step `start` it is w. At eve
 For b_t = 1/t that is the equal average of those iterates; the first move overwrites the value that u had at the start.
 The state is a mapping from the name of each parameter to its average. It has the same keys at all times, and no
 function writes into one. The number of moves follows from the step, so that a resumed run needs nothing else.
-Batch-norm buffers are not averaged: `update_bn` measures them for the averaged weights. Sources:
-papers/adversarial.md, sections 3 and 5.
+Batch-norm buffers are not averaged: `update_bn` measures them for the averaged weights. Sources: Izmailov
+et al., 2018 (SWA), and arXiv 2405.01817 (ME-A).
 """
 
 from __future__ import annotations

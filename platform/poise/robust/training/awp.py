@@ -1,4 +1,4 @@
-"""Adversarial weight perturbation, around any objective (Wu et al., 2020; papers/adversarial.md, section 6).
+"""Adversarial weight perturbation, around any objective (Wu et al., 2020).
 
 One optimizer step, for weights w:
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from poise.robust.objectives import Objective, ObjectiveContext, ObjectiveOutput, Points
+from poise.robust.objectives.checks import compute_loss, craft_points
 
 __all__ = ["WeightPerturbation", "direction"]
 
@@ -41,7 +42,7 @@ class WeightPerturbation:
     def craft(self, objective: Objective, context: ObjectiveContext) -> Points:
         """The adversarial points of w, which the weights are set to first."""
         self._reset()
-        return objective.craft(context)
+        return craft_points(objective, context)
 
     def loss(self, objective: Objective, points: Points, context: ObjectiveContext) -> ObjectiveOutput:
         """The output of the objective at w', for points that were crafted at w.
@@ -51,7 +52,7 @@ class WeightPerturbation:
         self._reset()
         if self._gamma > 0:
             self._perturb(self._perturbation(objective, points, context))
-        return objective.loss(points, context)
+        return compute_loss(objective, points, context)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -64,7 +65,7 @@ class WeightPerturbation:
     def _perturbation(self, objective: Objective, points: Points, context: ObjectiveContext) -> list[Tensor]:
         """v, from a forward of the bare model that leaves the buffers as they were."""
         buffers = [(buffer, buffer.clone()) for buffer in self._model.buffers()]
-        output = objective.loss(points, replace(context, model=self._model))
+        output = compute_loss(objective, points, replace(context, model=self._model))
         gradients = torch.autograd.grad(output.loss, self._weights, materialize_grads=True)
         for buffer, saved in buffers:
             buffer.copy_(saved)

@@ -1,6 +1,6 @@
 """Monitors of robustness that is not what it seems: robust overfitting and catastrophic overfitting.
 
-Sources: papers/adversarial.md, sections 4 and 6.
+Sources of the latter: Wong et al., 2020; Andriushchenko and Flammarion, 2020.
 """
 
 from __future__ import annotations
