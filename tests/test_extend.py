@@ -138,6 +138,11 @@ def test_a_run_with_the_objective_that_is_killed_ends_with_the_same_bits():
     whole, killed = (open_run("runs", name) for name in ("whole", "killed"))
     assert result_of(whole) | {"run": ""} == result_of(killed) | {"run": ""}
     assert values_of(whole, "loss") == values_of(killed, "loss")
+    weights = []
+    for done in (whole, killed):  # what `sha256sum` compares
+        *_, last = sorted(name for name in done.files("checkpoints/") if name.endswith("/model.safetensors"))
+        weights.append(done.read(last))
+    assert weights[0] == weights[1]
 
 
 def test_the_loss_and_the_method():
@@ -154,6 +159,36 @@ def test_the_loss_and_the_method():
     played = run("own-method", world, "prompts=2", "rollouts=4", "train.epochs=2", "max_tokens=4", "train.log_every=1")
     assert files_of(played) >= {"mylab/__init__.py", "mylab/winners.py"}
     assert len(values_of(played, "kl/initial")) == 2
+
+
+@pytest.mark.parametrize(
+    ("module", "spec", "right", "wrong", "message"),
+    [
+        ("focal", "own-objective", "focal.mean(), focal", "focal[0], focal", "Focal.loss: ObjectiveOutput.loss is"),
+        ("smoothing", "own-loss", "losses.sum() /", "losses /", "Smoothing.loss: what it returned is a tensor"),
+        ("winners", "own-method", "best - (1 - best)", "best[0] - (1 - best[0])", "Winners.advantage returned"),
+        ("winners", "own-method", '"reference"', '"ema"', "Winners.regularizers: 'initial' is KLTerm"),
+    ],
+)
+def test_what_a_method_returns_is_checked_in_a_run(mylab, module, spec, right, wrong, message):
+    """A method of the page with a mistake in what it returns is named with its file and line."""
+    world = "questions={name: world, split: prefer, world: {entities: 8, relations: 4, answers: 8, pretrain: 4}}"
+    changes = {
+        "own-objective": IMAGES,
+        "own-loss": WORLD,
+        "own-method": (world, "prompts=2", "rollouts=4", "train.epochs=1", "max_tokens=4"),
+    }[spec]
+    if spec == "own-method":
+        run("own-loss", *WORLD)
+    file = mylab / "mylab" / f"{module}.py"
+    code = file.read_text()
+    assert right in code
+    file.write_text(code.replace(right, wrong))
+    options = [option for change in changes for option in ("--set", change)]
+    result = CliRunner().invoke(cli, ["run", f"{spec}.yaml", "--allow-code", "--engine", "local", *options])
+    assert isinstance(result.exception, UserError), result.exception
+    assert f"mylab.{module}:{message}" in str(result.exception)
+    assert f"mylab/{module}.py:" in str(result.exception)
 
 
 def test_the_kind_of_an_installed_package():
