@@ -195,7 +195,7 @@ def test_a_module_is_not_imported_without_the_permission():
     with allow_code():
         assert load_attribute("lab:network", "model.function")().module
         assert Path("imported").exists()
-        with pytest.raises(UserError, match=r"model\.function: lab:nothing: AttributeError"):
+        with pytest.raises(UserError, match=r"model\.function: module 'lab' defines no 'nothing'"):
             load_attribute("lab:nothing", "model.function")
 
 

@@ -12,6 +12,7 @@ that cannot be loaded breaks nothing until a spec uses its name.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 from poise.errors import UserError
 from poise.user_code import describe_error
 
-__all__ = ["GROUPS", "failures", "load", "names", "package_versions"]
+__all__ = ["GROUPS", "failures", "group_of", "load", "modules", "names", "package_versions", "reference", "top_levels"]
 
 GROUPS = (
     "poise.kinds",
@@ -50,6 +51,38 @@ def load(group: str, name: str) -> Any:
         return entry_point.load()
     except Exception as error:
         raise UserError(f"{_origin(entry_point)} cannot be loaded: {describe_error(error)}") from error
+
+
+def group_of(name: str, loaded: object) -> str | None:
+    """The group in which an installed package registers this object under this name; None if no package does."""
+    for group in GROUPS:
+        if name in _entry_points()[group]:
+            with suppress(UserError):
+                if load(group, name) is loaded:
+                    return group
+    return None
+
+
+def reference(group: str, name: str) -> str:
+    """The object of an entry point as `package.module:attribute`. KeyError if no package registers it."""
+    entry_point = _entry_points()[group][name]
+    return f"{entry_point.module}:{entry_point.attr}"
+
+
+def modules(group: str, name: str) -> tuple[str, ...]:
+    """The modules whose code a registered object runs: the one that its entry point names, and those of a kind.
+
+    Raises:
+        KeyError, UserError: as `load`.
+    """
+    module = _entry_points()[group][name].module
+    return (module, *load(group, name).modules) if group == "poise.kinds" else (module,)
+
+
+def top_levels() -> frozenset[str]:
+    """The top-level packages and modules of everything that is registered. Nothing is imported."""
+    registered = (entry_point for group in GROUPS for entry_point in _entry_points()[group].values())
+    return frozenset(entry_point.module.partition(".")[0] for entry_point in registered)
 
 
 def failures() -> Iterator[str]:

@@ -12,10 +12,12 @@ import re
 import sys
 import sysconfig
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import poise
@@ -84,7 +86,16 @@ def load_attribute(reference: str, where: str) -> Any:
         raise UserError(f"{where}: {refusal(reference)}")
     module, _, name = reference.partition(":")
     with explain_errors(f"{where}: {reference}"), current_folder_first():
-        return getattr(import_module(module), name)
+        loaded = import_module(module)
+        if hasattr(loaded, name):
+            return getattr(loaded, name)
+    from poise.spec.problems import nearest  # poise.spec imports this module
+
+    raise UserError(f"{where}: module {module!r} defines no {name!r}; {nearest(name, _public_names(loaded))}")
+
+
+def _public_names(module: ModuleType) -> list[str]:
+    return [name for name in vars(module) if not name.startswith("_")]
 
 
 @contextmanager
@@ -99,11 +110,15 @@ def current_folder_first() -> Iterator[None]:
 
 
 @contextmanager
-def explain_user_frames() -> Iterator[None]:
+def explain_user_frames(what: str = "code of yours", packages: Collection[str] = ()) -> Iterator[None]:
     """Turn an exception that was raised in code of the user, or below it, into a UserError with its file and line.
 
     Any other exception passes through. So does one of the communication between workers, even if code of the user has
     asked for it: the worker group is then restarted.
+
+    Args:
+        what: what raised it, for the message.
+        packages: installed top-level packages whose code counts as that of the user.
     """
     try:
         yield
@@ -111,9 +126,9 @@ def explain_user_frames() -> Iterator[None]:
         raise
     except Exception as error:
         files = _files(error)
-        if _is_communication(files) or not any(map(_is_user_file, files)):
+        if _is_communication(files) or not any(_is_user_file(file, packages) for file in files):
             raise
-        raise UserError(f"code of yours raised {describe_error(error, source=True)}") from error
+        raise UserError(f"{what} raised {describe_error(error, source=True, packages=packages)}") from error
 
 
 @contextmanager
@@ -148,8 +163,13 @@ def _files(error: BaseException) -> list[Path]:
 
 
 def _is_communication(files: Sequence[Path]) -> bool:
-    """Whether an error with frames in these files comes from the communication between workers."""
-    return any(file.parent.name == "distributed" and "torch" in file.parts for file in files)
+    """Whether an error with frames in these files comes from the communication between workers, or from Ray."""
+    for file in files:
+        is_of_torch = file.parent.name == "distributed" and "torch" in file.parts
+        is_of_ray = any((folder, "ray") in pairwise(file.parts) for folder in _PACKAGES)
+        if is_of_torch or is_of_ray:
+            return True
+    return False
 
 
 def _beginning(section: Any, method: str) -> str:
@@ -177,17 +197,18 @@ def explain_errors(what: str, *, defect: str | None = None) -> Iterator[None]:
         raise UserError(f"{summary}: {describe_error(error)}") from error
 
 
-def describe_error(error: BaseException, *, source: bool = False) -> str:
+def describe_error(error: BaseException, *, source: bool = False, packages: Collection[str] = ()) -> str:
     """An error as `AttributeError: message (mymodel.py:12)`, without the place where no frame is in the user's code.
 
-    The message is put on one line. With `source`, the place is `mymodel.py:12 in forward: y = self.haed(x)`.
+    The message is put on one line. With `source`, the place is `mymodel.py:12 in forward: y = self.haed(x)`. Code of
+    the installed `packages` counts as that of the user.
     """
     message = _one_line(str(error))
-    place = _place(error, source)
+    place = _place(error, source, packages)
     return f"{type(error).__name__}: {message}" + (f" ({place})" if place else "")
 
 
-def _place(error: BaseException, source: bool) -> str | None:
+def _place(error: BaseException, source: bool, packages: Collection[str] = ()) -> str | None:
     """File and line of the innermost frame outside Poise, Python and installed packages; with `source` also its code.
 
     None where there is no such frame.
@@ -196,7 +217,7 @@ def _place(error: BaseException, source: bool) -> str | None:
         return None  # its message has file and line
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         file = Path(frame.filename)
-        if _is_user_file(file):
+        if _is_user_file(file, packages):
             place = f"{_shown(file)}:{frame.lineno}"
             return f"{place} in {frame.name}: {frame.line}" if source else place
     return None
@@ -218,8 +239,11 @@ def _one_line(message: str) -> str:
     return f"{last} (TorchScript, {file}:{line} in {name})"
 
 
-def _is_user_file(file: Path) -> bool:
+def _is_user_file(file: Path, packages: Collection[str] = ()) -> bool:
+    """Whether a file is outside of Poise, Python and installed packages, or in one of `packages`."""
     if not file.is_file():  # such as "<frozen importlib._bootstrap>" and "<eval_with_key>.0"
         return False
-    installed = any(part in _PACKAGES for part in file.parts)
-    return not installed and not any(file.is_relative_to(folder) for folder in _LIBRARIES)
+    for folder, name in pairwise(file.parts):
+        if folder in _PACKAGES:
+            return name.removesuffix(".py") in packages
+    return not any(file.is_relative_to(folder) for folder in _LIBRARIES)

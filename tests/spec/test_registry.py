@@ -22,6 +22,8 @@ from poise.errors import UserError
 from poise.kinds import KINDS
 from poise.spec import RunSpec, dump, json_schema
 from poise.spec.registry import resolve
+from poise.store.inputs import read_inputs
+from poise.store.runs import open_run
 from poise.user_code import allow_code
 
 MODULE = """\
@@ -127,7 +129,16 @@ def test_a_method_is_refused_without_the_permission_and_its_options_are_left_ope
     assert "its options were not validated" in checked.output
     assert "lab_methods" not in sys.modules
     misspelt = poise("check", changed(name="lab_methods:Fokal"))
-    assert "objective.name: module 'lab_methods' defines no 'Fokal'; did you mean 'Focal'?" in str(misspelt.exception)
+    misspelling = "objective.name: module 'lab_methods' defines no 'Fokal'; did you mean 'Focal'?"
+    assert misspelling in str(misspelt.exception)
+    misspelt = poise("check", changed(name="lab_methods:Fokal"), "--allow-code")
+    assert misspelling in str(misspelt.exception)
+
+
+def test_a_cost_that_code_decides_is_not_guessed():
+    checked = poise("check", TRAIN)
+    assert "# the cost depends on code of yours: it is known when the code is allowed" in checked.output
+    assert "gradients per batch" not in checked.output
 
 
 def test_options_are_validated_by_the_users_class_with_file_and_line():
@@ -180,6 +191,21 @@ def test_a_spec_with_a_method_of_the_users_is_dumped_hashed_and_sent_as_any_othe
         assert [(each.where, each.kind, each.place) for each in spec.inputs()] == [
             ("objective.name", "code", "lab_methods:Focal")
         ]
+
+
+def test_a_class_without_a_colon_has_a_hint():
+    message = str(poise("check", changed(name="lab_methods.Focal")).exception)
+    hint = "code of yours is named with a colon, as 'lab_methods:Focal'"
+    assert f"objective.name: 'lab_methods.Focal' is not valid; {hint}" in message
+
+
+def test_a_sweep_over_its_options_asks_for_the_permission():
+    base = {key: value for key, value in TRAIN.items() if key != "name"}
+    sweep = {"kind": "sweep", "name": "s", "base": base, "metric": "robust/union", "mode": "max"}
+    sweep["space"] = {"objective.gamma": {"grid": [0.1, 0.9]}}
+    refused = poise("run", sweep, "--engine", "local")
+    assert "objective.name: lab_methods:Focal runs code of the module lab_methods" in str(refused.exception)
+    assert "means the same" not in str(refused.exception)
 
 
 def test_it_can_be_varied_by_a_sweep():
@@ -291,6 +317,12 @@ def test_an_installed_package_registers_a_method_by_its_plain_name(install):
     run = Path("runs/mine")
     assert json.loads((run / "result.json").read_text())["objective"] == "focal"
     assert json.loads((run / "environment.json").read_text())["packages"]["mylab"] == "1.2"
+    (record,) = read_inputs(open_run("runs", "mine")).values()
+    assert (record.where, record.place, record.file) == ("objective.name", "lab_methods:Focal", "lab_methods.py")
+    Path("lab_methods.py").write_text(MODULE.replace("12345", "12346"))
+    refused = poise("run", changed(name="focal"), "--engine", "local")
+    assert "objective.name: lab_methods.py has changed" in str(refused.exception)
+    Path("lab_methods.py").write_text(MODULE)
     assert "objective: 'fokal' is not valid; did you mean 'focal'?" in str(
         poise("check", changed(name="fokal")).exception
     )

@@ -219,8 +219,13 @@ def warn_of_damages(records: Sequence[RunRecord]) -> None:
 
 
 def warn_of_broken_plugins() -> None:
-    """Print on stderr every entry point of an installed package that cannot be loaded."""
+    """Print on stderr every entry point of an installed package that cannot be loaded, or whose kind is broken."""
     from poise import plugins
 
-    for failure in plugins.failures():
-        click.echo(printable(f"poise: warning: {failure}"), err=True)
+    warnings = list(plugins.failures())
+    if plugins.names("poise.kinds"):  # the registry of kinds takes time to import
+        from poise.kinds.registry import failures
+
+        warnings += failures()
+    for warning in warnings:
+        click.echo(printable(f"poise: warning: {warning}"), err=True)

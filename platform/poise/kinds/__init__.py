@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from poise.kinds.registry import REGISTRY
+from poise import plugins
+from poise.errors import UserError
+from poise.kinds.registry import REGISTRY, is_installed, load_result, load_run, load_section
 from poise.observe.terminal import plain_warnings
-from poise.spec import RunSpec
+from poise.spec import RunSpec, all_inputs
 from poise.store.inputs import record_inputs
-from poise.store.result import RunResult, read_result
+from poise.store.result import RunResult, has_result, read_result
 from poise.store.runs import Run
 from poise.user_code import current_folder_first, explain_user_frames, is_code_allowed
 
@@ -39,17 +41,45 @@ KINDS: Mapping[str, type[RunSpec]] = _SpecClasses()
 """The class of the specs of each kind, by name."""
 
 
-@cache
+_T = TypeVar("_T")
+
+
+class _Parts(Mapping[str, _T]):
+    """One part of each kind, imported when it is first asked for: a kind that is broken breaks no other.
+
+    Looking up a part that cannot be loaded raises UserError. Iteration leaves it out.
+    """
+
+    def __init__(self, load: Callable[[str], _T | None]) -> None:
+        self._load = cache(load)
+
+    def __getitem__(self, kind: str) -> _T:
+        part = self._load(kind)
+        if part is None:
+            raise KeyError(kind)
+        return part
+
+    def __iter__(self) -> Iterator[str]:
+        for kind in REGISTRY:
+            try:
+                part = self._load(kind)
+            except UserError:
+                continue
+            if part is not None:
+                yield kind
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
 def report_sections() -> Mapping[str, Section]:
     """The report section of each kind that has results, by name. Imports matplotlib."""
-    sections = {name: kind.section for name, kind in REGISTRY.items() if kind.result_class}
-    return {name: section for name, section in sections.items() if section is not None}
+    return _Parts(load_section)
 
 
-@cache
 def result_classes() -> Mapping[str, type[RunResult]]:
     """The result class of each kind that has results, by name."""
-    return {name: kind.result for name, kind in REGISTRY.items() if kind.result_class}
+    return _Parts(load_result)
 
 
 def read_any_result(run: Run) -> RunResult | None:
@@ -59,10 +89,8 @@ def read_any_result(run: Run) -> RunResult | None:
         IntegrityError: `result.json` is damaged.
     """
     manifest = run.manifest()
-    kind = None if manifest is None else REGISTRY.get(manifest.kind)
-    if kind is None or kind.result_class is None:
-        return None
-    return read_result(run, kind.result)
+    result_class = None if manifest is None else result_classes().get(manifest.kind)
+    return None if result_class is None else read_result(run, result_class)
 
 
 def run(spec: RunSpec, context: Context) -> None:
@@ -72,18 +100,30 @@ def run(spec: RunSpec, context: Context) -> None:
     see other files than the one before it.
 
     Raises:
-        UserError: an input has changed since the run began, or code of the user failed; see `explain_user_frames`.
+        UserError: an input has changed since the run began; code of the user or of an installed package failed, see
+            `explain_user_frames`; or the kind has left no result.
     """
     context.on_main(lambda: record_inputs(context.run, spec))
-    with plain_warnings(), _user_code():
-        REGISTRY[spec.kind].run(spec, context)
+    run_kind = load_run(spec.kind)
+    has_results = load_result(spec.kind) is not None  # a class that cannot be loaded ends the run before it begins
+    with plain_warnings(), _user_code(spec):
+        run_kind(spec, context)
+    if has_results and context.is_main and not has_result(context.run):
+        raise UserError(
+            f"the kind {spec.kind!r} has left no result: its `run` has to end with "
+            "`context.on_main(lambda: write_result(context.run, result))`, see poise.store.result.write_result"
+        )
 
 
 @contextmanager
-def _user_code() -> Iterator[None]:
-    """Where code of the user may run, explain its errors while the block runs, and find what it imports late."""
-    if not is_code_allowed():
-        yield
-        return
-    with current_folder_first(), explain_user_frames():
+def _user_code(spec: RunSpec) -> Iterator[None]:
+    """Where code of the user or of an installed package may run, explain its errors, and find what it imports late."""
+    if is_code_allowed():
+        with current_folder_first(), explain_user_frames(packages=plugins.top_levels()):
+            yield
+    elif any(each.kind == "plugin" for each in all_inputs(spec)):
+        what = f"the kind {spec.kind!r}" if is_installed(spec.kind) else "code of an installed package"
+        with explain_user_frames(what, plugins.top_levels()):
+            yield
+    else:
         yield

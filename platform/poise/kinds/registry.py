@@ -5,24 +5,25 @@ The modules of a kind of Poise are imported when they are first used.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from poise import plugins
 from poise.errors import UserError
 from poise.spec import RunSpec
-from poise.user_code import describe_error
+from poise.user_code import describe_error, explain_user_frames
 
 if TYPE_CHECKING:
-    from poise.report.blocks import Section
+    from poise.report.blocks import RenderedFigure, Section, Table
+    from poise.report.record import RunRecord
     from poise.store.result import RunResult
     from poise.train.context import Context
 
-__all__ = ["REGISTRY", "Kind"]
+__all__ = ["REGISTRY", "Kind", "failures", "is_installed", "load_result", "load_run", "load_section"]
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,11 @@ class Kind:
         spec_class: type[RunSpec] = getattr(self._module("spec"), self.spec_class)
         return spec_class
 
-    def run(self, spec: RunSpec, context: Context) -> None:
-        """Run a job of this kind in this worker and leave its results in the store."""
-        self._module("run").run(spec, context)
+    @property
+    def run(self) -> Callable[[RunSpec, Context], None]:
+        """The function that runs a job of this kind in this worker and leaves its results in the store."""
+        run: Callable[[RunSpec, Context], None] = self._module("run").run
+        return run
 
     @property
     def result(self) -> type[RunResult]:
@@ -63,6 +66,13 @@ class Kind:
         """The report section of this kind; None for a kind in one module without one. Imports matplotlib."""
         section: Section | None = getattr(self._module("report"), "SECTION", None)
         return section
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules that a run executes. `report` is none of them: a page may be rendered again at any time."""
+        names = ["spec", "run", "result"] if self.result_class else ["spec", "run"]
+        is_package = hasattr(import_module(self.package), "__path__")
+        return tuple(f"{self.package}.{name}" for name in names) if is_package else (self.package,)
 
     def _module(self, name: str) -> Any:
         package = import_module(self.package)
@@ -129,3 +139,107 @@ def _installed_kind(name: str) -> Kind:
 
 REGISTRY: Mapping[str, Kind] = _Registry()
 """All kinds, by name."""
+
+
+def is_installed(name: str) -> bool:
+    """Whether an installed package registers this kind, which is not one of Poise."""
+    return name not in _OWN_KINDS and name in plugins.names(_GROUP)
+
+
+def load_run(name: str) -> Callable[[RunSpec, Context], None]:
+    """The function that runs a job of a kind.
+
+    Raises:
+        KeyError: there is no such kind.
+        UserError: it belongs to an installed package and cannot be loaded.
+    """
+    kind = REGISTRY[name]
+    with _named(name, f"{kind.package}, the code of the kind {name!r},"):
+        run = kind.run
+    if not callable(run):
+        raise UserError(f"`run` of {kind.package}, the code of the kind {name!r}, is not a function")
+    return run
+
+
+def load_result(name: str) -> type[RunResult] | None:
+    """The class of the results of a kind; None for a kind without results. Raises as `load_run`."""
+    kind = REGISTRY[name]
+    if kind.result_class is None:
+        return None
+    what = f"{kind.package}.{kind.result_class}, the result of the kind {name!r},"
+    with _named(name, what):
+        result_class = kind.result
+    from poise.store.result import RunResult
+
+    if not (isinstance(result_class, type) and issubclass(result_class, RunResult)):
+        raise UserError(f"{what} is not a poise.store.result.RunResult")
+    return result_class
+
+
+def load_section(name: str) -> Section | None:
+    """The report section of a kind; None for a kind without results or without one. Raises as `load_run`."""
+    kind = REGISTRY[name]
+    if kind.result_class is None:
+        return None
+    what = f"the report of the kind {name!r}, in {kind.package},"
+    with _named(name, what):
+        section = kind.section
+    if section is None or not is_installed(name):
+        return section
+    from poise.report.blocks import Section
+
+    if not isinstance(section, Section):
+        raise UserError(f"SECTION of {what} is not a poise.report.blocks.Section")
+    return _explained(section, f"the report of the kind {name!r}")
+
+
+def failures() -> Iterator[str]:
+    """A message for every part of a kind of an installed package that cannot be used. Imports all of these kinds.
+
+    An entry point that cannot be loaded at all is left to `plugins.failures`.
+    """
+    for name in filter(is_installed, plugins.names(_GROUP)):
+        try:
+            plugins.load(_GROUP, name)
+        except UserError:
+            continue
+        for load in (_installed_kind, load_run, load_result, load_section):
+            try:
+                load(name)
+            except UserError as error:
+                yield f"{_GROUP} {name!r}: {error}"
+                if load is _installed_kind:
+                    break
+
+
+@contextmanager
+def _named(name: str, what: str) -> Iterator[None]:
+    """Turn an error of the block into a UserError that begins with `what`, if the kind is of an installed package."""
+    try:
+        yield
+    except Exception as error:
+        if not is_installed(name):
+            raise  # such as a package that is not installed with Poise
+        raise UserError(f"{what} cannot be loaded: {describe_error(error)}") from error
+
+
+_T = TypeVar("_T")
+
+
+def _explained(section: Section, what: str) -> Section:
+    """The section with its errors turned into UserErrors that name `what`."""
+
+    def collect(parts: Callable[[], Iterable[_T]]) -> list[_T]:
+        with explain_user_frames(what, plugins.top_levels()):
+            return list(parts())  # a generator raises only when it is iterated
+
+    def tables(records: Sequence[RunRecord]) -> Iterable[Table]:
+        return collect(lambda: section.tables(records))
+
+    def rendered_figures(records: Sequence[RunRecord]) -> Iterable[RenderedFigure | None]:
+        return collect(lambda: section.rendered_figures(records))
+
+    def details(anchor: str, record: RunRecord) -> Iterable[RenderedFigure | None]:
+        return collect(lambda: section.details(anchor, record))
+
+    return replace(section, tables=tables, rendered_figures=rendered_figures, details=details)

@@ -14,7 +14,7 @@ from poise.spec.metrics import (
     summary_sources,
 )
 from poise.spec.problems import Problem, SpecError
-from poise.spec.run import RunSpec, SamplerSpec, WorkersSpec
+from poise.spec.run import RunSpec, SamplerSpec, WorkersSpec, all_inputs
 from poise.spec.values import CodeReference, ExactNumber, Name, RunName
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "SpecError",
     "SpecModel",
     "WorkersSpec",
+    "all_inputs",
     "dump",
     "extra_names",
     "field_error",

@@ -8,11 +8,12 @@ import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
 from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 
 from poise.errors import UserError
 
-__all__ = ["attributes", "code_files", "copy_code", "is_installed", "own_code"]
+__all__ = ["attributes", "code_files", "copy_code", "is_installed", "own_code", "package_files"]
 
 
 def code_files(reference: str) -> dict[str, Path]:
@@ -28,16 +29,44 @@ def code_files(reference: str) -> dict[str, Path]:
     module = reference.partition(":")[0]
     root = _root(module)
     _check_source(root, module)
+    if _is_installed(root):
+        return {file.relative_to(root).as_posix(): file for file in _sources(root, module)}
+    return _followed(root, module)
+
+
+def package_files(modules: Iterable[str]) -> dict[str, Path]:
+    """The source files of modules of an installed package, and of all modules that they import from that package.
+
+    An editable package is not in a folder of installed packages: as of the user's own code, imports from its whole
+    folder are followed. A module without Python source has no file.
+    """
+    files: dict[str, Path] = {}
+    for module in dict.fromkeys(modules):
+        top = module.partition(".")[0]
+        spec = find_spec(top)  # also finds what the import hook of an editable package provides
+        places = [*(spec.submodule_search_locations or ()), spec.origin] if spec else []
+        for place in filter(None, places):  # a namespace package has several
+            root = Path(place).parent
+            files |= _followed(root, module, top if _is_installed(root) else None)
+    return files
+
+
+def _followed(root: Path, module: str, package: str | None = None) -> dict[str, Path]:
+    """The files below `root` that importing `module` may run, by path; with `package`, only of that top-level package.
+
+    Raises:
+        UserError: a file is not valid Python.
+    """
     pending = [module]
     files: dict[str, Path] = {}
     while pending:
         name = pending.pop()
+        if package is not None and name.partition(".")[0] != package:
+            continue
         for file in _sources(root, name):
             key = file.relative_to(root).as_posix()
-            if key in files:
-                continue
-            files[key] = file
-            if not _is_installed(root):
+            if key not in files:
+                files[key] = file
                 pending += _imported_modules(file, root)
     return files
 

@@ -16,18 +16,21 @@ class Input:
 
     Attributes:
         path: where the spec names it.
-        kind: files of a folder or of S3, the outputs of another run of the store, or a module of the user.
+        kind: files of a folder or of S3, the outputs of another run of the store, a module of the user, or a module of
+            an installed package that registers it (`plugin`), which needs no permission.
         place: a folder, a file or an S3 address; the name of a run; `package.module:attribute`.
         pattern: for files, a regular expression of the names below `place` that are read; empty where `place` is a
             file.
         kinds: for a run, the kinds of jobs whose outputs can be read.
+        modules: for a plugin, all modules whose code it runs.
     """
 
     path: Path
-    kind: Literal["files", "run", "code"]
+    kind: Literal["files", "run", "code", "plugin"]
     place: str
     pattern: str = ""
     kinds: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
 
     def below(self, *prefix: str | int) -> Input:
         """This input with the path that it has from a section that contains this one at `prefix`."""

@@ -103,6 +103,9 @@ def _spec_class(document: Document, kinds: Kinds) -> type[RunSpec]:
         raise SpecError([document.problem(("kind",), str(error))]) from None
     fault = "is missing" if kind is None else f"{kind!r} is not a kind of job"
     hint = nearest(kind, kinds) if isinstance(kind, str) else f"valid: {', '.join(sorted(kinds))}"
+    families = {name.partition(".")[0] for name in kinds}
+    if isinstance(kind, str) and "." in kind and kind.partition(".")[0] not in families:
+        hint += "; a kind of another package is found only where that package is installed"
     raise SpecError([document.problem(("kind",), f"{fault}; {hint}")])
 
 

@@ -8,7 +8,9 @@ such a spec can be checked, and is refused before it is run.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from functools import cache
 from types import new_class
 from typing import Annotated, Any, Union, get_args
@@ -23,7 +25,7 @@ from pydantic import (
     ValidatorFunctionWrapHandler,
     model_validator,
 )
-from pydantic_core import PydanticKnownError, SchemaValidator, core_schema
+from pydantic_core import PydanticCustomError, PydanticKnownError, SchemaValidator, core_schema
 
 from poise import plugins
 from poise.errors import UserError
@@ -31,7 +33,7 @@ from poise.spec.base import SpecModel, field_error
 from poise.spec.inputs import Input
 from poise.user_code import is_code_allowed, load_attribute
 
-__all__ = ["MethodSection", "resolve", "resolved_class", "union_of"]
+__all__ = ["MethodSection", "is_unchecked", "resolve", "resolved_class", "union_of"]
 
 
 class MethodSection(SpecModel):
@@ -52,9 +54,12 @@ class MethodSection(SpecModel):
         return values
 
     def inputs(self) -> Iterator[Input]:
-        """The code, where the method is code of the user."""
+        """The code, where the method is code of the user or of an installed package."""
         if ":" in self.name:
             yield Input(("name",), "code", self.name)
+        elif group := plugins.group_of(self.name, type(self)):
+            modules = plugins.modules(group, self.name)
+            yield Input(("name",), "plugin", plugins.reference(group, self.name), modules=modules)
         yield from super().inputs()
 
 
@@ -90,6 +95,11 @@ def resolve(
     return section_class
 
 
+def is_unchecked(section: MethodSection) -> bool:
+    """Whether it stands for code of the user that is not allowed to run: its options are not validated."""
+    return isinstance(section, _Unchecked)
+
+
 def union_of(registry: Mapping[str, type[MethodSection]], base: type[MethodSection], group: str) -> Any:
     """The annotation of a field that holds a section of a registry, of an installed package or of the user's code.
 
@@ -104,6 +114,9 @@ def union_of(registry: Mapping[str, type[MethodSection]], base: type[MethodSecti
         return Annotated[classes[0], resolved]
     return Annotated[Union[classes], Field(discriminator="name"), resolved]  # noqa: UP007 - made at run time
 
+
+_DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
+"""A name of the form `package.module.Class`."""
 
 _RESOLVED: dict[str, type[MethodSection]] = {}
 
@@ -155,8 +168,13 @@ class _Resolved:
         union = core_schema.tagged_union_schema({name: section_class.__pydantic_core_schema__}, discriminator="name")
         return SchemaValidator(union).validate_python(value)
 
-    def _unknown(self, name: str) -> PydanticKnownError:
-        expected = ", ".join(f"'{each}'" for each in (*self._registry, *plugins.names(self._group)))
+    def _unknown(self, name: str) -> PydanticKnownError | PydanticCustomError:
+        names = (*self._registry, *plugins.names(self._group))
+        if _DOTTED.fullmatch(name) and not get_close_matches(name, names):
+            module, _, attribute = name.rpartition(".")
+            hint = f"code of yours is named with a colon, as '{module}:{attribute}'"
+            return field_error("name", f"{name!r} is not valid; {hint}")
+        expected = ", ".join(f"'{each}'" for each in names)
         context = {"discriminator": "'name'", "tag": name, "expected_tags": expected}
         return PydanticKnownError("union_tag_invalid", context)
 
@@ -171,6 +189,10 @@ def _serialize(value: Any, handler: SerializerFunctionWrapHandler, info: Seriali
         exclude_defaults=info.exclude_defaults,
         exclude_none=info.exclude_none,
     )
+
+
+class _Unchecked:
+    """Marks the classes that `_unchecked_class` makes."""
 
 
 @cache
@@ -189,4 +211,6 @@ def _unchecked_class(base: type[MethodSection]) -> type[MethodSection]:
         body["training_metrics"] = property(lambda self: ("*",))
     for name in base.__abstractmethods__:
         body[name] = property(refuse) if isinstance(getattr(base, name), property) else refuse
-    return new_class(f"Unchecked{base.__name__}", (base,), exec_body=lambda namespace: namespace.update(body))
+    return new_class(
+        f"Unchecked{base.__name__}", (_Unchecked, base), exec_body=lambda namespace: namespace.update(body)
+    )

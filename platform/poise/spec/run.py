@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from poise import plugins
 from poise.errors import UserError
 from poise.secrets import is_secret_variable
 from poise.spec.base import SpecModel, field_error
+from poise.spec.inputs import Input
 from poise.spec.metrics import MetricSource
 from poise.spec.problems import Path
 from poise.spec.values import ExactNumber, Name
 
-__all__ = ["RunSpec", "SamplerSpec", "WorkersSpec"]
+__all__ = ["RunSpec", "SamplerSpec", "WorkersSpec", "all_inputs"]
 
 _CREDENTIALS_IN_URL = re.compile(r"^\w+://[^/]*@")
 
@@ -143,3 +146,26 @@ class RunSpec(SpecModel):
         if "\0" in value:
             raise ValueError("a store is a path without null bytes")
         return value
+
+
+def all_inputs(spec: RunSpec) -> list[Input]:
+    """The inputs of a spec, each once, with the code of its kind and of the kinds in it that packages register."""
+    return list(dict.fromkeys([*_kind_code(spec), *spec.inputs()]))
+
+
+def _kind_code(spec: RunSpec) -> Iterator[Input]:
+    """The code of the kind of a spec, of the base of a sweep and of the stages of a pipeline, unless it is of Poise."""
+    # A package cannot replace a kind of Poise: what it registers under such a name is not used.
+    is_of_poise = type(spec).__module__.partition(".")[0] == "poise"
+    if not is_of_poise and spec.kind in plugins.names("poise.kinds"):
+        modules = plugins.modules("poise.kinds", spec.kind)
+        yield Input(("kind",), "plugin", plugins.reference("poise.kinds", spec.kind), modules=modules)
+    for key, value in spec:
+        if isinstance(value, RunSpec):
+            for each in _kind_code(value):
+                yield each.below(key)
+        elif isinstance(value, dict):
+            for name, inner in value.items():
+                if isinstance(inner, RunSpec):
+                    for each in _kind_code(inner):
+                        yield each.below(key, name)

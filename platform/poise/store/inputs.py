@@ -21,8 +21,8 @@ from contextlib import contextmanager
 from pydantic import Field, TypeAdapter, ValidationError
 
 from poise.errors import IntegrityError, StoreError, UserError
-from poise.spec import Input, RunSpec, SpecModel
-from poise.spec.code import code_files
+from poise.spec import Input, RunSpec, SpecModel, all_inputs
+from poise.spec.code import code_files, package_files
 from poise.store.folder import FolderStorage
 from poise.store.hashes import LARGE, cached_sha256
 from poise.store.result import RESULT, parts_of
@@ -109,7 +109,7 @@ def record_inputs(
 def check_inputs(run: Run, spec: RunSpec, *, code_only: bool = False) -> None:
     """Compare the present inputs with the record of a run, and change nothing. Skips inputs that no longer exist.
 
-    With `code_only`, only code of the user is compared.
+    With `code_only`, only code of the user and of installed packages is compared.
 
     Raises:
         UserError: as `record_inputs`.
@@ -159,8 +159,8 @@ def _current(
 ) -> list[InputRecord]:
     """The records of the present inputs. A place without files has none: reading it later raises the error."""
     current: dict[_Key, InputRecord] = {}
-    for each in dict.fromkeys(spec.inputs()):
-        if code_only and each.kind != "code":
+    for each in all_inputs(spec):
+        if code_only and each.kind not in ("code", "plugin"):
             continue
         try:
             records = list(_identify(each, spec.store, recorded, note))
@@ -179,8 +179,9 @@ def _identify(
     if each.kind == "run":
         if digest := _run_sha256(open_run(store, each.place)):
             yield InputRecord(where=each.where, place=each.place, file="", sha256=digest)
-    elif each.kind == "code":
-        for name, path in sorted(code_files(each.place).items()):
+    elif each.kind in ("code", "plugin"):
+        files = code_files(each.place) if each.kind == "code" else package_files(each.modules)
+        for name, path in sorted(files.items()):
             data = path.read_bytes()
             digest = hashlib.sha256(data).hexdigest()
             yield InputRecord(where=each.where, place=each.place, file=name, bytes=len(data), sha256=digest)

@@ -9,8 +9,10 @@ from pydantic import Field, model_validator
 from poise.align.oracles import OracleSpec
 from poise.align.selfplay import MethodSpec
 from poise.data.spec import QuestionsSpec, WorldQuestions
+from poise.kinds.common.cost import UNCHECKED_COST
 from poise.models.spec import LanguageModelSpec
 from poise.spec import MetricSource, RunSpec, SamplerSpec, field_error, row_sources, summary_sources
+from poise.spec.registry import is_unchecked
 from poise.train.spec import TrainSpec
 
 __all__ = ["AlignSelfplaySpec"]
@@ -74,6 +76,8 @@ class AlignSelfplaySpec(RunSpec):
 
     def cost(self) -> list[str]:
         """Responses and comparisons."""
+        if is_unchecked(self.method):
+            return [UNCHECKED_COST]
         requests = self.iterations * self.prompts
         opponents = self.method.num_opponents
         proposals = self.method.num_proposals

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["in_bytes"]
+__all__ = ["UNCHECKED_COST", "in_bytes"]
+
+UNCHECKED_COST = "the cost depends on code of yours: it is known when the code is allowed, with --allow-code"
+"""The line instead of the cost of a run whose method is code that is not allowed to run."""
 
 
 def in_bytes(count: int) -> str:

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from poise.data.spec import DataSpec, known_sizes
-from poise.kinds.common.cost import in_bytes
+from poise.kinds.common.cost import UNCHECKED_COST, in_bytes
 from poise.models.build import build_on_meta
 from poise.models.sizes import count_parameters, state_bytes
 from poise.models.spec import ModelSpec
@@ -17,6 +17,7 @@ from poise.robust.objectives.adt import Adt
 from poise.robust.spec import Eigenspace, EvaluateSpec, Threats, oversized
 from poise.robust.training_spec import Averaging, Awp, Compute, Monitors
 from poise.spec import MetricSource, RunSpec, extra_names, field_error, row_sources, summary_sources
+from poise.spec.registry import is_unchecked
 from poise.train.spec import TrainSpec
 
 __all__ = ["RobustTrainSpec"]
@@ -94,6 +95,8 @@ class RobustTrainSpec(RunSpec):
 
     def cost(self) -> list[str]:
         """Gradients, steps and bytes. Raises UserError when the images are too small for the model."""
+        if is_unchecked(self.objective):
+            return [UNCHECKED_COST]
         attack = self.objective.gradients_per_batch(self.threats)
         loss = self.objective.losses_per_batch(self.threats) * (2 if self.awp and self.awp.gamma else 1)
         lines = [f"gradients per batch of {self.data.batch_size}: {attack} for attacks, {loss} for the loss"]

@@ -343,7 +343,9 @@ def _quote(value: Any) -> str:
 def _normalize(value: Any) -> Any:
     """A spec as plain values: two specs that mean the same, such as with 1/10 and 0.1, are equal."""
     if isinstance(value, BaseModel):
-        return type(value), [(name, _normalize(getattr(value, name))) for name in type(value).model_fields]
+        # A method of the user's code that is not allowed to run keeps its options as extra values.
+        names = [*type(value).model_fields, *(value.model_extra or {})]
+        return type(value), [(name, _normalize(getattr(value, name))) for name in names]
     if isinstance(value, dict):
         return {key: _normalize(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
