@@ -49,7 +49,9 @@ class MethodSection(SpecModel):
     @model_validator(mode="before")
     @classmethod
     def _class_name(cls, values: Any) -> Any:
-        if cls.model_fields["name"].annotation is str and isinstance(values, dict):
+        field = cls.model_fields["name"]
+        has_default = not field.is_required() and field.default
+        if field.annotation is str and not has_default and isinstance(values, dict):
             return {"name": cls.__name__, **values}
         return values
 

@@ -134,4 +134,13 @@ def test_a_class_needs_no_name_in_a_notebook():
     assert Mine(gamma=1.0).name == "Mine"
     assert Mine(name="other").name == "other"
     assert Mine(gamma=0.0).model_dump() == {"name": "Mine", "gamma": 0.0}
+
+    class Declared(OBJECTIVES["avg"]):
+        name: str
+
+    class Named(Mine):
+        name: str = "named"
+
+    assert Declared().name == "Declared"
+    assert Named().name == "named"
     assert OBJECTIVES["at"]().name == "at"
