@@ -66,6 +66,21 @@ def test_what_is_committed_comes_back(checkpoints: Checkpoints, tmp_path: Path) 
         checkpoints.fetch(last, tmp_path / "fetched")
 
 
+def test_one_file_is_fetched_and_verified_without_the_others(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    last = checkpoints.commits()[-1]
+    name, *others = sorted(expected(30, tmp_path))
+    storage = checkpoints.storage
+    for other in others:  # neither downloaded nor looked at
+        storage.write(f"{last.key}/{other}", b"damaged")
+    fetched = checkpoints.fetch(last, tmp_path / "one", names=[name])
+    assert content(fetched) == {name: expected(30, tmp_path)[name]}
+    storage.write(f"{last.key}/{name}", b"damaged")
+    with pytest.raises(IntegrityError, match=name):
+        checkpoints.fetch(last, tmp_path / "two", names=[name])
+    with pytest.raises(IntegrityError, match="absent: missing"):
+        checkpoints.fetch(last, tmp_path / "three", names=["absent"])
+
+
 def test_an_empty_store_has_no_checkpoint(storage: Storage, tmp_path: Path) -> None:
     empty = Checkpoints(storage, PREFIX)
     assert (empty.commits(), empty.verify(), empty.prune(1), empty.sweep(0)) == ([], [], [], [])

@@ -134,12 +134,13 @@ class Checkpoints:
                 return commit, manifest.appended
         return None, {}
 
-    def fetch(self, commit: Commit, into: Path) -> Path:
+    def fetch(self, commit: Commit, into: Path, *, names: Collection[str] | None = None) -> Path:
         """Download a checkpoint to `into`, a folder that is new or empty, and verify every byte.
 
-        Raises `IntegrityError` that names each damaged file and its problem; `into` is then removed.
+        With `names`, only these files are downloaded and verified. Raises `IntegrityError` that names each damaged
+        file and its problem; `into` is then removed.
         """
-        if problems := self._fetch(commit, into):
+        if problems := self._fetch(commit, into, names):
             raise IntegrityError(f"{self.storage.url}: the checkpoint is damaged: {listed(problems)}")
         return into
 
@@ -300,14 +301,24 @@ class Checkpoints:
             return Corruption(commit.name, _MANIFEST, "not a manifest of this version of Poise")
         return manifest
 
-    def _compare(self, commit: Commit, sha256: Callable[[str], str] | None) -> list[Corruption]:
-        """The problems of a checkpoint by its manifest; without `sha256`, a function of the file, by size alone."""
+    def _compare(
+        self, commit: Commit, sha256: Callable[[str], str] | None, names: Collection[str] | None = None
+    ) -> list[Corruption]:
+        """The problems of a checkpoint by its manifest; without `sha256`, a function of the file, by size alone.
+
+        `names`: the files to compare, by default all.
+        """
         manifest = self._manifest(commit)
         if isinstance(manifest, Corruption):
             return [manifest]
-        return check_files(commit.name, manifest.files, self._sizes(commit.key), sha256)
+        files = manifest.files
+        if names is not None:
+            if unknown := sorted(set(names) - files.keys()):
+                return [Corruption(commit.name, unknown[0], "missing")]
+            files = {name: files[name] for name in names}
+        return check_files(commit.name, files, self._sizes(commit.key), sha256)
 
-    def _fetch(self, commit: Commit, into: Path) -> list[Corruption]:
+    def _fetch(self, commit: Commit, into: Path, names: Collection[str] | None = None) -> list[Corruption]:
         """Download a checkpoint to `into` and return its problems; if there are any, `into` is removed."""
         if into.exists() and any(into.iterdir()):
             raise UserError(f"{into} is not empty: fetch a checkpoint to a new folder")
@@ -318,7 +329,7 @@ class Checkpoints:
 
         with ExitStack() as cleanup:
             cleanup.callback(shutil.rmtree, into, ignore_errors=True)
-            problems = self._compare(commit, download)
+            problems = self._compare(commit, download, names)
             if not problems:
                 cleanup.pop_all()
         return problems

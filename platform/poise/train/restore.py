@@ -17,7 +17,7 @@ from poise.store.checkpoints import Commit
 from poise.store.runs import Run
 from poise.store.storage import scratch_folder
 from poise.train.context import Context
-from poise.train.state import load_weights
+from poise.train.state import MODEL, load_weights
 
 __all__ = ["NodeFolder", "load_checkpoint", "node_folder", "restore"]
 
@@ -64,14 +64,14 @@ def node_folder(context: Context) -> Iterator[NodeFolder]:
 
 
 def load_checkpoint(model: nn.Module, run: Run, step: int, device: torch.device) -> None:
-    """Load the weights that a run committed at `step`.
+    """Load the weights that a run committed at `step`. Nothing else of the checkpoint is downloaded.
 
     Raises:
-        IntegrityError: the checkpoint is damaged, or not there.
+        IntegrityError: the weights are damaged, or not there.
         UserError: it belongs to another architecture.
     """
     with scratch_folder() as scratch:
-        folder = run.checkpoints.fetch(run.checkpoints.at(step), scratch / "checkpoint")
+        folder = run.checkpoints.fetch(run.checkpoints.at(step), scratch / "checkpoint", names=[MODEL])
         load_weights(model, folder, device)
 
 
