@@ -181,7 +181,7 @@ def test_entropy_and_margin():
     assert (margin([7]), margin([3, 3]), entropy([7])) == (1, 0, 0)
 
 
-def test_edges_and_mistakes():
+def test_edges_and_errors():
     assert math.isnan(sem2_exact([1]))
     assert math.isnan(sem2_splits([0]))
     assert math.isnan(graded_over_splits([1], [1]))

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from poise.cli import cli
 from poise.errors import UserError
 from poise.kinds import KINDS
-from poise.kinds.check import find_mistakes
+from poise.kinds.check import find_errors
 from poise.spec import load
 from poise.store.runs import open_run
 
@@ -116,7 +116,7 @@ def test_a_sweep_is_read_where_its_trials_can_be():
     }
     report = {"kind": "bounds.report", "runs": ["line-tried"]}
     values = {"kind": "pipeline", "name": "line", "stages": {"tried": sweep, "report": report}}
-    assert find_mistakes(load(write(values), KINDS)) == []
+    assert find_errors(load(write(values), KINDS)) == []
     vae = {"kind": "robust.vae", "data": {"name": "digits"}, "train": {"steps": 1}}
     values["stages"]["tried"] = {**sweep, "base": vae, "metric": "elbo"}
     assert "line-tried' is a sweep of robust.vae; name a run of robust.train or" in refused(values)
@@ -212,7 +212,7 @@ def test_answers_that_a_model_cannot_hold_after_any_prompt(family_folder):
             "mode": "max", "space": {"samples": {"grid": [2, 3]}, "decoding.max_tokens": {"grid": [8, most]}},
         }  # fmt: skip
         found = {
-            values["kind"]: [each.path for each in find_mistakes(KINDS[values["kind"]].model_validate(values))]
+            values["kind"]: [each.path for each in find_errors(KINDS[values["kind"]].model_validate(values))]
             for values in (measure, play, sweep)
         }
         places = {
@@ -226,9 +226,9 @@ def test_answers_that_a_model_cannot_hold_after_any_prompt(family_folder):
 def test_what_a_cluster_may_have_is_refused_here_and_not_there():
     values = {**ROBUST, "data": {"name": "mnist", "root": "/shared/mnist"}, "store": "/shared/runs"}
     spec = KINDS["robust.train"].model_validate(values)
-    assert {mistake.absent for mistake in find_mistakes(spec)} == {True}
+    assert {mistake.absent for mistake in find_errors(spec)} == {True}
     spec = KINDS["robust.evaluate"].model_validate({**EVALUATE, "model": {"run": "there"}, "store": "/shared/runs"})
-    assert {mistake.absent for mistake in find_mistakes(spec)} == {True}
+    assert {mistake.absent for mistake in find_errors(spec)} == {True}
     message = refused(values, "submit", "--address", "http://127.0.0.1:9")
     assert "not there" not in message  # it gets as far as looking for the cluster
     Path("rows.jsonl").write_text("no json\n")
@@ -321,7 +321,7 @@ def found_in(path: str) -> str:
     """What is wrong with a file of text."""
     data = {"name": "jsonl", "path": path}
     values = {**TUNE, "model": {"run": "x"}, "store": "s3://elsewhere", "data": data}
-    return " ".join(each.message for each in find_mistakes(KINDS["finetune.sft"].model_validate(values)))
+    return " ".join(each.message for each in find_errors(KINDS["finetune.sft"].model_validate(values)))
 
 
 PUBLISHED = {
@@ -363,7 +363,7 @@ def test_columns_of_parquet_are_looked_at():
     pq.write_table(pa.table({"question": ["a"], "answer": ["b"]}), "rows.parquet")
     data = {"name": "parquet", "path": "rows.parquet"}
     values = {**TUNE, "model": {"run": "x"}, "store": "s3://elsewhere", "data": data}
-    (found,) = find_mistakes(KINDS["finetune.sft"].model_validate(values))
+    (found,) = find_errors(KINDS["finetune.sft"].model_validate(values))
     assert (
         "rows.parquet:1: there is no 'prompt', only answer, question: these are questions: set prompt" in found.message
     )
@@ -377,14 +377,14 @@ def test_columns_of_parquet_are_looked_at():
 @pytest.mark.parametrize("name", ["mnist", "cifar10"])
 def test_published_images_are_found(shared_data, name):
     data = {"name": name, "root": str(shared_data / "images" / name)}
-    assert find_mistakes(KINDS["robust.train"].model_validate({**ROBUST, "data": data})) == []
+    assert find_errors(KINDS["robust.train"].model_validate({**ROBUST, "data": data})) == []
 
 
 def test_a_published_model_is_found(shared_data):
     folder = {"folder": str(shared_data / "lm" / "stories260K-hf-hd32")}
     questions = {"name": "jsonl", "path": str(shared_data / "qa" / "NQ-open.dev.jsonl")}
     spec = KINDS["calibrate.measure"].model_validate({**MEASURE, "model": folder, "questions": questions})
-    assert find_mistakes(spec) == []
+    assert find_errors(spec) == []
 
 
 def test_nothing_heavy_is_imported(shared_data):
@@ -431,5 +431,5 @@ def test_a_store_that_cannot_be_made_is_refused(tmp_path):
         for command in ("check", "run"):
             message = refused(ROBUST, command, "--set", f"store={store}")
             assert re.search(rf"store: {store} cannot be made \({why}.*\): name a folder that can be written", message)
-    assert find_mistakes(load(write({**ROBUST, "store": "new/deep"}), KINDS)) == []
+    assert find_errors(load(write({**ROBUST, "store": "new/deep"}), KINDS)) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "spec.yaml"]

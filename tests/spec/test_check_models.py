@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from poise.errors import UserError
 from poise.kinds import KINDS
-from poise.kinds.check import Mistake, find_mistakes
+from poise.kinds.check import FieldError, find_errors
 from poise.models.build import build
 from poise.models.examine import examine_folder
 from poise.models.shapes import check_shapes
@@ -31,8 +31,8 @@ def _folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def mistakes_of(values: dict[str, Any]) -> list[Mistake]:
-    return find_mistakes(KINDS[values["kind"]].model_validate(values))
+def mistakes_of(values: dict[str, Any]) -> list[FieldError]:
+    return find_errors(KINDS[values["kind"]].model_validate(values))
 
 
 def save_network(file: str, prefix: str = "", **spec: Any) -> dict[str, Any]:

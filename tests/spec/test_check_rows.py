@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from poise.cli import cli
 from poise.kinds import KINDS
-from poise.kinds.check import Mistake, find_mistakes
+from poise.kinds.check import FieldError, find_errors
 from poise.kinds.check import rows as check_rows
 
 PAIR = {"prompt": "a", "completion": " b"}
@@ -39,8 +39,8 @@ def question_spec(**options: Any) -> dict[str, Any]:
     return {"kind": "calibrate.measure", "name": "measured", "model": {"folder": "s3://a/b"}, "questions": questions}
 
 
-def mistakes_of(values: dict[str, Any]) -> list[Mistake]:
-    return find_mistakes(KINDS[values["kind"]].model_validate(values))
+def mistakes_of(values: dict[str, Any]) -> list[FieldError]:
+    return find_errors(KINDS[values["kind"]].model_validate(values))
 
 
 @pytest.mark.parametrize(

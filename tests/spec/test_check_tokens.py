@@ -14,7 +14,7 @@ from poise.data.text.batches import load_text
 from poise.data.text.examples import encode_prompt
 from poise.errors import UserError
 from poise.kinds import KINDS
-from poise.kinds.check import Mistake, find_mistakes
+from poise.kinds.check import FieldError, find_errors
 from poise.models.language import open_tokenizer
 from poise.models.limits import ModelLimits
 
@@ -31,8 +31,8 @@ def write_lines(name: str, rows: list[dict[str, Any]]) -> str:
     return name
 
 
-def mistakes_of(values: dict[str, Any]) -> list[Mistake]:
-    return find_mistakes(KINDS[values["kind"]].model_validate(values))
+def mistakes_of(values: dict[str, Any]) -> list[FieldError]:
+    return find_errors(KINDS[values["kind"]].model_validate(values))
 
 
 def measure(folder: Path, question: str, max_tokens: int) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def test_a_text_that_the_model_cannot_hold(data, message, family_folder):
     values = {"kind": "finetune.sft", "name": "tuned", "model": {"folder": str(folder)},
               "data": {"name": "jsonl", "path": path, **data}, "train": {"steps": 1}}  # fmt: skip
     spec = KINDS["finetune.sft"].model_validate(values)
-    found = find_mistakes(spec)
+    found = find_errors(spec)
     if message is None:
         assert found == []
         load_text(spec.data, open_tokenizer(folder), 0, ModelLimits(context=128))
@@ -92,8 +92,8 @@ def test_a_text_that_the_model_cannot_hold(data, message, family_folder):
 def test_texts_that_are_short_in_bytes_need_no_tokenizer(family_folder):
     values = measure(family_folder("llama"), "The cat", 64)
     code = (
-        "import sys, json\nfrom poise.kinds import KINDS\nfrom poise.kinds.check import find_mistakes\n"
-        "values = json.loads(sys.argv[1])\nassert find_mistakes(KINDS[values['kind']].model_validate(values)) == []\n"
+        "import sys, json\nfrom poise.kinds import KINDS\nfrom poise.kinds.check import find_errors\n"
+        "values = json.loads(sys.argv[1])\nassert find_errors(KINDS[values['kind']].model_validate(values)) == []\n"
         "print('transformers' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code, json.dumps(values)], capture_output=True, text=True, check=True)

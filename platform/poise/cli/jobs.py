@@ -16,7 +16,7 @@ from poise.cli.options import (
     load_spec,
     profile_option,
     refuse_code,
-    refuse_mistakes,
+    refuse_errors,
     set_option,
     spec_argument,
 )
@@ -44,7 +44,7 @@ def submit(
 
     resolved, document = load_spec(spec, assignments, profile)
     refuse_code(resolved, document)
-    refuse_mistakes(resolved, document, elsewhere=True)
+    refuse_errors(resolved, document, elsewhere=True)
     job_id = jobs.submit(resolved, address, job)
     click.echo(f"job {job_id} is on its way; poise status|logs|stop {job_id} --address {address}")
     if not detach:

@@ -34,7 +34,7 @@ __all__ = [
     "print_results",
     "profile_option",
     "refuse_code",
-    "refuse_mistakes",
+    "refuse_errors",
     "set_option",
     "spec_argument",
     "warn_of_broken_plugins",
@@ -145,16 +145,16 @@ def _code_messages(spec: RunSpec) -> list[tuple[SpecPath, str]]:
     return list(dict.fromkeys(messages))
 
 
-def refuse_mistakes(spec: RunSpec, document: Document, *, skip: Collection[str] = (), elsewhere: bool = False) -> None:
+def refuse_errors(spec: RunSpec, document: Document, *, skip: Collection[str] = (), elsewhere: bool = False) -> None:
     """Raise SpecError with every reason why the spec cannot run, and print its notes on stderr.
 
     Called before anything is started or claimed. `elsewhere`: the spec runs on a cluster, which may have files that are
     absent on this machine. `skip` are the names of runs that are not checked.
     """
-    from poise.kinds.check import find_mistakes
+    from poise.kinds.check import find_errors
     from poise.spec import SpecError
 
-    findings = [each for each in find_mistakes(spec, skip=skip) if not (elsewhere and each.absent)]
+    findings = [each for each in find_errors(spec, skip=skip) if not (elsewhere and each.absent)]
     if errors := [each for each in findings if not each.is_note]:
         problems = [document.problem(each.path, each.message) for each in errors]
         raise SpecError(list(dict.fromkeys(problems)))

@@ -21,7 +21,7 @@ from poise.cli.options import (
     print_results,
     profile_option,
     refuse_code,
-    refuse_mistakes,
+    refuse_errors,
     set_option,
     spec_argument,
     warn_of_broken_plugins,
@@ -49,7 +49,7 @@ def check(spec: Path, assignments: Sequence[str], profile: str | None, spec_only
 
     resolved, document = load_spec(spec, assignments, profile)
     if not spec_only:
-        refuse_mistakes(resolved, document)
+        refuse_errors(resolved, document)
     code_notes(resolved, document)
     warn_of_broken_plugins()
     click.echo(dump(resolved), nl=False)
@@ -100,7 +100,7 @@ def run(
     stages = stages_of(resolved)
     finished = {stage.name for stage in stages if is_finished(located(stage), stage)}
     joins = engine == "ray" and (address is not None or "RAY_ADDRESS" in os.environ)
-    refuse_mistakes(resolved, document, skip=finished, elsewhere=joins)
+    refuse_errors(resolved, document, skip=finished, elsewhere=joins)
     with interrupt_note("stopped; the same command goes on from the last commit"):
         with (
             Display(runs=[stage.name for stage in stages]) as display,

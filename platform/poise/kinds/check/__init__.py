@@ -6,7 +6,7 @@ compare the names and shapes of a state dict with those of a network, and transf
 language model alone do not settle a question.
 """
 
-from poise.kinds.check.mistake import Mistake
-from poise.kinds.check.spec import find_mistakes
+from poise.kinds.check.field_error import FieldError
+from poise.kinds.check.spec import find_errors
 
-__all__ = ["Mistake", "find_mistakes"]
+__all__ = ["FieldError", "find_errors"]

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from poise.data.spec import DataSpec
 from poise.errors import UserError
-from poise.kinds.check.mistake import Mistake, absolute_path_hint
+from poise.kinds.check.field_error import FieldError, absolute_path_hint
 
-__all__ = ["image_mistakes"]
+__all__ = ["image_errors"]
 
 
-def image_mistakes(spec: DataSpec) -> Iterator[Mistake]:
+def image_errors(spec: DataSpec) -> Iterator[FieldError]:
     """What is wrong with the local folder of a data set of images."""
     if spec.root is None or "://" in spec.root:
         return
@@ -21,7 +21,7 @@ def image_mistakes(spec: DataSpec) -> Iterator[Mistake]:
     if not root.is_dir():
         what = "is a file, not a folder" if root.is_file() else "is not there"
         cure = f"nothing is downloaded: put the files of {spec.name} there"
-        yield Mistake(("root",), f"the folder {absolute_path_hint(root)} {what}; {cure}", absent=True)
+        yield FieldError(("root",), f"the folder {absolute_path_hint(root)} {what}; {cure}", absent=True)
         return
     if spec.name == "function":
         return  # which files there are, only the function knows
@@ -35,7 +35,7 @@ def image_mistakes(spec: DataSpec) -> Iterator[Mistake]:
             files = image_files(spec, split, names, storage.url)
             _check_header(root / files[0], split)
         except (UserError, ValueError) as error:
-            yield Mistake(("root",), str(error))
+            yield FieldError(("root",), str(error))
             return
 
 

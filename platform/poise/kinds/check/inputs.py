@@ -8,30 +8,30 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from poise.errors import PoiseError, UserError
-from poise.kinds.check.mistake import Mistake
+from poise.kinds.check.field_error import FieldError
 from poise.spec import Input, RunSpec
 from poise.spec.code import attributes
 from poise.spec.problems import nearest
 from poise.store.result import has_result
 from poise.store.runs import open_run, wrong_kind
 
-__all__ = ["input_mistakes", "why_not_writable"]
+__all__ = ["input_errors", "why_not_writable"]
 
 
-def input_mistakes(named: Input, spec: RunSpec, earlier_kinds: Mapping[str, str]) -> Iterator[Mistake]:
+def input_errors(named: Input, spec: RunSpec, earlier_kinds: Mapping[str, str]) -> Iterator[FieldError]:
     """What is wrong with a run or a function that a spec names; other inputs are checked by section.
 
     `earlier_kinds`: by name, the kind of each run that an earlier stage of the pipeline makes.
     """
     if named.kind == "run":
-        yield from _run_mistakes(named, spec, earlier_kinds)
+        yield from _run_errors(named, spec, earlier_kinds)
     elif named.kind == "code":
-        yield from _code_mistakes(named)
+        yield from _code_errors(named)
 
 
-def _run_mistakes(named: Input, spec: RunSpec, earlier_kinds: Mapping[str, str]) -> Iterator[Mistake]:
+def _run_errors(named: Input, spec: RunSpec, earlier_kinds: Mapping[str, str]) -> Iterator[FieldError]:
     if named.place in earlier_kinds:
-        yield from _kind_mistakes(named, earlier_kinds[named.place])
+        yield from _kind_errors(named, earlier_kinds[named.place])
         return
     is_earlier_trial = named.place.rpartition("-")[0] in earlier_kinds  # of a sweep, whose trials are NAME-0000, ...
     if "://" in spec.store or is_earlier_trial:
@@ -40,33 +40,33 @@ def _run_mistakes(named: Input, spec: RunSpec, earlier_kinds: Mapping[str, str])
         run = open_run(spec.store, named.place, must_exist=True)
         manifest = run.manifest()
     except PoiseError as error:
-        yield Mistake(named.path, f"{error}", absent=isinstance(error, UserError))
+        yield FieldError(named.path, f"{error}", absent=isinstance(error, UserError))
         return
     if manifest is not None:
-        yield from _kind_mistakes(named, manifest.kind)
+        yield from _kind_errors(named, manifest.kind)
     if not has_result(run):
         status = run.summary().status
         message = f"run {named.place!r} has no result yet, it is {status}: run it to its end first"
-        yield Mistake(named.path, message)
+        yield FieldError(named.path, message)
 
 
-def _kind_mistakes(named: Input, kind: str) -> Iterator[Mistake]:
+def _kind_errors(named: Input, kind: str) -> Iterator[FieldError]:
     """A run of the wrong kind. `kind` is that of the run; for a sweep it may be such as "sweep of robust.train"."""
     head, _, trial_kind = kind.partition(" of ")
     is_accepted = head in named.kinds and (not trial_kind or trial_kind in named.kinds)
     if named.kinds and not is_accepted:
-        yield Mistake(named.path, wrong_kind(named.place, kind, named.kinds))
+        yield FieldError(named.path, wrong_kind(named.place, kind, named.kinds))
 
 
-def _code_mistakes(named: Input) -> Iterator[Mistake]:
+def _code_errors(named: Input) -> Iterator[FieldError]:
     module, _, name = named.place.partition(":")
     try:
         names = attributes(named.place)
     except UserError as error:
-        yield Mistake(named.path, str(error), absent="there is no module" in str(error))
+        yield FieldError(named.path, str(error), absent="there is no module" in str(error))
         return
     if names is not None and name not in names:
-        yield Mistake(named.path, f"module {module!r} defines no {name!r}; {nearest(name, names)}")
+        yield FieldError(named.path, f"module {module!r} defines no {name!r}; {nearest(name, names)}")
 
 
 def why_not_writable(folder: Path) -> str | None:

@@ -9,28 +9,28 @@ from pathlib import Path
 from poise.data.spec import known_sizes
 from poise.errors import UserError
 from poise.kinds.bounds_report.spec import BoundsReportSpec
-from poise.kinds.check.mistake import Mistake, absolute_path_hint
+from poise.kinds.check.field_error import FieldError, absolute_path_hint
 from poise.kinds.common.target_model_spec import TargetModelSpec
 from poise.kinds.robust_evaluate.spec import RobustEvaluateSpec
 from poise.models.architectures import Shape
 from poise.models.spec import LanguageModelSpec
 from poise.spec.problems import Path as SpecPath
 
-__all__ = ["folder_mistakes", "state_dict_mistakes", "target_model_mistakes"]
+__all__ = ["folder_errors", "state_dict_errors", "target_model_errors"]
 
 
-def target_model_mistakes(spec: TargetModelSpec) -> Iterator[Mistake]:
+def target_model_errors(spec: TargetModelSpec) -> Iterator[FieldError]:
     """What is wrong with the local file of a state dict, apart from its architecture."""
     if spec.file is None or "://" in spec.file:
         return
     file = Path(spec.file).expanduser()
     if not spec.file.endswith(".safetensors"):
         cure = "convert it with safetensors.torch.save_file(state_dict, 'model.safetensors')"
-        yield Mistake(("file",), f"{spec.file} is no .safetensors file, and pickles are never read: {cure}")
+        yield FieldError(("file",), f"{spec.file} is no .safetensors file, and pickles are never read: {cure}")
     elif not file.is_file():
-        yield Mistake(("file",), f"{absolute_path_hint(file)} is not there", absent=True)
+        yield FieldError(("file",), f"{absolute_path_hint(file)} is not there", absent=True)
     elif message := _header_fault(file):
-        yield Mistake(("file",), f"{spec.file} is damaged: {message}")
+        yield FieldError(("file",), f"{spec.file} is damaged: {message}")
 
 
 def _header_fault(file: Path) -> str:
@@ -49,7 +49,7 @@ def _header_fault(file: Path) -> str:
     return "" if isinstance(header, dict) else "its header is no JSON object"
 
 
-def state_dict_mistakes(spec: RobustEvaluateSpec | BoundsReportSpec) -> Iterator[Mistake]:
+def state_dict_errors(spec: RobustEvaluateSpec | BoundsReportSpec) -> Iterator[FieldError]:
     """Local state dicts that do not have the architecture which the spec gives them.
 
     Nothing is checked where the image shape and classes of the data set are known only after reading it: the run does
@@ -66,7 +66,7 @@ def state_dict_mistakes(spec: RobustEvaluateSpec | BoundsReportSpec) -> Iterator
         if model is not None and model.source == "file":
             mismatch = _architecture_mismatch(model, sizes.shape, sizes.classes)
             if mismatch:
-                yield Mistake((*path, "file"), mismatch)
+                yield FieldError((*path, "file"), mismatch)
 
 
 def _architecture_mismatch(spec: TargetModelSpec, shape: Shape, classes: int) -> str | None:
@@ -78,7 +78,7 @@ def _architecture_mismatch(spec: TargetModelSpec, shape: Shape, classes: int) ->
 
     file = Path(str(spec.file)).expanduser()
     if not file.is_file() or file.suffix != ".safetensors":
-        return None  # reported by target_model_mistakes
+        return None  # reported by target_model_errors
     try:
         header = read_header(file)
     except UserError:
@@ -94,7 +94,7 @@ def _architecture_mismatch(spec: TargetModelSpec, shape: Shape, classes: int) ->
     return None
 
 
-def folder_mistakes(spec: LanguageModelSpec) -> Iterator[Mistake]:
+def folder_errors(spec: LanguageModelSpec) -> Iterator[FieldError]:
     """Why Poise cannot use a local folder of a language model."""
     if spec.folder is None or "://" in spec.folder:
         return
@@ -104,4 +104,4 @@ def folder_mistakes(spec: LanguageModelSpec) -> Iterator[Mistake]:
     try:
         check_shapes(examine_folder(spec.folder))
     except UserError as error:
-        yield Mistake(("folder",), str(error), absent=not Path(spec.folder).expanduser().exists())
+        yield FieldError(("folder",), str(error), absent=not Path(spec.folder).expanduser().exists())

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 from poise.data.spec import JsonlText, ParquetText
 from poise.errors import UserError
-from poise.kinds.check.mistake import Mistake, absolute_path_hint
+from poise.kinds.check.field_error import FieldError, absolute_path_hint
 
 if TYPE_CHECKING:
     from poise.data.spec import Suffix
     from poise.data.text.questions import QuestionFiles
     from poise.data.text.records import Row
 
-__all__ = ["question_mistakes", "rows_to_check", "text_mistakes"]
+__all__ = ["question_errors", "rows_to_check", "text_errors"]
 
 _WHOLE_BYTES = 64 * 2**20
 """Files of at most so many bytes together are read in full: 370,000 short rows take five seconds and 0.6 GB."""
@@ -28,33 +28,33 @@ _FIRST_ROWS = 10_000
 """The number of rows that are read of larger files."""
 
 
-def text_mistakes(spec: JsonlText | ParquetText) -> Iterator[Mistake]:
+def text_errors(spec: JsonlText | ParquetText) -> Iterator[FieldError]:
     """What is wrong with the rows of a text to train on."""
     from poise.data.text.records import first_rows, read_pair
 
     suffix = spec.suffix
-    files, mistake = _row_files(spec.path, suffix)
-    if mistake:
-        yield mistake
+    files, error = _row_files(spec.path, suffix)
+    if error:
+        yield error
     if not files:
         return
     try:
         head = first_rows(files[0], suffix, 1)
-        format_mistakes = list(_text_format_mistakes(head, spec, files[0]))
-        yield from format_mistakes
-        if format_mistakes:
+        format_errors = list(_text_format_errors(head, spec, files[0]))
+        yield from format_errors
+        if format_errors:
             return
         rows, note = _rows_to_check(spec.path, files, suffix)
         for row in rows:
             read_pair(row, spec)
     except UserError as error:
-        yield Mistake(("path",), str(error))
+        yield FieldError(("path",), str(error))
         return
     if note:
         yield note
 
 
-def question_mistakes(spec: QuestionFiles) -> Iterator[Mistake]:
+def question_errors(spec: QuestionFiles) -> Iterator[FieldError]:
     """What is wrong with the rows of files of questions."""
     from poise.data.text.questions import (
         choose_rows,
@@ -64,16 +64,16 @@ def question_mistakes(spec: QuestionFiles) -> Iterator[Mistake]:
     from poise.data.text.records import first_rows
 
     suffix = spec.suffix
-    files, mistake = _row_files(spec.path, suffix)
-    if mistake:
-        yield mistake
+    files, error = _row_files(spec.path, suffix)
+    if error:
+        yield error
     if not files:
         return
     cure = ""
     try:
         head = first_rows(files[0], suffix, 1)
         if not head:
-            yield Mistake(("path",), f"{files[0]} has no row to read")
+            yield FieldError(("path",), f"{files[0]} has no row to read")
             return
         # Where a field is missing, the message of read_question lists the fields itself.
         if {spec.question, spec.answers} <= head[0].values.keys():
@@ -83,7 +83,7 @@ def question_mistakes(spec: QuestionFiles) -> Iterator[Mistake]:
         rows, note = _rows_to_check(spec.path, files, suffix)
         read_questions(rows if note else choose_rows(rows, spec.limit), spec)
     except UserError as error:
-        yield Mistake(("path",), f"{error}{cure}")
+        yield FieldError(("path",), f"{error}{cure}")
         return
     if note:
         yield note
@@ -99,25 +99,25 @@ def rows_to_check(path: str, suffix: Suffix) -> list[Row]:
     return _rows_to_check(path, files, suffix)[0] if files else []
 
 
-def _text_format_mistakes(rows: Sequence[Row], spec: JsonlText | ParquetText, file: Path) -> Iterator[Mistake]:
+def _text_format_errors(rows: Sequence[Row], spec: JsonlText | ParquetText, file: Path) -> Iterator[FieldError]:
     """What the first row shows to be wrong with the format of the whole file."""
     from poise.data.text.formats import JSON_LINES, format_advice
 
     if not rows:
-        yield Mistake(("path",), f"{file} has no row to read")
+        yield FieldError(("path",), f"{file} has no row to read")
         return
     values = rows[0].values
     for key in ("prompt", "completion"):
         field = getattr(spec, key)
         if field not in values:
             cure = format_advice(values) or f"set {key} to the field that holds it, or write {JSON_LINES}"
-            yield Mistake(("path",), f"{rows[0].where}: {rows[0].missing(field)}: {cure}")
+            yield FieldError(("path",), f"{rows[0].where}: {rows[0].missing(field)}: {cure}")
             return
         if not isinstance(values[field], str):
-            yield Mistake((key,), f"{rows[0].where}: {field!r} is {type(values[field]).__name__}, not text")
+            yield FieldError((key,), f"{rows[0].where}: {field!r} is {type(values[field]).__name__}, not text")
 
 
-def _rows_to_check(path: str, files: Sequence[Path], suffix: Suffix) -> tuple[list[Row], Mistake | None]:
+def _rows_to_check(path: str, files: Sequence[Path], suffix: Suffix) -> tuple[list[Row], FieldError | None]:
     """All rows of files of moderate size and None; of larger files the first rows, and a note that says how many."""
     from poise.data.text.records import first_rows, read_rows
 
@@ -126,24 +126,24 @@ def _rows_to_check(path: str, files: Sequence[Path], suffix: Suffix) -> tuple[li
         return read_rows(path, suffix), None
     rows = first_rows(files[0], suffix, _FIRST_ROWS, _WHOLE_BYTES)
     what = f"the first {len(rows):,} rows of {files[0]} were looked at"
-    note = Mistake(("path",), f"{what}; the run reads all of {path}, {size / 1e6:,.0f} MB", is_note=True)
+    note = FieldError(("path",), f"{what}; the run reads all of {path}, {size / 1e6:,.0f} MB", is_note=True)
     return rows, note
 
 
-def _row_files(path: str, suffix: str) -> tuple[list[Path], Mistake | None]:
+def _row_files(path: str, suffix: str) -> tuple[list[Path], FieldError | None]:
     """The local files that rows are read from, sorted by name, or none and what is wrong with the path."""
     if "://" in path:
         return [], None
     local = Path(path).expanduser()
     if local.is_dir() and not path.endswith(suffix):
         files = sorted(file for file in local.rglob(f"*{suffix}") if file.is_file())
-        return files, None if files else Mistake(("path",), f"the folder {path} holds no file *{suffix}")
+        return files, None if files else FieldError(("path",), f"the folder {path} holds no file *{suffix}")
     if not local.exists():
-        return [], Mistake(("path",), f"{absolute_path_hint(local)} is not there", absent=True)
+        return [], FieldError(("path",), f"{absolute_path_hint(local)} is not there", absent=True)
     if path.endswith(suffix) and local.is_file():
         return [local], None
     cure = _cure_for_other_format(local)
-    return [], Mistake(("path",), f"{path} is no file *{suffix} and no folder that holds one{cure}")
+    return [], FieldError(("path",), f"{path} is no file *{suffix} and no folder that holds one{cure}")
 
 
 def _cure_for_other_format(file: Path) -> str:

@@ -12,12 +12,12 @@ from poise.errors import PoiseError
 from poise.kinds.align_selfplay.spec import AlignSelfplaySpec
 from poise.kinds.bounds_report.spec import BoundsReportSpec
 from poise.kinds.calibrate_measure.spec import CalibrateMeasureSpec
-from poise.kinds.check.images import image_mistakes
-from poise.kinds.check.inputs import input_mistakes, why_not_writable
-from poise.kinds.check.mistake import Mistake
-from poise.kinds.check.models import folder_mistakes, state_dict_mistakes, target_model_mistakes
-from poise.kinds.check.rows import question_mistakes, text_mistakes
-from poise.kinds.check.tokens import prompt_mistakes, text_length_mistakes
+from poise.kinds.check.field_error import FieldError
+from poise.kinds.check.images import image_errors
+from poise.kinds.check.inputs import input_errors, why_not_writable
+from poise.kinds.check.models import folder_errors, state_dict_errors, target_model_errors
+from poise.kinds.check.rows import question_errors, text_errors
+from poise.kinds.check.tokens import prompt_errors, text_length_errors
 from poise.kinds.common.target_model_spec import TargetModelSpec
 from poise.kinds.finetune_sft.spec import FinetuneSftSpec
 from poise.kinds.pipeline.spec import PipelineSpec
@@ -27,22 +27,22 @@ from poise.models.spec import LanguageModelSpec
 from poise.spec import RunSpec, SpecModel
 from poise.spec.problems import Path
 
-__all__ = ["find_mistakes"]
+__all__ = ["find_errors"]
 
-_CHECKS: Mapping[type[SpecModel], Callable[[Any], Iterator[Mistake]]] = {
-    DataSpec: image_mistakes,
-    JsonlText: text_mistakes,
-    ParquetText: text_mistakes,
-    JsonlQuestions: question_mistakes,
-    CsvQuestions: question_mistakes,
-    ParquetQuestions: question_mistakes,
-    LanguageModelSpec: folder_mistakes,
-    TargetModelSpec: target_model_mistakes,
-    CalibrateMeasureSpec: prompt_mistakes,
-    AlignSelfplaySpec: prompt_mistakes,
-    FinetuneSftSpec: text_length_mistakes,
-    RobustEvaluateSpec: state_dict_mistakes,
-    BoundsReportSpec: state_dict_mistakes,
+_CHECKS: Mapping[type[SpecModel], Callable[[Any], Iterator[FieldError]]] = {
+    DataSpec: image_errors,
+    JsonlText: text_errors,
+    ParquetText: text_errors,
+    JsonlQuestions: question_errors,
+    CsvQuestions: question_errors,
+    ParquetQuestions: question_errors,
+    LanguageModelSpec: folder_errors,
+    TargetModelSpec: target_model_errors,
+    CalibrateMeasureSpec: prompt_errors,
+    AlignSelfplaySpec: prompt_errors,
+    FinetuneSftSpec: text_length_errors,
+    RobustEvaluateSpec: state_dict_errors,
+    BoundsReportSpec: state_dict_errors,
 }
 """The check of each class of section. The first class that a section is an instance of counts."""
 
@@ -50,19 +50,19 @@ _CHECKED_RUN_KEYS = {"model", "models", "data", "questions", "prompt", "decoding
 """The keys of a run that the checks of a whole run read. Trials that agree in these are checked once."""
 
 
-def find_mistakes(spec: RunSpec, *, skip: Collection[str] = ()) -> list[Mistake]:
-    """Every mistake that keeps the runs of a spec from their results and can be found here without running.
+def find_errors(spec: RunSpec, *, skip: Collection[str] = ()) -> list[FieldError]:
+    """Every error that keeps the runs of a spec from their results and can be found here without running.
 
     `skip` names finished runs, which are not checked: their inputs may have been removed since.
     """
-    mistakes: dict[Mistake, None] = {}  # an ordered set
+    errors: dict[FieldError, None] = {}  # an ordered set
     earlier_kinds: dict[str, str] = {}  # run -> kind, of the stages before; for a sweep "sweep of robust.train"
     for prefix, stage in _stages(spec):
         if stage.name not in skip:
-            for mistake in _run_mistakes(stage, earlier_kinds):
-                mistakes[mistake.below(prefix)] = None
+            for error in _run_errors(stage, earlier_kinds):
+                errors[error.below(prefix)] = None
         earlier_kinds[stage.name] = f"sweep of {stage.base.kind}" if isinstance(stage, SweepSpec) else stage.kind
-    return list(mistakes)
+    return list(errors)
 
 
 def _stages(spec: RunSpec) -> Iterator[tuple[Path, RunSpec]]:
@@ -73,21 +73,21 @@ def _stages(spec: RunSpec) -> Iterator[tuple[Path, RunSpec]]:
         yield (), spec
 
 
-def _run_mistakes(spec: RunSpec, earlier_kinds: Mapping[str, str]) -> Iterator[Mistake]:
+def _run_errors(spec: RunSpec, earlier_kinds: Mapping[str, str]) -> Iterator[FieldError]:
     if "://" not in spec.store:
         store = FilePath(spec.store).expanduser()
         if os.path.isfile(store):
-            yield Mistake(("store",), f"{spec.store} is a file, not a folder")
+            yield FieldError(("store",), f"{spec.store} is a file, not a folder")
             return
         reason = why_not_writable(store.absolute())
         if reason:
             message = f"{spec.store} cannot be made ({reason}): name a folder that can be written"
-            yield Mistake(("store",), message, absent=True)
+            yield FieldError(("store",), message, absent=True)
     for named in dict.fromkeys(spec.inputs()):
-        yield from input_mistakes(named, spec, earlier_kinds)
+        yield from input_errors(named, spec, earlier_kinds)
     for path, section in _sections(spec):
         if isinstance(section, tuple(_CHECKS)):
-            yield from _section_mistakes(path, section)
+            yield from _section_errors(path, section)
 
 
 def _sections(spec: RunSpec) -> Iterator[tuple[Path, SpecModel]]:
@@ -122,10 +122,10 @@ def _nested_sections(value: Any, path: Path) -> Iterator[tuple[Path, SpecModel]]
             yield from _nested_sections(inner, (*path, index))
 
 
-def _section_mistakes(path: Path, section: SpecModel) -> Iterator[Mistake]:
+def _section_errors(path: Path, section: SpecModel) -> Iterator[FieldError]:
     check = next(function for section_class, function in _CHECKS.items() if isinstance(section, section_class))
     try:
-        for mistake in check(section):
-            yield mistake.below(path)
+        for error in check(section):
+            yield error.below(path)
     except PoiseError as error:
-        yield Mistake(path, str(error))
+        yield FieldError(path, str(error))

@@ -16,7 +16,7 @@ from poise.data.spec import FunctionQuestions, JsonlText, ParquetText, WorldQues
 from poise.errors import UserError
 from poise.kinds.align_selfplay.spec import AlignSelfplaySpec
 from poise.kinds.calibrate_measure.spec import CalibrateMeasureSpec
-from poise.kinds.check.mistake import Mistake
+from poise.kinds.check.field_error import FieldError
 from poise.kinds.check.rows import rows_to_check
 from poise.kinds.finetune_sft.spec import FinetuneSftSpec
 from poise.models.spec import LanguageModelSpec
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from poise.data.text.examples import Question
     from poise.data.text.records import Row
 
-__all__ = ["prompt_mistakes", "text_length_mistakes"]
+__all__ = ["prompt_errors", "text_length_errors"]
 
 _T = TypeVar("_T")
 _COUNTED = 1000
@@ -35,7 +35,7 @@ _ADDED = 8
 """Upper bound of the tokens that a tokenizer adds round a text, and of the bytes of the mark before the first word."""
 
 
-def prompt_mistakes(spec: CalibrateMeasureSpec | AlignSelfplaySpec) -> Iterator[Mistake]:
+def prompt_errors(spec: CalibrateMeasureSpec | AlignSelfplaySpec) -> Iterator[FieldError]:
     """Answers that do not fit into the context of the model: after any prompt, or after the prompts of the spec."""
     context = _context_length(spec.model)
     if context is None:
@@ -49,19 +49,19 @@ def prompt_mistakes(spec: CalibrateMeasureSpec | AlignSelfplaySpec) -> Iterator[
     most = context - 2  # a prompt has at least one token, and vLLM scores by generating one more
     if max_tokens > most:
         message = f"{max_tokens} tokens are more than the model in {spec.model.folder} can hold after a prompt, {most}"
-        yield Mistake(tuple(key.split(".")), f"{message}: lower it")
+        yield FieldError(tuple(key.split(".")), f"{message}: lower it")
     elif reason := _prompt_too_long(spec, context, max_tokens):
-        yield Mistake(tuple(key.split(".")), reason)
+        yield FieldError(tuple(key.split(".")), reason)
 
 
-def text_length_mistakes(spec: FinetuneSftSpec) -> Iterator[Mistake]:
+def text_length_errors(spec: FinetuneSftSpec) -> Iterator[FieldError]:
     """Training texts that are longer than the model can hold or the spec allows."""
     context = _context_length(spec.model)
     if context is None:
         return
     message = _example_too_long(spec, context)
     if message:
-        yield Mistake(("data", "path"), message)
+        yield FieldError(("data", "path"), message)
 
 
 def _context_length(spec: LanguageModelSpec) -> int | None:
@@ -73,13 +73,13 @@ def _context_length(spec: LanguageModelSpec) -> int | None:
     try:
         return examine_folder(spec.folder).context
     except UserError:
-        return None  # reported by folder_mistakes
+        return None  # reported by folder_errors
 
 
 def _prompt_too_long(spec: CalibrateMeasureSpec | AlignSelfplaySpec, context: int, max_tokens: int) -> str | None:
     """The message of the run about the first prompt that leaves no room for its answers; None where all fit.
 
-    `context` is the longest sequence of the model. Questions that cannot be read are reported by `question_mistakes`.
+    `context` is the longest sequence of the model. Questions that cannot be read are reported by `question_errors`.
     """
     from poise.data.text.questions import choose_rows, read_questions
 

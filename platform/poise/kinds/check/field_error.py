@@ -7,11 +7,11 @@ from pathlib import Path as FilePath
 
 from poise.spec.problems import Path
 
-__all__ = ["Mistake", "absolute_path_hint"]
+__all__ = ["FieldError", "absolute_path_hint"]
 
 
 @dataclass(frozen=True)
-class Mistake:
+class FieldError:
     """A reason why the spec cannot run as it is.
 
     Attributes:
@@ -26,8 +26,8 @@ class Mistake:
     absent: bool = False
     is_note: bool = False
 
-    def below(self, section: Path) -> Mistake:
-        """The same mistake, whose path was that within a section of the spec."""
+    def below(self, section: Path) -> FieldError:
+        """The same error, whose path was that within a section of the spec."""
         return replace(self, path=(*section, *self.path))
 
 
