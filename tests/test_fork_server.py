@@ -27,6 +27,7 @@ print(json.dumps({
 def test_it_has_the_arguments_folder_environment_signals_and_descriptors_of_a_new_interpreter(
     fork_server, tmp_path, own
 ):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a process that this one starts inherits an ignored one
     environment = {"PATH": os.environ["PATH"], "LC_CTYPE": "C.UTF-8", "PYTHONPATH": "/added"}
     arguments = ["-c", STATE, "one", "--two"]
     with (tmp_path / "forked").open("wb") as output:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -196,6 +198,9 @@ def head(s3_settings: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
     ray = str(Path(sys.executable).with_name("ray"))
     command = [ray, "start", "--head", "--block", f"--port={gcs}", "--num-cpus=2", "--disable-usage-stats"]
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--dashboard-agent-listen-port=0"]
+    # Ray looks for the cluster of a job in this folder: with one for all, a job would join the head of another process
+    files = tempfile.mkdtemp(prefix="ray-")
+    command.append(f"--temp-dir={files}")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as in an activated environment
     settings = {**s3_settings, **PRIVATE_CLUSTER, "RAY_AUTH_MODE": "disabled", "PATH": path}  # nobody reads metrics
     process = subprocess.Popen(
@@ -212,6 +217,7 @@ def head(s3_settings: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
         with suppress(psutil.NoSuchProcess):
             each.kill()  # all at once: taking turns, as on SIGTERM, they need more than 15 s
     process.wait()
+    shutil.rmtree(files, ignore_errors=True)
 
 
 def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from poise.errors import IntegrityError
+from poise.observe.rows import Rows
 from poise.train.state import TrainState, capture_rng, load_state, restore_rng, save_state
 
 
@@ -42,6 +43,22 @@ def test_killed_again_and_again_it_ends_in_the_same_bits(bench, tmp_path, adamw)
     bench.assert_equal("killed", "whole", tmp_path)
     commits = [event["step"] for event in bench.run("killed").events() if event["event"] == "commit"]
     assert commits == sorted(set(commits)), "a committed step was repeated"
+
+
+def test_rows_of_a_commit_that_was_killed_at_another_step_do_not_count_twice(bench, tmp_path):
+    """A signal makes a run commit at any step: killed before its checkpoint, it leaves rows of steps to come."""
+    bench.fit("whole")
+    with pytest.raises(Killed):
+        bench.fit("killed", kill_at(4))
+    last = max(bench.steps("killed"))
+    files = bench.run("whole").files("metrics/rows-")
+    other = next(step for step in range(last + 1, 12) if f"metrics/rows-{step:08d}.parquet" not in files)
+    rows = Rows()
+    rows.add(other, 0.5, "train", {"loss": 1.0})
+    bench.run("killed").write(f"metrics/rows-{other:08d}.parquet", rows.to_parquet())
+    bench.fit("killed")
+    bench.assert_equal("killed", "whole", tmp_path)
+    assert bench.run("killed").verify() == []
 
 
 @pytest.mark.parametrize(

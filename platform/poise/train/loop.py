@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -54,6 +55,8 @@ from poise.train.task import StepContext, Task, TaskState
 from poise.train.telemetry import Telemetry
 
 __all__ = ["EarlyStop", "FitResult", "fit"]
+
+_ROWS_FILE = re.compile(r"metrics/rows-(\d+)\.parquet")
 
 
 @dataclass(frozen=True)
@@ -359,10 +362,24 @@ class _Loop:
             self.context.sink.inc("poise_damaged_checkpoints_total", run=run.name)
             run.append_events([event("damaged", what=str(damage))])
         run.append_events([event(event_name, step=commit.step if commit else 0, pids=pids, **self._attempt())])
+        if event_name == "start":
+            self._empty_rows_after(commit.step if commit else 0)
         self.committed_step = self.provisional_step = None
         if commit is not None and run.checkpoints.info(commit).get("provisional"):
             self.provisional_step = commit.step
         return commit
+
+    def _empty_rows_after(self, step: int) -> None:
+        """Empty the files of rows of later steps than `step`, which this attempt takes again.
+
+        An attempt that was interrupted within a commit left them. The next commit may be at another step, so that its
+        file does not replace theirs. They are emptied, not removed: their records are in the log of results.
+        """
+        run = self.context.run
+        matches = map(_ROWS_FILE.fullmatch, run.files("metrics/"))
+        later = [match[0] for match in matches if match and int(match[1]) > step]
+        if later:
+            run.write_files(dict.fromkeys(later, Rows().to_parquet()))
 
     def _epoch(self) -> float:
         return self.state.step / self.steps_per_epoch

@@ -181,7 +181,7 @@ def functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     [
         ("number", "returned a int, not an nn.Module"),
         ("failing", "RuntimeError: no weights here"),
-        ("absent", "no attribute 'absent'"),
+        ("absent", "defines no 'absent'; valid: "),
         ("constant", "not callable"),
         ("few", "tells 3 classes apart and the data set has 10"),
         ("flat", r"gives torch.float32 \(128,\) for 2 images"),
