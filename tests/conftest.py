@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -46,8 +46,8 @@ _LONGEST = (
 """The groups of tests that take longest, in the order in which they begin."""
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)  # before xdist's own, which reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None]:
     """Group the tests for `--dist loadgroup`: those that share a Ray cluster, and any others by file.
 
     The groups that take longest go first, so that neither of two processes is left alone with one at the end.
@@ -57,6 +57,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group(group))
     ranks = {group: rank for rank, group in enumerate(_LONGEST)}
     items.sort(key=lambda item: ranks.get(groups[item], len(ranks)))
+    yield
 
 
 @pytest.fixture
