@@ -110,6 +110,13 @@ def test_what_is_switched_off_is_the_method_itself(tmp_path: Path) -> None:
     assert values(pulled, "proximal_term")[6] > 0
 
 
+def test_every_batch_of_a_step_is_pulled_from_the_unperturbed_weights(tmp_path: Path) -> None:
+    """At the first step w is the anchor, so that no batch is pulled, whatever AWP did for the batch before it."""
+    anchor = {"name": "mea", "proximal_weight": 1, "every": {"steps": 1}}
+    run, _ = finished(tmp_path, train={"steps": 1, "accumulate": 2}, averaging=anchor, awp={"gamma": 0.1})
+    assert values(run, "proximal_term") == {1: 0.0}
+
+
 @pytest.fixture
 def looks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Probe]]:
     """What the probe finds, look by look, instead of what is so."""

@@ -35,7 +35,8 @@ def _output(
     awp: WeightPerturbation, objective: Objective, model: nn.Module, x: Tensor, y: Tensor, attacks: Any, **more: Any
 ) -> ObjectiveOutput:
     context = ObjectiveContext(model, x, y, attacks, **more)
-    return awp.loss(objective, awp.craft(objective, context), context)
+    awp.reset()
+    return awp.loss(objective, objective.craft(context), context)
 
 
 @pytest.fixture
@@ -113,16 +114,6 @@ class _Ball:
         self.threat = threat
 
 
-class _Unwrapped:
-    """The two functions of an objective without a perturbation of weights."""
-
-    def craft(self, objective: Objective, context: ObjectiveContext) -> Points:
-        return objective.craft(context)
-
-    def loss(self, objective: Objective, points: Points, context: ObjectiveContext) -> ObjectiveOutput:
-        return objective.loss(points, context)
-
-
 def test_without_a_step_the_weights_come_back_bit_for_bit_and_with_one_they_move_by_its_difference(net, images):
     awp, before = WeightPerturbation(net, GAMMA), _copy(net)
     _output(awp, At(), net, *images, _attacks("linf"))
@@ -151,19 +142,27 @@ def test_of_several_batches_in_a_step_each_starts_from_the_unperturbed_weights(n
     assert all(torch.equal(a, b) for a, b in zip(before, _copy(net), strict=True))
 
 
-def test_gamma_zero_is_the_method_itself(net, images):
+@pytest.mark.parametrize("options", [{"gamma": 0.0}, {"gamma": GAMMA, "start": 3}])
+def test_gamma_zero_and_steps_before_the_start_are_the_method_itself(net, images, options):
     results = []
     for wrapped in (False, True):
         model = copy.deepcopy(net)
-        awp = WeightPerturbation(model, 0.0)
+        awp = WeightPerturbation(model, **options)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        context = ObjectiveContext(model, *images, _attacks("linf", "l2"))
-        wrapper = awp if wrapped else _Unwrapped()
-        wrapper.loss(Max(), wrapper.craft(Max(), context), context).loss.backward()
+        context = ObjectiveContext(model, *images, _attacks("linf", "l2"), step=2)
+        points = Max().craft(context)
+        output = awp.loss(Max(), points, context) if wrapped else Max().loss(points, context)
+        output.loss.backward()
         optimizer.step()
         awp.restore()
         results.append([*model.parameters(), *model.buffers()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_the_perturbation_begins_with_its_first_step(net, images):
+    awp, before = WeightPerturbation(net, GAMMA, start=3), _copy(net)
+    _output(awp, At(), net, *images, _attacks("linf"), step=3)
+    assert any(not torch.equal(now, then) for now, then in zip(_copy(net), before, strict=True))
 
 
 def test_the_ascent_direction_is_the_mean_over_ranks(net, images):

@@ -19,7 +19,7 @@ from poise.kinds.robust_train.spec import RobustTrainSpec
 from poise.robust.attacks import TRAINING_ATTACKS
 from poise.robust.manifold import Eigenbasis, EigenspaceThreat
 from poise.robust.objectives import BoundAttack, ObjectiveContext
-from poise.robust.objectives.checks import compute_loss, craft_points, first_state
+from poise.robust.objectives.checks import craft_points, first_state
 from poise.robust.spec import Norm, Threats
 from poise.robust.threats import StackedThreats, Threat
 from poise.robust.training.averaging import Average
@@ -53,12 +53,11 @@ class RobustStep:
             self._average = _build_average(spec.averaging, steps_per_epoch, total_steps)
         self._fused = spec.compute.fused and _can_fuse(spec.threats)
         self._compiled = cast(nn.Module, torch.compile(model)) if spec.compute.compile else None
-        self._awp = None
-        self._awp_start = 0
+        self._awp = WeightPerturbation(model, gamma=0)  # does nothing
         if spec.awp is not None:
-            self._awp = WeightPerturbation(model, float(spec.awp.gamma))
-            self._awp_start = spec.awp.start.in_steps(steps_per_epoch) if spec.awp.start else 0
-            _check_start("awp.start", self._awp_start, total_steps)
+            awp_start = spec.awp.start.in_steps(steps_per_epoch) if spec.awp.start else 0
+            _check_start("awp.start", awp_start, total_steps)
+            self._awp = WeightPerturbation(model, float(spec.awp.gamma), awp_start)
         self._after_step = spec.objective.after_step(model, steps_per_epoch)
 
     def initial(self) -> TaskState:
@@ -75,20 +74,16 @@ class RobustStep:
 
         `batch`: images x (B, C, H, W) and labels y (B,).
         """
+        self._awp.reset()  # the proximal term and the attacks work at w, also after an earlier batch of the step
         proximal_term = None
-        if self._average is not None:  # at the weights w, before AWP perturbs them
+        if self._average is not None:
             average_state = strip_prefix("average", state)
             proximal_term = self._average.proximal_term(self._model, average_state, step_context.step)
         objective = self._spec.objective
         context = self._objective_context(model, batch, strip_prefix("objective", state), step_context)
-        if self._awp is not None and step_context.step >= self._awp_start:
-            with step_context.timers("attack"):
-                points = self._awp.craft(objective, context)
-            output = self._awp.loss(objective, points, context)
-        else:
-            with step_context.timers("attack"):
-                points = craft_points(objective, context)
-            output = compute_loss(objective, points, context)
+        with step_context.timers("attack"):
+            points = craft_points(objective, context)
+        output = self._awp.loss(objective, points, context)
         next_state = state | add_prefix("objective", output.state)
         if proximal_term is None:
             return StepOutput(output.loss, output.metrics, next_state)
@@ -100,8 +95,7 @@ class RobustStep:
 
         Averages use the weights that AWP and what the objective does after a step have left.
         """
-        if self._awp is not None:
-            self._awp.restore()
+        self._awp.restore()
         if self._after_step is not None:
             after_step_state = self._after_step(strip_prefix("after_step", state), step)
             state = state | add_prefix("after_step", after_step_state)

@@ -7,7 +7,8 @@ One optimizer step, for weights w:
 
 Momentum, weight decay and batch-norm buffers see w', as in the authors' code. Their `w'' - v` does not restore w bit
 for bit where the optimizer changed nothing. Here the difference that the optimizer made is added to a saved copy of w,
-which does. Tensors of one dimension (biases, gains) are not perturbed. With gamma 0 nothing is done at all.
+which does. Tensors of one dimension (biases, gains) are not perturbed. With gamma 0, and before the first step of the
+perturbation, nothing is done at all.
 """
 
 from __future__ import annotations
@@ -19,38 +20,42 @@ import torch
 from torch import Tensor, nn
 
 from poise.robust.objectives import Objective, ObjectiveContext, ObjectiveOutput, Points
-from poise.robust.objectives.checks import compute_loss, craft_points
+from poise.robust.objectives.checks import compute_loss
 
 __all__ = ["WeightPerturbation", "direction"]
 
 
 class WeightPerturbation:
-    """Wraps the two functions of an objective: `craft` works at w, and `loss` at w', where it moves the weights.
+    """Wraps the loss of an objective: from the step `start` on, it moves the weights to w' and computes the loss there.
 
-    `restore` ends the step. In a step of several batches, each batch perturbs the weights by itself, from w.
+    For each batch, call `reset`, craft the adversarial points, and call `loss`. In a step of several batches, each
+    batch perturbs the weights by itself, from w. `restore` ends the step.
     """
 
-    def __init__(self, model: nn.Module, gamma: float) -> None:
+    def __init__(self, model: nn.Module, gamma: float, start: int = 0) -> None:
         if gamma < 0:
             raise ValueError(f"gamma is at least 0, not {gamma}")
         self._model = model
         self._gamma = gamma
+        self._start = start
         self._weights: list[Tensor] = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
         self._saved: list[Tensor] = []  # w; empty while the weights are not perturbed
         self._perturbed: list[Tensor] = []  # w'
 
-    def craft(self, objective: Objective, context: ObjectiveContext) -> Points:
-        """The adversarial points of w, which the weights are set to first."""
-        self._reset()
-        return craft_points(objective, context)
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Set the weights to w exactly, if they are perturbed."""
+        if self._saved:
+            torch._foreach_copy_(self._weights, self._saved)
+            self._saved = []
+            self._perturbed = []
 
     def loss(self, objective: Objective, points: Points, context: ObjectiveContext) -> ObjectiveOutput:
-        """The output of the objective at w', for points that were crafted at w.
+        """The output of the objective at w', for points that were crafted at w; at w before the step `start`.
 
         `context.model` is the perturbed model; it may be in a DistributedDataParallel wrapper.
         """
-        self._reset()
-        if self._gamma > 0:
+        if self._gamma > 0 and context.step >= self._start:
             self._perturb(self._perturbation(objective, points, context))
         return compute_loss(objective, points, context)
 
@@ -59,7 +64,7 @@ class WeightPerturbation:
         """After the optimizer's step: w plus the difference that the optimizer made."""
         if self._saved:
             difference = torch._foreach_sub(self._weights, self._perturbed)
-            self._reset()
+            self.reset()
             torch._foreach_add_(self._weights, difference)
 
     def _perturbation(self, objective: Objective, points: Points, context: ObjectiveContext) -> list[Tensor]:
@@ -81,14 +86,6 @@ class WeightPerturbation:
         torch._foreach_add_(self._weights, v)
         self._perturbed = [weight.clone() for weight in self._weights]
         torch.clear_autocast_cache()  # it may hold w in bf16
-
-    @torch.no_grad()
-    def _reset(self) -> None:
-        """Set the weights to w exactly, if they are perturbed."""
-        if self._saved:
-            torch._foreach_copy_(self._weights, self._saved)
-            self._saved = []
-            self._perturbed = []
 
 
 def direction(weights: Sequence[Tensor], gradients: Sequence[Tensor], gamma: float) -> list[Tensor]:
