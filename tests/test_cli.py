@@ -60,8 +60,8 @@ def test_no_bar_of_transformers_stands_between_the_lines(tmp_path, capfd):
     """Loading and saving, by whichever way; the progress of a run has one display."""
     from transformers.utils import logging
 
-    from poise.data.spec import WorldSpec
     from poise.data.synthetic_facts import make_world
+    from poise.data.world_spec import WorldSpec
     from poise.inference.transformers_sampler import TransformersSampler
     from poise.models.language import export, new_llama, open_folder
     from poise.models.spec import LanguageModelSpec

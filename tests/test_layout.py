@@ -68,7 +68,7 @@ PLANTED = {
     "robust/threats.py": ("ray", "science packages know torch, numpy and scipy only"),
     "calibrate/ece.py": ("poise.finetune.losses", "science packages do not know each other"),
     "align/games.py": ("poise.robust.threats", "align is a science package that may use the losses of finetune"),
-    "bounds/operators.py": ("poise.data.spec", "bounds is a science package that may use robust"),
+    "bounds/operators.py": ("poise.data.images.spec", "bounds is a science package that may use robust"),
     "inference/sampler.py": ("click", "train and inference are plain torch"),
     "store/runs.py": ("poise.engine.network", "nothing but cli imports engine"),
     "engine/launch.py": ("ray", "only engine.ray imports ray"),

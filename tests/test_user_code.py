@@ -16,9 +16,11 @@ from torch import nn
 
 from poise.cli import cli
 from poise.data.images.batches import load as load_images
-from poise.data.spec import DataSpec, FunctionQuestions, FunctionText
+from poise.data.images.spec import DataSpec
+from poise.data.text.question_spec import FunctionQuestions
 from poise.data.text.questions import load_questions
 from poise.data.text.records import function_rows
+from poise.data.text.spec import FunctionText
 from poise.errors import UserError
 from poise.kinds import KINDS
 from poise.kinds.code import named_code

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from poise.data.images.batches import Batches, load
-from poise.data.spec import DataSpec
+from poise.data.images.spec import DataSpec
 from poise.models.build import build
 from poise.models.spec import ModelSpec
 from poise.robust.attacks import perturb

@@ -10,9 +10,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from poise.data.spec import WorldSpec
 from poise.data.synthetic_facts import make_world
 from poise.data.text.examples import encode_completion, encode_prompt
+from poise.data.world_spec import WorldSpec
 from poise.spec import ExactNumber
 
 SPEC = WorldSpec(seed=3, entities=20, relations=6, answers=9, tail=5, pretrain=30, tune=3)

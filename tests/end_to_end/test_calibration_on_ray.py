@@ -7,8 +7,8 @@ import io
 import pyarrow.parquet as pq
 import pytest
 
-from poise.data.spec import WorldSpec
 from poise.data.synthetic_facts import make_world
+from poise.data.world_spec import WorldSpec
 from poise.models.language import export, new_llama
 from poise.models.spec import LanguageModelSpec
 from poise.store.runs import Run, open_run

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from poise.data.spec import WorldSpec
 from poise.data.synthetic_facts import make_world
+from poise.data.world_spec import WorldSpec
 from poise.models.language import export, new_llama
 from poise.models.spec import LanguageModelSpec
 

@@ -15,8 +15,8 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from poise.cli import cli
-from poise.data.spec import WorldSpec
 from poise.data.synthetic_facts import World, make_world
+from poise.data.world_spec import WorldSpec
 from poise.engine.launch import launch
 from poise.errors import UserError
 from poise.kinds import KINDS

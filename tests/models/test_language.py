@@ -10,10 +10,10 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from poise.data.spec import WorldSpec
 from poise.data.synthetic_facts import World, make_world
 from poise.data.text.batches import TextBatches
 from poise.data.text.examples import encode_completion, encode_prompt
+from poise.data.world_spec import WorldSpec
 from poise.errors import UserError
 from poise.models.language import (
     MODEL_FOLDER,

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from pydantic import Field
 
-from poise.data.spec import DataSpec, JsonlText
+from poise.data.images.spec import DataSpec
+from poise.data.text.spec import JsonlText
 from poise.engine.lifecycle import claim
 from poise.errors import IntegrityError, UserError
 from poise.spec import Input, RunSpec

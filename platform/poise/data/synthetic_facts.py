@@ -18,8 +18,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from poise.data.spec import WorldSpec
 from poise.data.text.examples import Question, TextExample, encode_answers, word_tokenizer
+from poise.data.world_spec import WorldSpec
 from poise.spec.seeds import derive_seed
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from poise.data.images.augmentation import Draws, crop_and_flip, draw
 from poise.data.images.batches import Batches, load
 from poise.data.images.choice import stratified_rows
 from poise.data.images.datasets import to_float
-from poise.data.spec import DataSpec
+from poise.data.images.spec import DataSpec
 from poise.errors import UserError
 from poise.spec.seeds import derive_seed
 

@@ -18,7 +18,7 @@ from scipy.io import savemat
 from poise.data.images.batches import load, load_split
 from poise.data.images.choice import stratified_rows
 from poise.data.images.datasets import read, read_part
-from poise.data.spec import DataSpec, known_sizes
+from poise.data.images.spec import DataSpec, known_sizes
 from poise.errors import UserError
 
 RNG = np.random.default_rng(0)

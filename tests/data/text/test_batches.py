@@ -9,7 +9,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from poise.data.spec import JsonlText, ParquetText, WorldSpec, WorldText
 from poise.data.synthetic_facts import make_world
 from poise.data.text.batches import (
     IGNORE_INDEX,
@@ -19,6 +18,8 @@ from poise.data.text.batches import (
     text_tokenizer,
 )
 from poise.data.text.examples import TextExample, word_tokenizer
+from poise.data.text.spec import JsonlText, ParquetText, WorldText
+from poise.data.world_spec import WorldSpec
 from poise.errors import UserError
 from poise.models.limits import ModelLimits
 

@@ -9,9 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from poise.data.spec import CsvQuestions, JsonlQuestions, ParquetQuestions, WorldQuestions, WorldSpec
 from poise.data.synthetic_facts import make_world
+from poise.data.text.question_spec import CsvQuestions, JsonlQuestions, ParquetQuestions, WorldQuestions
 from poise.data.text.questions import load_questions
+from poise.data.world_spec import WorldSpec
 from poise.errors import UserError
 
 

@@ -19,10 +19,10 @@ from poise.align.games import exploitability
 from poise.align.oracles import with_other_answer
 from poise.align.selfplay import SelfPlayMethod
 from poise.align.selfplay import base as method_base
-from poise.data.spec import WorldSpec
 from poise.data.synthetic_facts import make_world
 from poise.data.text.batches import text_batch
 from poise.data.text.examples import TextExample, encode_completion, encode_prompt
+from poise.data.world_spec import WorldSpec
 from poise.errors import PoiseError, UserError
 from poise.inference.sampler import Sample
 from poise.inference.transformers_sampler import TransformersSampler

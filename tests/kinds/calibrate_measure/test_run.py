@@ -22,9 +22,9 @@ from poise import kinds
 from poise.calibrate.ece import auroc, brier, debiased_ece, ece, smooth_ece
 from poise.calibrate.ece_interval import unbiased_ece
 from poise.calibrate.sem_ece import sem1, sem2_exact
-from poise.data.spec import WorldSpec
 from poise.data.synthetic_facts import World, make_world
 from poise.data.text.examples import Question, encode_completion
+from poise.data.world_spec import WorldSpec
 from poise.errors import PoiseError, UserError
 from poise.inference.sampler import (
     Decoding,

@@ -14,7 +14,7 @@ from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
-from poise.data.spec import DataSpec
+from poise.data.images.spec import DataSpec
 from poise.errors import UserError
 from poise.kinds import KINDS
 from poise.kinds.common.target_model import TargetModel, open_target_model

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import nn
 
 from poise import kinds
-from poise.data.spec import DataSpec
+from poise.data.images.spec import DataSpec
 from poise.engine.lifecycle import claim
 from poise.errors import UserError
 from poise.kinds.bounds_report.spec import BoundsReportSpec

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from poise.data.images.augmentation import Draws, PadMode, crop_and_flip, draw
 from poise.data.images.datasets import ImageSet, read, read_part, to_float
+from poise.data.images.spec import DataSpec
 from poise.data.order import GlobalBatches, hold_out
-from poise.data.spec import DataSpec, num_validation
+from poise.data.validation import num_validation
 from poise.errors import UserError
 from poise.spec.seeds import derive_seed
 
@@ -80,7 +81,7 @@ def load_split(spec: DataSpec, seed: int, name: Literal["train", "validation", "
 
 def _hold_out(stored: ImageSet, spec: DataSpec, seed: int) -> tuple[ImageSet, ImageSet]:
     """Training and validation split, both in the order of the stored set."""
-    train_rows, validation_rows = hold_out(len(stored), num_validation(spec, len(stored)), seed)
+    train_rows, validation_rows = hold_out(len(stored), num_validation(spec.validation, len(stored)), seed)
     return stored.select(train_rows), stored.select(validation_rows)
 
 

@@ -19,7 +19,7 @@ from poise.data.images import readers
 from poise.data.images.choice import stratified_rows
 from poise.data.images.files import image_files
 from poise.data.images.readers import UNREADABLE, Arrays
-from poise.data.spec import DataSpec
+from poise.data.images.spec import DataSpec
 from poise.errors import UserError
 from poise.store.storage import Storage, open_storage
 from poise.user_code import current_folder_first, explain_errors, load_attribute

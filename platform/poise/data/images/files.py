@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from poise.data.spec import DataSpec
+from poise.data.images.spec import DataSpec
 from poise.errors import UserError
 
 __all__ = ["image_files"]

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from poise.data.order import GlobalBatches, hold_out
-from poise.data.spec import FunctionText, JsonlText, ParquetText, TextSpec, WorldText, num_validation
 from poise.data.synthetic_facts import make_world
 from poise.data.text.examples import TextExample, encode_answers, encode_examples
 from poise.data.text.records import Row, read_pair
+from poise.data.text.spec import TextRows, TextSpec, WorldText
+from poise.data.validation import num_validation
 from poise.errors import UserError
 from poise.models.limits import NO_LIMITS, ModelLimits
 
@@ -86,7 +87,7 @@ def load_text(spec: TextSpec, tokenizer: Tokenizer, seed: int, limits: ModelLimi
         _check_limits([*train, *validation], limits)
         return TextData(train, validation)
     examples = encode_rows(spec.read_rows(), spec, tokenizer, limits)
-    train_rows, validation_rows = hold_out(len(examples), num_validation(spec, len(examples)), seed)
+    train_rows, validation_rows = hold_out(len(examples), num_validation(spec.validation, len(examples)), seed)
     train = [examples[row] for row in train_rows.tolist()]
     validation = [examples[row] for row in validation_rows.tolist()]
     return TextData(train, validation)
@@ -179,9 +180,7 @@ def _encode_world(pairs: list[tuple[str, str]], tokenizer: Tokenizer) -> list[Te
     return examples
 
 
-def encode_rows(
-    rows: Sequence[Row], spec: JsonlText | ParquetText | FunctionText, tokenizer: Tokenizer, limits: ModelLimits
-) -> list[TextExample]:
+def encode_rows(rows: Sequence[Row], spec: TextRows, tokenizer: Tokenizer, limits: ModelLimits) -> list[TextExample]:
     """The tokens of every row; UserError that names the first row that cannot be learned."""
     pairs, unreadable = _read_pairs(rows, spec)
     encoded = encode_examples(tokenizer, pairs)
@@ -198,9 +197,7 @@ def encode_rows(
     return examples
 
 
-def _read_pairs(
-    rows: Sequence[Row], spec: JsonlText | ParquetText | FunctionText
-) -> tuple[list[tuple[str, str]], UserError | None]:
+def _read_pairs(rows: Sequence[Row], spec: TextRows) -> tuple[list[tuple[str, str]], UserError | None]:
     """The prompts and completions of the rows before the first that has none, and the error of that row."""
     pairs: list[tuple[str, str]] = []
     for row in rows:
@@ -211,9 +208,7 @@ def _read_pairs(
     return pairs, None
 
 
-def _limit_length(
-    example: TextExample, where: str, spec: JsonlText | ParquetText | FunctionText, limits: ModelLimits
-) -> TextExample:
+def _limit_length(example: TextExample, where: str, spec: TextRows, limits: ModelLimits) -> TextExample:
     """The example, its completion cut where `too_long` is cut; UserError where it is too long otherwise."""
     size = len(example.prompt) + len(example.completion)
     max_tokens = min(spec.max_tokens, limits.context)

@@ -8,28 +8,18 @@ import random
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from poise.data.spec import (
-    CsvQuestions,
-    FunctionQuestions,
-    JsonlQuestions,
-    ParquetQuestions,
-    QuestionsSpec,
-    WorldQuestions,
-)
 from poise.data.text.examples import Question
+from poise.data.text.question_spec import QuestionRows, QuestionsSpec, WorldQuestions
 from poise.data.text.records import Row, header_advice
 from poise.errors import UserError
 
 __all__ = [
     "Question",
-    "QuestionFiles",
     "choose_rows",
     "load_questions",
     "read_question",
     "read_questions",
 ]
-
-QuestionFiles = JsonlQuestions | CsvQuestions | ParquetQuestions
 
 
 def load_questions(spec: QuestionsSpec, seed: int = 0) -> list[Question]:
@@ -48,7 +38,7 @@ def load_questions(spec: QuestionsSpec, seed: int = 0) -> list[Question]:
     return read_questions(choose_rows(spec.read_rows(), spec.limit), spec)
 
 
-def read_questions(rows: Iterable[Row], spec: QuestionFiles | FunctionQuestions) -> list[Question]:
+def read_questions(rows: Iterable[Row], spec: QuestionRows) -> list[Question]:
     """The questions in rows. UserError as `read_question`, and where two rows have the same id."""
     questions = []
     places: dict[str, str] = {}  # where each id was first used
@@ -71,7 +61,7 @@ def choose_rows(rows: Sequence[Row], limit: int | None) -> list[Row]:
     return [rows[number] for number in sorted(order[:limit])]
 
 
-def read_question(row: Row, spec: QuestionFiles | FunctionQuestions) -> Question:
+def read_question(row: Row, spec: QuestionRows) -> Question:
     """The question in a row. UserError with file and line where the question is missing or blank, or has no answer."""
     for option, field in (("answers", spec.answers), ("question", spec.question)):
         if field not in row.values:

@@ -20,7 +20,8 @@ from poise.store.storage import open_storage
 from poise.user_code import current_folder_first, explain_errors, load_attribute
 
 if TYPE_CHECKING:
-    from poise.data.spec import FunctionText, JsonlText, ParquetText, Suffix
+    from poise.data.text.row_spec import Suffix
+    from poise.data.text.spec import TextRows
 
 __all__ = ["Row", "first_rows", "function_rows", "header_advice", "read_pair", "read_rows"]
 
@@ -106,7 +107,7 @@ def read_rows(path: str, suffix: Suffix, limit: int | None = None) -> list[Row]:
     return rows
 
 
-def read_pair(row: Row, spec: JsonlText | ParquetText | FunctionText) -> tuple[str, str]:
+def read_pair(row: Row, spec: TextRows) -> tuple[str, str]:
     """The prompt and the completion in a row. UserError with file and line where one is missing or nothing to learn."""
     prompt = row.text(spec.prompt)
     completion = row.text(spec.completion)

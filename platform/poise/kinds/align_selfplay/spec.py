@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from poise.align.oracles import OracleSpec
 from poise.align.selfplay import MethodSpec
-from poise.data.spec import QuestionsSpec, WorldQuestions
+from poise.data.text.question_spec import QuestionsSpec, WorldQuestions
 from poise.kinds.common.cost import UNCHECKED_COST
 from poise.models.spec import LanguageModelSpec
 from poise.spec import MetricSource, RunSpec, SamplerSpec, field_error, row_sources, summary_sources

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from poise.data.spec import DataSpec
+from poise.data.images.spec import DataSpec
 from poise.kinds.common.target_model_spec import TargetModelSpec, classifier_inputs
 from poise.robust.spec import Threats
 from poise.spec import ExactNumber, Input, RunName, RunSpec, field_error

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from poise.calibrate.clustering import ClustererSpec, ExactMatch
-from poise.data.spec import QuestionsSpec
+from poise.data.text.question_spec import QuestionsSpec
 from poise.models.spec import DecodingSpec, LanguageModelSpec
 from poise.spec import MetricSource, RunSpec, SamplerSpec, field_error, row_sources
 

@@ -6,7 +6,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from poise.data.spec import DataSpec
+from poise.data.images.spec import DataSpec
 from poise.errors import UserError
 from poise.kinds.check.field_error import FieldError, absolute_path_hint
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from poise.data.spec import known_sizes
+from poise.data.images.spec import known_sizes
 from poise.errors import UserError
 from poise.kinds.bounds_report.spec import BoundsReportSpec
 from poise.kinds.check.field_error import FieldError, absolute_path_hint

@@ -10,14 +10,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from poise.data.spec import JsonlText, ParquetText
+from poise.data.text.spec import JsonlText, ParquetText
 from poise.errors import UserError
 from poise.kinds.check.field_error import FieldError, absolute_path_hint
 
 if TYPE_CHECKING:
-    from poise.data.spec import Suffix
-    from poise.data.text.questions import QuestionFiles
+    from poise.data.text.question_spec import QuestionFiles
     from poise.data.text.records import Row
+    from poise.data.text.row_spec import Suffix
 
 __all__ = ["question_errors", "rows_to_check", "text_errors"]
 

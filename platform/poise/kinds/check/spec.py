@@ -7,7 +7,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path as FilePath
 from typing import Any
 
-from poise.data.spec import CsvQuestions, DataSpec, JsonlQuestions, JsonlText, ParquetQuestions, ParquetText
+from poise.data.images.spec import DataSpec
+from poise.data.text.question_spec import CsvQuestions, JsonlQuestions, ParquetQuestions
+from poise.data.text.spec import JsonlText, ParquetText
 from poise.errors import PoiseError
 from poise.kinds.align_selfplay.spec import AlignSelfplaySpec
 from poise.kinds.bounds_report.spec import BoundsReportSpec

@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from poise.data.spec import FunctionQuestions, JsonlText, ParquetText, WorldQuestions
+from poise.data.text.question_spec import FunctionQuestions, WorldQuestions
+from poise.data.text.spec import JsonlText, ParquetText
 from poise.errors import UserError
 from poise.kinds.align_selfplay.spec import AlignSelfplaySpec
 from poise.kinds.calibrate_measure.spec import CalibrateMeasureSpec

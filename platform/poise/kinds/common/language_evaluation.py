@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from poise.data.spec import WorldSpec
 from poise.data.synthetic_facts import make_world
 from poise.data.text.batches import IGNORE_INDEX, text_batch
 from poise.data.text.examples import (
@@ -17,6 +16,7 @@ from poise.data.text.examples import (
     encode_examples,
     encode_prompts,
 )
+from poise.data.world_spec import WorldSpec
 from poise.finetune.losses import cross_entropy, entropy
 from poise.models.language import answer_logprobs
 from poise.models.scoring import position_logits

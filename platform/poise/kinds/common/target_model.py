@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from poise.data.images.batches import Split, load_split
 from poise.data.images.datasets import ImageSet
-from poise.data.spec import DataSpec
+from poise.data.images.spec import DataSpec
 from poise.errors import UserError
 from poise.kinds.common.target_model_spec import TargetModelSpec
 from poise.kinds.common.trained_classifier import open_training, open_weights, trained_runs

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from poise.data.spec import TextSpec
+from poise.data.text.spec import TextSpec
 from poise.finetune.losses import Ce, LossSpec
 from poise.models.spec import LanguageModelSpec
 from poise.models.tuning import Full, TuningSpec

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from poise.data.spec import DataSpec, known_sizes
+from poise.data.images.spec import DataSpec, known_sizes
 from poise.kinds.common.attack_spec import MsdStage, Stage, threat_names
 from poise.kinds.common.target_model_spec import TargetModelSpec
 from poise.robust.spec import oversized

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from poise.data.spec import DataSpec, known_sizes
+from poise.data.images.spec import DataSpec, known_sizes
 from poise.kinds.common.cost import UNCHECKED_COST, in_bytes
 from poise.models.build import build_on_meta
 from poise.models.sizes import count_parameters, state_bytes

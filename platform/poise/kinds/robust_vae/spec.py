@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 
-from poise.data.spec import DataSpec, known_sizes
+from poise.data.images.spec import DataSpec, known_sizes
 from poise.kinds.common.cost import in_bytes
 from poise.models.sizes import count_parameters
 from poise.models.spec import VaeSpec
