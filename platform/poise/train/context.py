@@ -70,6 +70,10 @@ class Context:
         """True on rank 0, the only rank that writes to the store."""
         return self.rank == 0
 
+    def attempt_fields(self) -> dict[str, int]:
+        """What events of training say of this attempt: its number, and how many workers it has."""
+        return {"attempt": self.attempt, "workers": self.world_size}
+
     def mean(self, value: Tensor) -> Tensor:
         """The mean of `value` over all ranks, identical on every rank."""
         if self.world_size == 1:

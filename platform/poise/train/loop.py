@@ -16,47 +16,30 @@ same bits as one that was not interrupted.
 from __future__ import annotations
 
 import math
-import os
-import re
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from poise.errors import PoiseError
 from poise.observe.events import event
 from poise.observe.rows import Rows
 from poise.spec.seeds import derive_seed
-from poise.store.checkpoints import Commit
-from poise.store.storage import scratch_folder
+from poise.train.commits import Commits
 from poise.train.context import Context
 from poise.train.optim import build_optimizer
 from poise.train.parallel import average_statistics, batch_statistics, distribute
 from poise.train.preemption import StopVote
-from poise.train.restore import node_folder
 from poise.train.schedule import factor
 from poise.train.spec import TrainSpec
-from poise.train.state import (
-    Best,
-    TrainState,
-    capture_rng,
-    load_state,
-    load_window,
-    restore_rng,
-    save_state,
-    save_window,
-    seed_rng,
-)
+from poise.train.state import Best, TrainState, seed_rng
 from poise.train.task import StepContext, Task, TaskState
 from poise.train.telemetry import Telemetry
+from poise.train.window import MetricWindow
 
 __all__ = ["EarlyStop", "FitResult", "fit"]
-
-_ROWS_FILE = re.compile(r"metrics/rows-(\d+)\.parquet")
 
 
 @dataclass(frozen=True)
@@ -108,12 +91,10 @@ class _Loop:
         self.parameters = [parameter for group in self.state.optimizer.param_groups for parameter in group["params"]]
         self.generator = torch.Generator(context.device)
         self.rows = Rows()  # since the last commit
-        self.window = _Window()
+        self.window = MetricWindow()
         self.sum_lr = 0.0
         self.stopped: EarlyStop | None = None
         self.vote = StopVote(context)
-        self.committed_step: int | None = None
-        self.provisional_step: int | None = None
         examples_per_epoch = task.examples_per_batch * task.batches_per_epoch * task.repeats
         self.telemetry = Telemetry(
             context,
@@ -123,6 +104,9 @@ class _Loop:
             unit=task.unit,
         )
         self.timers = self.telemetry.timers
+        self.commits = Commits(
+            self.state, self.rows, self.window, context, self.telemetry, seed=task.seed, keep=spec.checkpoint.keep
+        )
 
     def run(self) -> FitResult:
         seed_rng(self.task.seed, self.context.rank)
@@ -216,7 +200,7 @@ class _Loop:
         """
         if self.stopped or not self.vote.ask(self.state.step):
             return
-        if self.committed_step != self.state.step:
+        if self.commits.last_step != self.state.step:
             self._commit(provisional=True)
         raise self.context.stop.error(f"{self.context.run.name}: stopped and committed at step {self.state.step}")
 
@@ -228,7 +212,7 @@ class _Loop:
         self.state.task = result.state
         self.rows.add(self.state.step, self._epoch(), "train", result.metrics)
         if result.alarm:
-            alarm_event = event("alarm", step=self.state.step, what=result.alarm, **self._attempt())
+            alarm_event = event("alarm", step=self.state.step, what=result.alarm, **self.context.attempt_fields())
             self.context.on_main(partial(self.context.run.append_events, [alarm_event]))
         return result.alarm if result.stop else None
 
@@ -239,8 +223,8 @@ class _Loop:
         """
         step = self.state.step
         self._log()
-        self.context.on_main(partial(self._write_rows, step))
-        if not self._load("restore"):
+        self.commits.write_rows(step)
+        if not self.commits.restore("restore"):
             raise PoiseError(f"{alarm}, at step {step}, and no checkpoint is older: commit more often")
         self.stopped = EarlyStop(step, alarm)
 
@@ -275,142 +259,17 @@ class _Loop:
         self.telemetry.publish(self.state.step, metrics)
 
     def _commit(self, *, provisional: bool = False) -> None:
-        """Rank 0 commits the state; the other ranks wait until the commit is complete."""
         with self.timers("report"):
-            rngs = self.context.gather(capture_rng(self.context.device))
-            windows = self.context.gather(self.window.tensors())
-            self.context.on_main(partial(self._write, rngs, windows, provisional))
-            self.rows.clear()
-        self.committed_step = self.state.step
-
-    def _write(self, rngs: list[dict[str, Tensor]], windows: list[dict[str, Tensor]], provisional: bool) -> None:
-        """Write the rows, then the checkpoint. Rows count from the commit on: an interrupted one writes them again."""
-        run = self.context.run
-        state = self.state
-        started = time.perf_counter()
-        timing = Rows()
-        timing.add(state.step, self._epoch(), "timing", self.telemetry.timing(state.step))
-        self.context.check_lease()
-        run.write_files(
-            {
-                f"metrics/rows-{state.step:08d}.parquet": self.rows.to_parquet(),
-                f"metrics/timing-{state.step:08d}.parquet": timing.to_parquet(),
-            }
-        )
-        with scratch_folder() as scratch:
-            save_state(state, rngs, scratch)
-            save_window(windows, scratch)
-            run.checkpoints.commit(
-                state.step,
-                scratch,
-                info={**self._info(), "provisional": provisional},
-                appended=run.results.appended(),
-                check_lease=self.context.check_lease,
-            )
-        if self.provisional_step is not None:
-            run.checkpoints.remove(self.provisional_step)
-        self.provisional_step = state.step if provisional else None
-        run.checkpoints.prune(self.spec.checkpoint.keep, {state.best.step} if state.best else set())
-        seconds = time.perf_counter() - started
-        details: dict[str, object] = {"step": state.step, "seconds": round(seconds, 3), **self._attempt()}
-        if provisional:
-            details["provisional"] = True
-        run.append_events([event("commit", **details)])
-        self.telemetry.committed(state.step, seconds)
-
-    def _write_rows(self, step: int) -> None:
-        self.context.run.write(f"metrics/rows-{step:08d}.parquet", self.rows.to_parquet())
-
-    def _info(self) -> dict[str, float | int | None]:
-        best = self.state.best
-        return {"world_size": self.context.world_size, "best_step": best.step if best else None, "seed": self.task.seed}
+            self.commits.write(self._epoch(), provisional=provisional)
 
     def _resume(self) -> None:
         """Restore the newest valid checkpoint, if there is one, and the sum of learning rates."""
-        if not self._load("start"):
+        if not self.commits.restore("start"):
             return
         if self.state.step > self.total:
             raise PoiseError(f"the run has {self.state.step} committed steps and the spec asks for {self.total}")
         for step in range(self.state.step):  # the order of additions of an uninterrupted run, for the same rounding
             self.sum_lr += self._rate(step)
 
-    def _load(self, event_name: str) -> bool:
-        """Restore the newest valid checkpoint and record an event of this name; False where there is no checkpoint."""
-        pids = self.context.gather(os.getpid())
-        with node_folder(self.context) as folder:
-            commit = self.context.on_main(partial(self._fetch_latest, folder.path, event_name, pids))
-            if commit is None:
-                return False
-            folder.fetch(commit, self.context)
-            self.context.on_every_rank(partial(self._load_from, folder.path))
-        return True
-
-    def _load_from(self, folder: Path) -> None:
-        """Restore the state, the window of metrics and the random generators of this rank from a checkpoint's files."""
-        rank = self.context.rank
-        device = self.context.device
-        load_state(self.state, folder, device)
-        self.window.fill(load_window(folder, rank, self.context.world_size, device))
-        if not restore_rng(folder, rank, device):  # the checkpoint was written by fewer ranks
-            seed_rng(self.task.seed, rank, self.state.step)
-
-    def _fetch_latest(self, folder: Path, event_name: str, pids: list[int]) -> Commit | None:
-        """Download the newest valid checkpoint into a folder, and record events of it and of each damaged one."""
-        run = self.context.run
-        commit, damages = run.checkpoints.latest_valid(folder)
-        for damage in damages:
-            self.context.sink.inc("poise_damaged_checkpoints_total", run=run.name)
-            run.append_events([event("damaged", what=str(damage))])
-        run.append_events([event(event_name, step=commit.step if commit else 0, pids=pids, **self._attempt())])
-        if event_name == "start":
-            self._empty_rows_after(commit.step if commit else 0)
-        self.committed_step = self.provisional_step = None
-        if commit is not None and run.checkpoints.info(commit).get("provisional"):
-            self.provisional_step = commit.step
-        return commit
-
-    def _empty_rows_after(self, step: int) -> None:
-        """Empty the files of rows of later steps than `step`, which this attempt takes again.
-
-        An attempt that was interrupted within a commit left them. The next commit may be at another step, so that its
-        file does not replace theirs. They are emptied, not removed: their records are in the log of results.
-        """
-        run = self.context.run
-        matches = map(_ROWS_FILE.fullmatch, run.files("metrics/"))
-        later = [match[0] for match in matches if match and int(match[1]) > step]
-        if later:
-            run.write_files(dict.fromkeys(later, Rows().to_parquet()))
-
     def _epoch(self) -> float:
         return self.state.step / self.steps_per_epoch
-
-    def _attempt(self) -> dict[str, int]:
-        return {"attempt": self.context.attempt, "workers": self.context.world_size}
-
-
-class _Window:
-    """Metrics of the steps since the last row. They stay on the device, so that no step waits for it."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, list[Tensor]] = {}
-
-    def add(self, name: str, value: Tensor) -> None:
-        self.values.setdefault(name, []).append(value)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The values by name, each (steps,), on the CPU."""
-        return {name: torch.stack(values).cpu() for name, values in self.values.items()}
-
-    def fill(self, tensors: dict[str, Tensor]) -> None:
-        """Restore the values that `tensors` returned."""
-        self.values = {name: list(values.unbind()) for name, values in tensors.items()}
-
-    def take(self, context: Context) -> dict[str, float]:
-        """The means over the window and over all ranks; the window is empty afterwards."""
-        if not self.values:
-            return {}
-        names = sorted(self.values)
-        # (names,): one all-reduce and one copy to the host for all metrics
-        means = torch.stack([torch.stack(self.values[name]).float().mean() for name in names])
-        self.values = {}
-        return dict(zip(names, context.mean(means).tolist(), strict=True))
