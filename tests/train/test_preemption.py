@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from poise.errors import PreemptedError
+from poise.store.checkpoints import Checkpoints
 from poise.train.context import Context
 from poise.train.preemption import PROCESS, StopRequest, StopVote
 
@@ -58,6 +59,28 @@ def test_stopped_after_every_step_it_ends_in_the_same_bits(bench, tmp_path, adam
             bench.fit("stopped", signal_at(step), optimizer=adamw)
     assert bench.fit("stopped", optimizer=adamw) == whole
     bench.assert_equal("stopped", "whole", tmp_path)
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_killed_before_the_commit_of_a_signal_was_removed_it_leaves_no_checkpoint_behind(
+    signals, bench, tmp_path, monkeypatch
+):
+    """The next commit is there and the one that it replaces still is; the next may be that of another signal."""
+    whole = bench.fit("whole")
+    with pytest.raises(PreemptedError), PROCESS.handled():
+        bench.fit("killed", signal_at(4))
+    (provisional,) = set(bench.steps("killed")) - set(bench.steps("whole"))
+
+    def killed(self: Checkpoints, step: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), PROCESS.handled():
+        patch.setattr(Checkpoints, "remove", killed)
+        bench.fit("killed", signal_at(*(5,) * (signals - 1)))
+    assert provisional in bench.steps("killed")
+    assert bench.steps("killed")[-1] > provisional
+    assert bench.fit("killed") == whole
+    bench.assert_equal("killed", "whole", tmp_path)
 
 
 def test_a_second_signal_and_a_step_without_end_do_not_wait(bench, monkeypatch):

@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import re
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
+from poise.errors import IntegrityError
 from poise.observe.events import event
 from poise.observe.rows import Rows
 from poise.store.checkpoints import Commit
@@ -157,9 +159,22 @@ class Commits:
         if event_name == "start":
             self._empty_rows_after(step)
         self.last_step = self._provisional_step = None
-        if commit is not None and run.checkpoints.info(commit).get("provisional"):
-            self._provisional_step = commit.step
+        if commit is not None:
+            self._remove_provisional_before(commit)
+            if self._is_provisional(commit):
+                self._provisional_step = commit.step
         return commit
+
+    def _is_provisional(self, commit: Commit) -> bool:
+        return bool(self._context.run.checkpoints.info(commit).get("provisional"))
+
+    def _remove_provisional_before(self, commit: Commit) -> None:
+        """Remove the provisional commit that `commit` replaces, if an attempt was killed before it had removed it."""
+        checkpoints = self._context.run.checkpoints
+        older = [each for each in checkpoints.commits() if each.step < commit.step]
+        with suppress(IntegrityError):  # a damaged manifest; it is reported when that checkpoint is needed
+            if older and self._is_provisional(older[-1]):
+                checkpoints.remove(older[-1].step)
 
     def _load_from(self, folder: Path) -> None:
         """Restore the state, the window of metrics and the random generators of this rank from a checkpoint's files."""

@@ -126,22 +126,26 @@ class SamplerPool:
         """Run all calls at the same time; PoiseError if an engine answers with weights of another version."""
         self._await_engines()
         refs = [self._engines[index].call.remote(method, *arguments) for index, method, arguments in calls]
-        indices = [index for index, _, _ in calls]
+        answered = {index: 0 for index, _, _ in calls}
 
         def report() -> None:
-            on_progress(self._num_answered(indices))
+            self._update_answered(answered)
+            on_progress(sum(answered.values()))
 
         return [self._value(ref, call, version, report) for ref, call in zip(refs, calls, strict=True)]
 
-    def _num_answered(self, indices: Sequence[int]) -> int:
-        """Number of requests of the current calls that these engines have answered."""
-        refs = [self._engines[index].num_answered.remote() for index in indices]
-        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=_PROGRESS_EVERY_S)
-        total = 0
+    def _update_answered(self, answered: dict[int, int]) -> None:
+        """Set the number of requests of the current calls that each of these engines has answered.
+
+        An engine that does not say in time keeps its number, and one that was replaced keeps that of the one before
+        until it has answered more: the sum never falls.
+        """
+        refs = {self._engines[index].num_answered.remote(): index for index in answered}
+        ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=_PROGRESS_EVERY_S)
         for ref in ready:
             with suppress(RayActorError):  # a dead engine is replaced in `_value`
-                total += ray.get(ref)
-        return total
+                index = refs[ref]
+                answered[index] = max(answered[index], ray.get(ref))
 
     def _await_engines(self) -> None:
         """Wait until every engine has started. Called before the first call, not when the pool opens: until then the
