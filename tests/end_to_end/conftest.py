@@ -167,6 +167,7 @@ class Head:
     address: str
     dashboard: str
     pid: int
+    files: Path
 
 
 def _free_port() -> int:
@@ -199,10 +200,14 @@ def head(s3_settings: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
     command = [ray, "start", "--head", "--block", f"--port={gcs}", "--num-cpus=2", "--disable-usage-stats"]
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--dashboard-agent-listen-port=0"]
     # Ray looks for the cluster of a job in this folder: with one for all, a job would join the head of another process
-    files = tempfile.mkdtemp(prefix="ray-")
+    files = Path(tempfile.mkdtemp(prefix="ray-"))
     command.append(f"--temp-dir={files}")
+    # what a head that was killed leaves where Ray looks for a cluster: nothing of a run may ask there
+    (files / "ray").mkdir()
+    (files / "ray" / "ray_current_cluster").write_text("127.0.0.1:9")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as in an activated environment
-    settings = {**s3_settings, **PRIVATE_CLUSTER, "RAY_AUTH_MODE": "disabled", "PATH": path}  # nobody reads metrics
+    settings = {**s3_settings, **PRIVATE_CLUSTER}  # nobody reads metrics
+    settings |= {"RAY_AUTH_MODE": "disabled", "PATH": path, "RAY_TMPDIR": str(files)}
     process = subprocess.Popen(
         command,
         env={**os.environ, **settings},
@@ -212,7 +217,7 @@ def head(s3_settings: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
         start_new_session=True,
     )
     _wait_for(dashboard, process)
-    yield Head(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", process.pid)
+    yield Head(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", process.pid, files)
     for each in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)):
         with suppress(psutil.NoSuchProcess):
             each.kill()  # all at once: taking turns, as on SIGTERM, they need more than 15 s

@@ -152,6 +152,13 @@ def test_a_finished_run_is_left_as_it_is(uninterrupted, tmp_path, poise):
     assert open_run(store, "whole").manifest() == before
 
 
+def test_a_run_asks_its_own_cluster_about_itself(head, uninterrupted):
+    """Ray's actors find that of a head that was killed, wait for it and end the run 12 s late, unless they are told."""
+    errors = "".join(file.read_text() for file in head.files.glob("session_latest/logs/worker-*.err"))
+    assert "PlacementGroupCleaner" in "".join(file.read_text() for file in head.files.glob("session_latest/logs/*.out"))
+    assert "Failed to stop PlacementGroupCleaner" not in errors
+
+
 MODULE = """\
 import torch
 from torch import nn

@@ -76,7 +76,7 @@ def cluster(address: str | None, specs: Sequence[RunSpec], code: Sequence[str] =
     # A private cluster offers a CPU for every process of the largest run, also on a machine with fewer cores.
     cpus = max(os.cpu_count() or 1, *(_needs(spec)["CPU"] for spec in specs)) if private else None
     variables = {**env.PRIVATE_CLUSTER, "RAY_TMPDIR": str(private_folder())} if private else {}
-    with env.defaults(variables), _code_environment(code, private=private) as runtime_env:
+    with env.defaults(variables), _code_environment(code, private=private) as code_environment:
         try:
             ray.init(
                 address=join_address or "local",
@@ -84,7 +84,7 @@ def cluster(address: str | None, specs: Sequence[RunSpec], code: Sequence[str] =
                 include_dashboard=False if private else None,  # nobody opens the dashboard of a single command
                 log_to_driver=verbose,
                 logging_level="INFO" if verbose else "ERROR",
-                runtime_env=runtime_env,
+                runtime_env=_with_address(code_environment, join_address),
             )
         except AuthenticationError:
             where = join_address or "this machine"
@@ -152,14 +152,14 @@ def _without_interrupts() -> Iterator[None]:
 
 
 @contextmanager
-def _code_environment(code: Sequence[str], *, private: bool) -> Iterator[dict[str, Any] | None]:
+def _code_environment(code: Sequence[str], *, private: bool) -> Iterator[dict[str, Any]]:
     """Yield a Ray runtime environment with these modules of the user, as `poise submit` sends them.
 
-    It also carries the permission to run them. Yields None where the workers have both already: those of a private
+    It also carries the permission to run them. It is empty where the workers have both already: those of a private
     cluster are processes of this machine, and those of a job have the runtime environment of the job.
     """
     if private or env.RAY_JOB in os.environ or not is_code_allowed():
-        yield None
+        yield {}
         return
     runtime_env: dict[str, Any] = {"env_vars": {env.ALLOW_CODE: "1"}}
     if not code:
@@ -168,6 +168,17 @@ def _code_environment(code: Sequence[str], *, private: bool) -> Iterator[dict[st
     with scratch_folder() as folder:
         copy_code(code, folder)
         yield {**runtime_env, "working_dir": str(folder)}
+
+
+def _with_address(runtime_env: dict[str, Any], address: str | None) -> dict[str, Any]:
+    """The runtime environment in which Ray's own actors ask the cluster at `address` about itself.
+
+    One of them asks whether the run is alive. It looks for a cluster on its machine, and may find another one, or that
+    of a head that was killed: then each run ends 12 s late, and the workers of a killed run are not removed.
+    """
+    if address is None or not _HOST_AND_PORT.fullmatch(address):
+        return runtime_env
+    return {**runtime_env, "env_vars": {**runtime_env.get("env_vars", {}), "RAY_API_SERVER_ADDRESS": address}}
 
 
 def _check_address(address: str) -> None:
