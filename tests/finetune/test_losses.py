@@ -15,7 +15,6 @@ from poise.finetune.losses import (
     Gem,
     cross_entropy,
     entropy,
-    fused_linear_gem,
     gem_loss,
 )
 from poise.finetune.losses.base import compute_loss
@@ -143,28 +142,6 @@ def test_it_is_never_above_zero_where_the_label_is_the_favourite(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("rows", [1, 3, 4096])
-def test_the_fused_loss_is_the_eager_one_in_value_and_in_both_gradients(variant, rows):
-    generator = torch.Generator().manual_seed(2)
-    hidden = torch.randn(3, 4, 5, generator=generator, dtype=torch.double, requires_grad=True)
-    head = torch.randn(9, 5, generator=generator, dtype=torch.double, requires_grad=True)
-    labels = problem()[1].view(3, 4)
-    eager = gem_loss(hidden @ head.T, labels, 0.7, variant, normalizer=7)
-    fused = fused_linear_gem(hidden, head, labels, 0.7, variant, normalizer=7, rows=rows)
-    assert close(fused, eager, 1e-14)
-    wanted = torch.autograd.grad(3 * eager, (hidden, head))
-    assert all(close(*pair, 1e-14) for pair in zip(torch.autograd.grad(3 * fused, (hidden, head)), wanted, strict=True))
-
-
-def test_the_fused_loss_leaves_a_frozen_head_alone():
-    hidden, head = torch.randn(4, 5, requires_grad=True), torch.randn(9, 5)
-    fused_linear_gem(hidden, head, torch.tensor([1, 2, IGNORE_INDEX, 4])).backward()
-    assert head.grad is None
-    assert hidden.grad[[0, 1, 3]].any()
-    assert not hidden.grad[2].any()
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
 def test_16_bit_logits_are_reduced_in_fp32(variant):
     logits, labels = problem(classes=2000)
     half = logits.detach().bfloat16()
@@ -197,7 +174,6 @@ def test_a_part_without_supervised_tokens_is_a_zero_with_a_gradient(variant):
     for loss in (
         gem_loss(logits, nothing, 0.7, variant, normalizer=5),
         cross_entropy(logits, nothing, normalizer=5),
-        fused_linear_gem(logits, torch.ones(3, 9, dtype=torch.double), nothing, 0.7, variant, normalizer=5),
     ):
         assert loss == 0
         assert not gradient(loss, logits).any()
@@ -208,7 +184,7 @@ def test_nonsense_is_refused():
     with pytest.raises(ValueError, match="above 0"):
         gem_loss(logits, labels, 0.0)
     with pytest.raises(ValueError, match="linear or logsigmoid"):
-        fused_linear_gem(logits, logits.detach(), labels, 0.7, "sigmoid")
+        gem_loss(logits, labels, 0.7, "sigmoid")
 
 
 def test_every_loss_has_the_name_under_which_it_is_registered():

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from poise import kinds
 from poise.data.text.batches import TextBatches, load_text
 from poise.errors import UserError
-from poise.finetune.losses import LOSSES
+from poise.finetune.losses import LOSSES, fused
 from poise.kinds.finetune_sft import run as finetune_sft
 from poise.kinds.finetune_sft.spec import FinetuneSftSpec
 from poise.models.language import open_folder
@@ -106,16 +106,21 @@ def kill_at(monkeypatch: pytest.MonkeyPatch):
     return arm
 
 
-@pytest.mark.parametrize("loss", [{"name": "ce"}, GEM])
-def test_a_step_is_the_same_however_its_batch_is_split(loss, tmp_path, monkeypatch):
-    """4 x 4, 2 x 8 and 1 x 16 examples, of 2 and of 3 tokens: in fp64, so that nothing but the split can differ."""
+@pytest.fixture
+def in_double(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models in fp64, so that only what a test changes can differ."""
     opened = finetune_sft.open_language_model
 
-    def in_double(*arguments):
+    def open_in_double(*arguments):
         model, tokenizer = opened(*arguments)
         return model.double(), tokenizer
 
-    monkeypatch.setattr(finetune_sft, "open_language_model", in_double)
+    monkeypatch.setattr(finetune_sft, "open_language_model", open_in_double)
+
+
+@pytest.mark.parametrize("loss", [{"name": "ce"}, GEM])
+def test_a_step_is_the_same_however_its_batch_is_split(loss, tmp_path, monkeypatch, in_double):
+    """4 x 4, 2 x 8 and 1 x 16 examples, of 2 and of 3 tokens."""
 
     def split(parts: int, name: str = "split") -> tuple[dict[str, torch.Tensor], list[float]]:
         train = {**SGD, "accumulate": parts}
@@ -133,6 +138,47 @@ def test_a_step_is_the_same_however_its_batch_is_split(loss, tmp_path, monkeypat
     monkeypatch.setattr(loss_class, "loss", lambda self, logits, labels, normalizer: honest(self, logits, labels))
     wrong, _ = split(4, "mean-of-means")
     assert not all(torch.allclose(wrong[name], value, rtol=0, atol=1e-4) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_the_head_in_parts_takes_the_steps_of_the_logits_of_the_batch(name, tmp_path, monkeypatch, in_double):
+    sizes = []
+    loss_class = LOSSES[name]
+    honest = loss_class.loss
+
+    def counted(self, logits, labels, **options):
+        sizes.append(len(labels))
+        return honest(self, logits, labels, **options)
+
+    monkeypatch.setitem(fused.VALUES_AT_ONCE, "cpu", 1000)
+    monkeypatch.setattr(loss_class, "loss", counted)
+    parts = finish(spec_of("parts", tmp_path, loss={"name": name}, train=SGD))
+    assert len(sizes) > 4, "each step took all tokens at once"
+    monkeypatch.setattr(loss_class, "per_token", False)
+    sizes.clear()
+    whole = finish(spec_of("whole", tmp_path, loss={"name": name}, train=SGD))
+    assert len(sizes) == 4
+    assert [row["value"] for row in rows(parts)] == pytest.approx([row["value"] for row in rows(whole)], rel=1e-9)
+    wanted = weights(whole)
+    assert all(torch.allclose(value, wanted[at], rtol=0, atol=1e-9) for at, value in weights(parts).items())
+
+
+def test_noise_on_embeddings_is_that_of_the_step_in_training_alone(base, store, kill_at):
+    options = {"model": {"run": "base"}, "train": SGD}
+    plain = finish(spec_of("plain", store, **options))
+    whole = finish(spec_of("noisy", store, neftune_alpha=5, **options))
+    assert summary_of(whole)["objective"] == "ce, neftune 5"
+    assert not any(torch.equal(value, weights(plain)[name]) for name, value in weights(whole).items())
+    kill_at(2)
+    with pytest.raises(Killed):
+        finish(spec_of("noisy-killed", store, neftune_alpha=5, **options))
+    assert rows(finish(spec_of("noisy-killed", store, neftune_alpha=5, **options))) == rows(whole)
+    untrained = {"steps": 1, "optimizer": {"name": "sgd", "lr": 1e-12, "momentum": 0}}
+    measured = [
+        summary_of(finish(spec_of(name, store, model={"run": "base"}, train=untrained, **changes)))["measured"]
+        for name, changes in (("untrained", {}), ("untrained-noisy", {"neftune_alpha": 100}))
+    ]
+    assert measured[0] == pytest.approx(measured[1], rel=1e-6), "the evaluation was noisy"
 
 
 def test_an_epoch_is_a_pass_over_the_examples_however_many_batches_make_a_step(tmp_path):

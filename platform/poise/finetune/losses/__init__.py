@@ -13,20 +13,32 @@ from typing import TYPE_CHECKING
 
 from poise.finetune.losses.base import IGNORE_INDEX, FinetuneLoss, num_tokens, supervised
 from poise.finetune.losses.ce import Ce, cross_entropy, entropy
-from poise.finetune.losses.gem import Gem, Variant, fused_linear_gem, gem_loss
+from poise.finetune.losses.dft import Dft
+from poise.finetune.losses.eaft import Eaft
+from poise.finetune.losses.entropy_regularized import EntropyRegularized
+from poise.finetune.losses.fused import LinearHead, fused_loss
+from poise.finetune.losses.gem import Gem, Variant, gem_loss
+from poise.finetune.losses.label_smoothing import LabelSmoothing
+from poise.finetune.losses.tofu import Tofu
 from poise.spec.registry import union_of
 
 __all__ = [
     "IGNORE_INDEX",
     "LOSSES",
     "Ce",
+    "Dft",
+    "Eaft",
+    "EntropyRegularized",
     "FinetuneLoss",
     "Gem",
+    "LabelSmoothing",
+    "LinearHead",
     "LossSpec",
+    "Tofu",
     "Variant",
     "cross_entropy",
     "entropy",
-    "fused_linear_gem",
+    "fused_loss",
     "gem_loss",
     "num_tokens",
     "supervised",
@@ -35,6 +47,11 @@ __all__ = [
 LOSSES: Mapping[str, type[FinetuneLoss]] = {
     "ce": Ce,
     "gem": Gem,
+    "dft": Dft,
+    "eaft": Eaft,
+    "tofu": Tofu,
+    "label_smoothing": LabelSmoothing,
+    "entropy_regularized": EntropyRegularized,
 }
 """The class of each loss, by name. `LOSSES["gem"](beta=0.7)` is a loss with its options."""
 

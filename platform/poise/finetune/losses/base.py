@@ -4,22 +4,39 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from poise.method_output import require_loss, require_metrics
 from poise.spec.registry import MethodSection
 from poise.user_code import explain_method
 
-__all__ = ["IGNORE_INDEX", "FinetuneLoss", "at_least_fp32", "compute_loss", "num_tokens", "supervised"]
+__all__ = [
+    "IGNORE_INDEX",
+    "FinetuneLoss",
+    "at_least_fp32",
+    "compute_loss",
+    "label_log_probs",
+    "num_tokens",
+    "supervised",
+]
 
 IGNORE_INDEX = -100
 """The label of a token that is not supervised."""
 
 
 class FinetuneLoss(MethodSection, ABC):
-    """Base of the losses: a section `loss` of a spec, whose fields are the options of the loss."""
+    """Base of the losses: a section `loss` of a spec, whose fields are the options of the loss.
+
+    Attributes:
+        per_token: whether the loss and its metrics are sums of what each token has by itself, whatever the others are.
+            If so, they are computed for a part of the tokens at a time, from logits (N, V) and labels (N,), and the
+            logits of a whole batch are never in memory. False unless a class says so.
+    """
+
+    per_token: ClassVar[bool] = False
 
     @abstractmethod
     def loss(self, logits: Tensor, labels: Tensor, *, normalizer: float | None = None) -> Tensor:
@@ -72,6 +89,11 @@ def supervised(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The N supervised tokens: logits (N, V) in at least fp32, and labels (N,)."""
     is_supervised = labels != IGNORE_INDEX
     return logits[is_supervised].to(at_least_fp32(logits)), labels[is_supervised]
+
+
+def label_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
+    """log p(label) (N,) of the labels (N,) under logits (N, V)."""
+    return -nn.functional.cross_entropy(logits, labels, reduction="none")
 
 
 def at_least_fp32(tensor: Tensor) -> torch.dtype:

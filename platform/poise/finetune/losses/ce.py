@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -15,6 +15,8 @@ __all__ = ["Ce", "cross_entropy", "entropy"]
 
 class Ce(FinetuneLoss):
     """Cross entropy: the negative log-likelihood of the completions."""
+
+    per_token: ClassVar[bool] = True
 
     name: Literal["ce"] = Field("ce", description="mean of -log p over the tokens of the completions")
 

@@ -1,16 +1,17 @@
 """`kind: finetune.sft`: supervised training of a language model on prompts and completions.
 
-text -> model -> train.loop [logits -> loss over the tokens of the step] -> cross entropy and entropy
+text -> model -> train.loop [hidden states -> head and loss, some tokens at a time] -> cross entropy and entropy
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from poise.data.text.batches import (
     IGNORE_INDEX,
@@ -22,8 +23,9 @@ from poise.data.text.batches import (
     text_tokenizer,
 )
 from poise.errors import UserError
-from poise.finetune.losses import FinetuneLoss, cross_entropy, entropy
+from poise.finetune.losses import FinetuneLoss, cross_entropy, entropy, fused_loss
 from poise.finetune.losses.base import compute_loss
+from poise.finetune.neftune import EmbeddingNoise
 from poise.kinds.common.export import (
     export_model,
     next_token_probabilities,
@@ -34,6 +36,7 @@ from poise.kinds.common.extra_metrics import measure_texts
 from poise.kinds.common.language_evaluation import ReferenceDistribution, held_out, warn
 from poise.kinds.finetune_sft.result import FinetuneSftResult, TokenCounts
 from poise.kinds.finetune_sft.spec import FinetuneSftSpec
+from poise.models.heads import HiddenStates, linear_head
 from poise.models.language import open_language_model
 from poise.models.limits import model_limits
 from poise.models.sizes import count_parameters
@@ -59,6 +62,9 @@ class _Batch(NamedTuple):
     normalizer: float
 
 
+_Step = Callable[[nn.Module, _Batch, TaskState, StepContext], StepOutput]
+
+
 def run(spec: FinetuneSftSpec, context: Context) -> None:
     """Train, then measure the exported weights on held-out examples and, in a world, against the true answers."""
     # Model and data.
@@ -78,9 +84,10 @@ def run(spec: FinetuneSftSpec, context: Context) -> None:
     rehearse_export(model, tokenizer, probes, context)
     model = spec.tuning.add_adapters(model, derive_seed(spec.seed, "lora")).to(context.device)
     held_out(model, data.validation[: context.world_size], context)
+    step = _step(spec, model, probes)
 
     # Training.
-    fitted = fit(_task(spec, model, batches, data, reference, context), spec.train, context)
+    fitted = fit(_task(spec, model, step, batches, data, reference, context), spec.train, context)
     selected = "best" if spec.export == "best" and restore(model, fitted.best_step, context) else "final"
 
     # Evaluation, export and result.
@@ -95,7 +102,7 @@ def run(spec: FinetuneSftSpec, context: Context) -> None:
         run=spec.name,
         seed=spec.seed,
         warnings=warnings,
-        objective=spec.loss.describe(),
+        objective=spec.describe_loss(),
         tuning=spec.tuning.describe(),
         step=fitted.final_step,
         best_step=fitted.best_step,
@@ -115,6 +122,7 @@ def run(spec: FinetuneSftSpec, context: Context) -> None:
 def _task(
     spec: FinetuneSftSpec,
     model: nn.Module,
+    step: _Step,
     batches: TextBatches,
     data: TextData,
     reference: ReferenceDistribution | None,
@@ -123,7 +131,7 @@ def _task(
     return Task(
         model=model,
         batch=_normalized_batches(batches, spec.train.plan(batches.batches_per_epoch), context.world_size),
-        step=_step(spec.loss),
+        step=step,
         batches_per_epoch=batches.batches_per_epoch,
         examples_per_batch=spec.batch_size,
         seed=spec.seed,
@@ -151,22 +159,42 @@ def _normalized_batches(batches: TextBatches, plan: EpochPlan, world_size: int) 
     return batch
 
 
-def _step(loss: FinetuneLoss) -> Callable[[nn.Module, _Batch, TaskState, StepContext], StepOutput]:
-    """The step function: the loss, and as metrics cross entropy and the entropy of the model at supervised tokens."""
+def _step(spec: FinetuneSftSpec, model: nn.Module, probes: Sequence[Sequence[int]]) -> _Step:
+    """The step function. The head and the loss take a part of the tokens at a time, where both allow it."""
+    loss = spec.loss
+    states = HiddenStates(model)
+    head = linear_head(model, probes, states) if loss.per_token else None
+    noise = None
+    if spec.neftune_alpha is not None:
+        noise = EmbeddingNoise(model.get_input_embeddings(), float(spec.neftune_alpha))  # type: ignore[operator]
 
     def step(model: nn.Module, batch: _Batch, state: TaskState, step_context: StepContext) -> StepOutput:
         text = batch.text
-        normalizer = batch.normalizer
-        logits = model(input_ids=text.ids, attention_mask=text.mask, use_cache=False).logits  # (B, T, V)
-        value, further_metrics = compute_loss(loss, logits, text.labels, normalizer)
-        with torch.no_grad():
-            metrics = {
-                "ce": cross_entropy(logits, text.labels, normalizer=normalizer),
-                "entropy": entropy(logits, text.labels, normalizer=normalizer),
-            }
-        return StepOutput(value, metrics | further_metrics, state)
+        inputs = {"input_ids": text.ids, "attention_mask": text.mask, "use_cache": False}
+        token_loss = partial(_loss_and_metrics, loss, batch.normalizer)
+        with noise.drawn(step_context.generator, text.mask) if noise else nullcontext():
+            if head is None:
+                logits = model(**inputs).logits  # (B, T, V)
+                value, metrics = token_loss(logits, text.labels)
+            else:
+                hidden = states(model, **inputs)  # (B, T, d)
+                value, metrics = fused_loss(token_loss, hidden, text.labels, head)
+        return StepOutput(value, metrics, state)
 
     return step
+
+
+def _loss_and_metrics(
+    loss: FinetuneLoss, normalizer: float, logits: Tensor, labels: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss, and as metrics cross entropy, the entropy of the model at supervised tokens, and those of the loss."""
+    value, further_metrics = compute_loss(loss, logits, labels, normalizer)
+    with torch.no_grad():
+        metrics = {
+            "ce": cross_entropy(logits, labels, normalizer=normalizer),
+            "entropy": entropy(logits, labels, normalizer=normalizer),
+        }
+    return value, metrics | further_metrics
 
 
 def _measure(

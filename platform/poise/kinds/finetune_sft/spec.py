@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,7 @@ from poise.finetune.losses import Ce, LossSpec
 from poise.models.spec import LanguageModelSpec
 from poise.models.tuning import Full, TuningSpec
 from poise.spec import (
+    ExactNumber,
     ExtraMetrics,
     MetricSource,
     RunSpec,
@@ -32,6 +33,10 @@ class FinetuneSftSpec(RunSpec):
     data: TextSpec = Field(description="prompts, and the completions that are supervised")
     batch_size: int = Field(32, ge=1, le=65_536, description="training examples per batch, over all workers together")
     loss: LossSpec = Field(Ce(), description="what is minimised, a mean over the tokens of each optimizer step")
+    neftune_alpha: Annotated[ExactNumber, Field(gt=0, le=1000)] | None = Field(
+        None,
+        description="NEFTune: largest noise on the embeddings in training, times sqrt(tokens * width); 5 is usual",
+    )
     tuning: TuningSpec = Field(Full(), description="which weights are trained: all, or low-rank adapters")
     train: TrainSpec = Field(description="length, optimizer, schedule, checkpoints")
     extra_metrics: ExtraMetrics = Field(
@@ -54,6 +59,11 @@ class FinetuneSftSpec(RunSpec):
             raise field_error("extra_metrics", "are measured on held-out examples: set data.validation above 0")
         self.workers.check_shares("batch_size", self.batch_size)
         return self
+
+    def describe_loss(self) -> str:
+        """The loss and its options, such as "ce, neftune 5"."""
+        noise = "" if self.neftune_alpha is None else f", neftune {self.neftune_alpha}"
+        return self.loss.describe() + noise
 
     def metrics(self) -> dict[str, MetricSource]:
         """Losses in training, on held-out examples and, in a world, against its true answers."""
