@@ -1,6 +1,6 @@
 """Every loss of fine-tuning with the head in parts, beside autograd on the logits of the batch: memory and time.
 
-1,024 tokens, a vocabulary of 151,936 and hidden states of width 128, fp32, forward and backward, one thread. Peak extra
+2,048 tokens, a vocabulary of 151,936 and hidden states of width 128, fp32, forward and backward, one thread. Peak extra
 memory is that of a process of its own, above its memory before the forward pass; the gradient of the head is in both.
 Times are the median of alternating turns, with the range of their ratios.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from poise.finetune.losses import LOSSES, FinetuneLoss, LinearHead, fused_loss
 
-TOKENS, VOCABULARY, WIDTH = 1024, 151_936, 128
+TOKENS, VOCABULARY, WIDTH = 2048, 151_936, 128
 TURNS = 5
 
 

@@ -23,8 +23,8 @@ __all__ = ["LinearHead", "TokenLoss", "fused_loss"]
 TokenLoss = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
 """A loss with a gradient and scalar metrics, of logits (N, V) and labels (N,)."""
 
-VALUES_AT_ONCE = {"cpu": 2**23, "cuda": 2**26}
-"""The largest number of logits at a time, by the type of the device: 32 and 256 MiB in fp32. A loss holds a few copies.
+VALUES_AT_ONCE = {"cpu": 2**22, "cuda": 2**26}
+"""The largest number of logits at a time, by the type of the device: 16 and 256 MiB in fp32. A loss holds a few copies.
 A GPU needs more rows for its matrix products than a CPU does."""
 
 
@@ -119,7 +119,7 @@ class _Fused(torch.autograd.Function):
             if grad_h is not None:
                 grad_h[part] = (grad @ w).to(grad_h.dtype)
             if grad_weight is not None:
-                grad_weight += grad.T @ chunk
+                _add_product(grad_weight, grad.T, chunk)
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
         ctx.save_for_backward(grad_h, grad_weight, grad_bias)
@@ -129,11 +129,20 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        # In place, since the gradient of the weight is large. A second backward pass is an error of autograd.
         scaled = [
-            None if grad is None else (scale * grad).to(dtype)
+            None if grad is None else grad.mul_(scale).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return (*scaled, None, None, None, None)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right to `total` in place, without a temporary tensor of its size where the dtypes are equal."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 def _matmul_dtype(weight: Tensor) -> torch.dtype:
