@@ -66,7 +66,8 @@ def peak_mebibytes(way: Way, loss: FinetuneLoss) -> float:
 
 def main() -> None:
     torch.set_num_threads(1)
-    losses = {name: loss_class() for name, loss_class in LOSSES.items()}
+    logits = [torch.randn(100, VOCABULARY)]
+    losses = {name: loss_class().prepare(logits) for name, loss_class in LOSSES.items()}
     memory = {name: (peak_mebibytes(eager, loss), peak_mebibytes(fused, loss)) for name, loss in losses.items()}
     arguments = inputs()
     for name, loss in losses.items():

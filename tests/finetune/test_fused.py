@@ -26,7 +26,7 @@ def problem(dtype: torch.dtype = torch.double) -> tuple[Tensor, Tensor, Tensor, 
 
 
 def loss_of(name: str, normalizer: float = 7.0):
-    loss = LOSSES[name]()
+    loss = LOSSES[name]().prepare([problem()[0].flatten(0, 1).detach()])
 
     def token_loss(logits: Tensor, labels: Tensor):
         value, metrics = compute_loss(loss, logits, labels, normalizer)

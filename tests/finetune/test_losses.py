@@ -17,7 +17,7 @@ from poise.finetune.losses import (
     entropy,
     gem_loss,
 )
-from poise.finetune.losses.base import compute_loss
+from poise.finetune.losses.base import compute_loss, prepare_loss
 
 VARIANTS = ["linear", "logsigmoid"]
 
@@ -236,6 +236,16 @@ def test_a_wrong_loss_is_named_with_its_line(monkeypatch, spoil, message):
     with pytest.raises(UserError, match=message) as caught:
         compute_loss(Mine(), logits, labels, 6.0)
     assert "test_losses.py:" in str(caught.value)
+
+
+def test_a_wrong_prepare_is_named_with_its_line():
+    class Unprepared(Mine):
+        def prepare(self, logits):
+            return sum(part.numel() for part in logits)
+
+    with pytest.raises(UserError, match=r"Unprepared.prepare returned an? int.*: it must return a FinetuneLoss"):
+        prepare_loss(Unprepared(), [torch.ones(2, 3)])
+    assert isinstance(prepare_loss(Mine(), []), Mine)
 
 
 def test_a_loss_without_a_normalizer_is_named_with_its_line():

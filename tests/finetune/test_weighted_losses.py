@@ -14,11 +14,14 @@ from poise.finetune.losses import (
     Dft,
     Eaft,
     EntropyRegularized,
+    FinetuneLoss,
     LabelSmoothing,
+    Sed,
     Tofu,
     cross_entropy,
 )
 from poise.finetune.losses.eaft import eaft_loss, top_entropy
+from poise.finetune.losses.sed import top_mass
 from poise.finetune.losses.tofu import tofu_loss
 
 P = (0.5, 0.25, 0.125, 0.125)
@@ -48,6 +51,8 @@ def gradient(loss: Tensor, of: Tensor) -> Tensor:
         (Eaft(top=4), 0.560529, tuple(0.404336 * v for v in (0.5, -0.75, 0.125, 0.125))),
         (Eaft(top=4, scale=1), 1.681586, tuple(1.213008 * v for v in (0.5, -0.75, 0.125, 0.125))),
         (Eaft(top=4, scale="1.3862943611"), 1.213008, tuple(0.875 * v for v in (0.5, -0.75, 0.125, 0.125))),
+        (Sed(threshold="0.8"), 1.448794, (0.5625, -0.84375, 0.140625, 0.140625)),
+        (Sed(threshold="0.7"), 1.386294, (0.5, -0.75, 0.125, 0.125)),
         (Tofu(), 1.159475, (0.567484, -0.76812, 0.100318, 0.100318)),
         (EntropyRegularized(), 1.264994, (0.525993, -0.754332, 0.11417, 0.11417)),
         (LabelSmoothing(), 0.9 * 1.386294 + 0.1 * (1 + 2 + 3 + 3) / 4 * math.log(2), (0.475, -0.675, 0.1, 0.1)),
@@ -100,7 +105,27 @@ def test_the_scales_of_the_two_public_versions_of_eaft_differ_by_a_power():
     assert eaft_loss(logits, labels, alpha=2.0, scale=1.0).item() == pytest.approx(9 * ours.item())
 
 
-@pytest.mark.parametrize("loss", [LabelSmoothing(smoothing=0), EntropyRegularized(gamma=0)])
+def ready(name: str) -> FinetuneLoss:
+    """The loss of that name with its default options."""
+    return LOSSES[name]().prepare([problem(1)[0]])
+
+
+def test_the_threshold_of_sed_is_the_mass_that_the_share_of_tokens_reaches():
+    logits = torch.cat([problem(seed)[0] for seed in range(5)]).detach()
+    masses = top_mass(logits, 2)
+    assert torch.allclose(masses, logits.softmax(-1).topk(2).values.sum(1))
+    for share in ("0", "0.3", "1"):
+        prepared = Sed(share=share).prepare(logits.split(7))
+        sure = (masses >= float(prepared.threshold)).sum()
+        assert sure == int(float(share) * len(logits))
+    given = Sed(threshold="0.5")
+    assert given.prepare([]) is given
+    assert prepared.describe().startswith("sed (weight 1, top 2, threshold 0.")
+    with pytest.raises(ValueError, match="no threshold"):
+        Sed().loss(*problem())
+
+
+@pytest.mark.parametrize("loss", [LabelSmoothing(smoothing=0), EntropyRegularized(gamma=0), Sed(weight=0, threshold=1)])
 def test_with_its_option_at_zero_it_is_cross_entropy(loss):
     logits, labels = problem()
     assert torch.allclose(loss.loss(logits, labels), cross_entropy(logits, labels), rtol=0, atol=1e-14)
@@ -109,7 +134,7 @@ def test_with_its_option_at_zero_it_is_cross_entropy(loss):
 @pytest.mark.parametrize("name", sorted(LOSSES))
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_uneven_micro_batches_of_every_loss_have_the_gradient_of_their_union(name, ranks):
-    loss = LOSSES[name]()
+    loss = ready(name)
     logits, labels = problem()
     labels[3:6] = IGNORE_INDEX  # the second of four parts has no supervised token
     count = int((labels != IGNORE_INDEX).sum())
@@ -121,7 +146,7 @@ def test_uneven_micro_batches_of_every_loss_have_the_gradient_of_their_union(nam
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
 def test_every_loss_reduces_16_bits_in_fp32_and_is_a_zero_with_a_gradient_without_tokens(name):
-    loss = LOSSES[name]()
+    loss = ready(name)
     logits, labels = problem()
     half = logits.detach().bfloat16()
     assert torch.equal(loss.loss(half, labels), loss.loss(half.float(), labels))
@@ -137,9 +162,10 @@ def test_every_loss_learns_to_prefer_what_the_data_has_more_of(name):
     labels = torch.arange(4).repeat_interleave(counts)
     z = torch.zeros(4, dtype=torch.double, requires_grad=True)
     optimizer = torch.optim.SGD([z], lr=1.0)
+    loss = ready(name)
     for _ in range(300):
         optimizer.zero_grad()
-        LOSSES[name]().loss(z.expand(20, -1), labels).backward()
+        loss.loss(z.expand(20, -1), labels).backward()
         optimizer.step()
     p = z.detach().softmax(-1)
     assert p.tolist() == sorted(p.tolist(), reverse=True)

@@ -19,6 +19,7 @@ from poise.finetune.losses.entropy_regularized import EntropyRegularized
 from poise.finetune.losses.fused import LinearHead, fused_loss
 from poise.finetune.losses.gem import Gem, Variant, gem_loss
 from poise.finetune.losses.label_smoothing import LabelSmoothing
+from poise.finetune.losses.sed import Sed
 from poise.finetune.losses.tofu import Tofu
 from poise.spec.registry import union_of
 
@@ -34,6 +35,7 @@ __all__ = [
     "LabelSmoothing",
     "LinearHead",
     "LossSpec",
+    "Sed",
     "Tofu",
     "Variant",
     "cross_entropy",
@@ -49,6 +51,7 @@ LOSSES: Mapping[str, type[FinetuneLoss]] = {
     "gem": Gem,
     "dft": Dft,
     "eaft": Eaft,
+    "sed": Sed,
     "tofu": Tofu,
     "label_smoothing": LabelSmoothing,
     "entropy_regularized": EntropyRegularized,

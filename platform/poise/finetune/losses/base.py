@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from poise.method_output import require_loss, require_metrics
+from poise.method_output import describe, require_loss, require_metrics
 from poise.spec.registry import MethodSection
-from poise.user_code import explain_method
+from poise.user_code import MethodOutputError, explain_method
 
 __all__ = [
     "IGNORE_INDEX",
@@ -20,6 +20,7 @@ __all__ = [
     "compute_loss",
     "label_log_probs",
     "num_tokens",
+    "prepare_loss",
     "supervised",
 ]
 
@@ -50,6 +51,15 @@ class FinetuneLoss(MethodSection, ABC):
                 A loss that ignores it is wrong without an error as soon as there are several batches or workers.
         """
 
+    def prepare(self, logits: Iterable[Tensor]) -> FinetuneLoss:
+        """The loss with what it measures on the model before the first step; by default the loss as it is.
+
+        `logits`: those of the initial model, (M, V) in fp32, for every token of 100 examples, prompts included. The
+        examples are held-out ones, or training examples where none is held out. The logits are computed while they are
+        read. A run that is started again measures the same.
+        """
+        return self
+
     @property
     def training_metrics(self) -> Sequence[str]:
         """The names of the metrics that `metrics` reports, by which a sweep may choose. By default none."""
@@ -66,6 +76,15 @@ class FinetuneLoss(MethodSection, ABC):
     def describe(self) -> str:
         """The loss and its options for tables; by default its name."""
         return self.name
+
+
+def prepare_loss(loss: FinetuneLoss, logits: Iterable[Tensor]) -> FinetuneLoss:
+    """`loss.prepare(logits)`, with a check. UserError where it returns no loss."""
+    with explain_method(loss, "prepare"):
+        prepared = loss.prepare(logits)
+        if not isinstance(prepared, FinetuneLoss):
+            raise MethodOutputError(f"{loss.name}.prepare returned {describe(prepared)}: it must return a FinetuneLoss")
+    return prepared
 
 
 def compute_loss(

@@ -5,7 +5,7 @@ text -> model -> train.loop [hidden states -> head and loss, some tokens at a ti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -24,7 +24,7 @@ from poise.data.text.batches import (
 )
 from poise.errors import UserError
 from poise.finetune.losses import FinetuneLoss, cross_entropy, entropy, fused_loss
-from poise.finetune.losses.base import compute_loss
+from poise.finetune.losses.base import compute_loss, prepare_loss
 from poise.finetune.neftune import EmbeddingNoise
 from poise.kinds.common.export import (
     export_model,
@@ -39,6 +39,7 @@ from poise.kinds.finetune_sft.spec import FinetuneSftSpec
 from poise.models.heads import HiddenStates, linear_head
 from poise.models.language import open_language_model
 from poise.models.limits import model_limits
+from poise.models.scoring import position_logits
 from poise.models.sizes import count_parameters
 from poise.models.special_tokens import reconcile
 from poise.spec.seeds import derive_seed
@@ -62,6 +63,9 @@ class _Batch(NamedTuple):
     normalizer: float
 
 
+_PREPARED_FROM = 100
+"""The number of examples that a loss is prepared from."""
+
 _Step = Callable[[nn.Module, _Batch, TaskState, StepContext], StepOutput]
 
 
@@ -84,7 +88,8 @@ def run(spec: FinetuneSftSpec, context: Context) -> None:
     rehearse_export(model, tokenizer, probes, context)
     model = spec.tuning.add_adapters(model, derive_seed(spec.seed, "lora")).to(context.device)
     held_out(model, data.validation[: context.world_size], context)
-    step = _step(spec, model, probes)
+    loss = prepare_loss(spec.loss, _initial_logits(model, data, context))
+    step = _step(spec, loss, model, probes)
 
     # Training.
     fitted = fit(_task(spec, model, step, batches, data, reference, context), spec.train, context)
@@ -102,7 +107,7 @@ def run(spec: FinetuneSftSpec, context: Context) -> None:
         run=spec.name,
         seed=spec.seed,
         warnings=warnings,
-        objective=spec.describe_loss(),
+        objective=spec.describe_loss(loss),
         tuning=spec.tuning.describe(),
         step=fitted.final_step,
         best_step=fitted.best_step,
@@ -159,9 +164,18 @@ def _normalized_batches(batches: TextBatches, plan: EpochPlan, world_size: int) 
     return batch
 
 
-def _step(spec: FinetuneSftSpec, model: nn.Module, probes: Sequence[Sequence[int]]) -> _Step:
+@torch.no_grad()
+def _initial_logits(model: nn.Module, data: TextData, context: Context) -> Iterator[Tensor]:
+    """What `FinetuneLoss.prepare` gets. The model is the one before training also where the run is started again."""
+    batch = text_batch((data.validation or data.train)[:_PREPARED_FROM])
+    mask = batch.mask.to(context.device)
+    model.eval()
+    for part in position_logits(model, batch.ids.to(context.device), mask, mask.bool()):
+        yield part.logits
+
+
+def _step(spec: FinetuneSftSpec, loss: FinetuneLoss, model: nn.Module, probes: Sequence[Sequence[int]]) -> _Step:
     """The step function. The head and the loss take a part of the tokens at a time, where both allow it."""
-    loss = spec.loss
     states = HiddenStates(model)
     head = linear_head(model, probes, states) if loss.per_token else None
     noise = None

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from poise.data.text.spec import TextSpec
-from poise.finetune.losses import Ce, LossSpec
+from poise.finetune.losses import Ce, FinetuneLoss, LossSpec
 from poise.models.spec import LanguageModelSpec
 from poise.models.tuning import Full, TuningSpec
 from poise.spec import (
@@ -60,10 +60,10 @@ class FinetuneSftSpec(RunSpec):
         self.workers.check_shares("batch_size", self.batch_size)
         return self
 
-    def describe_loss(self) -> str:
-        """The loss and its options, such as "ce, neftune 5"."""
+    def describe_loss(self, loss: FinetuneLoss) -> str:
+        """The loss, as it was prepared, and its options, such as "ce, neftune 5"."""
         noise = "" if self.neftune_alpha is None else f", neftune {self.neftune_alpha}"
-        return self.loss.describe() + noise
+        return loss.describe() + noise
 
     def metrics(self) -> dict[str, MetricSource]:
         """Losses in training, on held-out examples and, in a world, against its true answers."""
