@@ -64,6 +64,12 @@ def test_commands_that_read_no_spec_answer_without_torch(arguments, tmp_path):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_tests_that_are_run_in_parallel_are_grouped(request):
+    """xdist reads the group of a test from its id; without groups, every test would be scheduled by itself."""
+    if getattr(request.config.option, "loadgroup", False):
+        assert request.node.nodeid.endswith("@tests/test_layout.py")
+
+
 PLANTED = {
     "robust/threats.py": ("ray", "science packages know torch, numpy and scipy only"),
     "calibrate/ece.py": ("poise.finetune.losses", "science packages do not know each other"),
