@@ -194,9 +194,9 @@ def _speed(per_s: float) -> str:
 
 
 def _shares(phases: Mapping[str, float]) -> dict[str, float]:
-    """The share of each phase in their sum; empty if the sum is 0."""
+    """The share of each phase that took any time in their sum."""
     total = sum(phases.values())
-    return {phase: value / total for phase, value in phases.items()} if total > 0 else {}
+    return {phase: value / total for phase, value in phases.items() if value > 0}
 
 
 def _number(name: str, value: float) -> str:
