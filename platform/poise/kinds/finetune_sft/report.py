@@ -37,9 +37,10 @@ def _tables(records: Sequence[RunRecord]) -> Iterator[Table]:
     measures = {**_PER_TOKEN, **(_PER_ANSWER if in_worlds else {})}
     yield Table(
         title="Cross entropy (CE) and entropy (H) on held-out text, nats",
-        caption="Cross entropy of held-out completions and entropy H of the model where it answers, in nats. Per "
-        "answer, cross entropy is exact against the true answers of the world: the floor is their entropy, the lowest "
-        "possible value, and the excess over it is the Kullback-Leibler divergence from the true distribution.",
+        caption="Tokens are those that the training has learned from. Cross entropy of held-out completions and "
+        "entropy H of the model where it answers, in nats. Per answer, cross entropy is exact against the true answers "
+        "of the world: the floor is their entropy, the lowest possible value, and the excess over it is the "
+        "Kullback-Leibler divergence from the true distribution.",
         heading="run",
         columns=[*map(Column, ("tokens", *measures.values()))],
         rows=[_row(record, list(measures)) for record in records],
