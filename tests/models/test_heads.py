@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -86,6 +88,26 @@ def test_a_head_that_does_something_else_is_left_to_the_model():
     model = model_of("llama")
     model.lm_head = Doubled(16, 40, bias=False)
     assert linear_head(model, SEQUENCES, HiddenStates(model)) is None
+
+
+@pytest.mark.parametrize("call", [lambda layer, x: x @ layer.weight.T, lambda layer, x: layer(input=x)])
+def test_a_model_that_does_not_call_its_head_with_one_tensor_is_left_to_itself(call):
+    class Bypass(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model_of("llama")
+            self.config = self.inner.config
+
+        def get_output_embeddings(self):
+            return self.inner.lm_head
+
+        def forward(self, input_ids, use_cache=False):
+            hidden = self.inner.model(input_ids=input_ids, use_cache=use_cache).last_hidden_state
+            return SimpleNamespace(logits=call(self.inner.lm_head, hidden))
+
+    model = Bypass().train()
+    assert linear_head(model, SEQUENCES, HiddenStates(model)) is None
+    assert model.training
 
 
 def test_a_head_with_an_adapter_is_left_to_the_model():

@@ -14,11 +14,15 @@ from torch import Tensor, nn
 
 from poise.finetune.losses.fused import LinearHead
 
-__all__ = ["HiddenStates", "linear_head"]
+__all__ = ["HeadNotCalledError", "HiddenStates", "linear_head"]
 
 _TOLERANCE = 1e-3
 """Largest difference between the logits of the model and those of its head, relative to the largest logit. Another
 scale or softcap differs by more; another order of the additions by less."""
+
+
+class HeadNotCalledError(Exception):
+    """The forward pass of a model did not call its output layer with one tensor."""
 
 
 class HiddenStates:
@@ -31,9 +35,12 @@ class HiddenStates:
     def __init__(self, model: nn.Module) -> None:
         self._input: Tensor | None = None
         self._active = False
-        _output_layer(model).register_forward_pre_hook(self._take)
+        layer = model.get_output_embeddings()  # type: ignore[operator]
+        if isinstance(layer, nn.Module):
+            layer.register_forward_pre_hook(self._take)
 
     def __call__(self, model: nn.Module, **inputs: Any) -> Tensor:
+        """Hidden states (B, T, d). HeadNotCalledError where the model computes its logits in another way."""
         self._active = True
         try:
             model(**inputs)
@@ -42,13 +49,13 @@ class HiddenStates:
             self._active = False
             self._input = None
         if hidden is None:
-            raise RuntimeError("the forward pass of the model did not call its head")
+            raise HeadNotCalledError
         return hidden
 
     def _take(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor] | None:
-        if not self._active:
+        if not self._active or len(inputs) != 1:
             return None
-        (self._input,) = inputs
+        self._input = inputs[0]
         return (self._input[:, :0],)
 
 
@@ -59,7 +66,7 @@ def linear_head(model: nn.Module, sequences: Sequence[Sequence[int]], states: Hi
     What the model does is compared with what its config says, on `sequences` of tokens. None for a head that does
     something else, or that is wrapped, as by an adapter.
     """
-    layer = _output_layer(model)
+    layer = model.get_output_embeddings()  # type: ignore[operator]
     if type(layer) is not nn.Linear:
         return None
     config: Any = model.config
@@ -68,21 +75,18 @@ def linear_head(model: nn.Module, sequences: Sequence[Sequence[int]], states: Hi
     scale = float(getattr(text_config, "logit_scale", None) or 1.0)
     scale /= float(getattr(text_config, "logits_scaling", None) or 1.0)
     head = LinearHead(layer.weight, layer.bias, scale, None if softcap is None else float(softcap))
-    return head if all(_is_head_of(head, model, sequence, states) for sequence in sequences) else None
+    training = model.training
+    model.eval()
+    try:
+        return head if all(_is_head_of(head, model, sequence, states) for sequence in sequences) else None
+    except HeadNotCalledError:
+        return None
+    finally:
+        model.train(training)
 
 
 def _is_head_of(head: LinearHead, model: nn.Module, sequence: Sequence[int], states: HiddenStates) -> bool:
     ids = torch.tensor([list(sequence)], device=head.weight.device)  # (1, T)
-    training = model.training
-    model.eval()
     logits = model(input_ids=ids, use_cache=False).logits.float()
     computed = head.logits(states(model, input_ids=ids, use_cache=False)).float()
-    model.train(training)
     return bool((logits - computed).abs().max() <= _TOLERANCE * logits.abs().max())
-
-
-def _output_layer(model: nn.Module) -> nn.Module:
-    layer = model.get_output_embeddings()  # type: ignore[operator]
-    if not isinstance(layer, nn.Module):
-        raise RuntimeError(f"{type(model).__name__} has no output layer")
-    return layer
